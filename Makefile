@@ -1,0 +1,34 @@
+# `make demo` and `make test` each set up everything they need on a machine with Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CTX ?= 4k
+BUDGET ?= 512
+
+.PHONY: demo test test-slow lint readme clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/bdcli prompt --ctx $(CTX) --out demo_prompt.txt
+	$(BIN)/bdcli decode --budget $(BUDGET) demo_prompt.txt
+	$(BIN)/bdcli report --ctx $(CTX) --limit 5
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+# Measures the README's table and plot anew (about an hour on 2 cores): make readme BOOKS=folder-of-txt-files
+readme: $(VENV)/.installed
+	$(BIN)/python scripts/readme_table.py measure $(BOOKS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

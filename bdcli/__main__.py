@@ -1,0 +1,3 @@
+from bdcli.cli import main
+
+main()

@@ -1,0 +1,354 @@
+"""Static KV caches: `FullCache` for the target, `OfficialCache` and `BudgetCache` for the drafter.
+
+All are preallocated; rollback sets an integer. A cache holds rotated keys, so it owns the RoPE tables, and it
+computes attention because only it knows what a query may see. Batch is 1; shapes as in `bdcli.model.Cache`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdcli.model import PREFILL_BLOCK, Model
+from bdcli.rope import RopeTable
+from bdcli.select import choose_chunks, chunk_scores, official_chunks
+from bdcli.views import CHUNK, View
+
+SCORING_QUERIES = 16  # last prompt queries whose mean scores the chunks
+
+
+class _Cache:
+    """What all caches share: geometry, RoPE table, length, and splitting qk into rotated q and k."""
+
+    def __init__(self, model: Model, positions: int, total_length: int):
+        c = model.config
+        self.layers, self.heads, self.kv_heads, self.head_dim = c.layers, c.heads, c.kv_heads, c.head_dim
+        self.dtype, self.device = model.dtype, model.device
+        self.scale = c.head_dim**-0.5
+        self.rope = RopeTable(c.rope, positions, total_length, self.dtype, self.device)
+        self.length = 0
+        self.peak_entries = 0
+
+    def _zeros(self, *shape: int) -> Tensor:
+        # zeros, not empty: a masked slot must not hold a NaN, because 0 · NaN is NaN
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def end_layer(self, layer: int) -> None:
+        """Called when `layer` has seen the whole prompt."""
+
+    def end_prefill(self) -> None:
+        """Called when all layers have."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [T, H, D], k and v [Hkv, K, D], mask [T, K] additive; returns [T, H·D].
+
+        The group's query heads share one row block, so that KV is read once per KV head.
+        """
+        rows, group = q.shape[0], self.heads // self.kv_heads
+        q = q.view(rows, self.kv_heads, group, self.head_dim).permute(1, 2, 0, 3)
+        q = q.reshape(self.kv_heads, group * rows, self.head_dim)
+        if mask is not None and group > 1:
+            mask = mask.expand(group, *mask.shape).reshape(group * rows, -1)
+        lonely = q.shape[1] == 1 and q.device.type == "cpu" and q.dtype is torch.bfloat16
+        if lonely:  # torch's CPU kernel is about 4x slower for one bf16 query than for two
+            q = q.expand(-1, 2, -1)
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=self.scale)[0]
+        if lonely:
+            out = out[:, :1]
+        return out.view(self.kv_heads, group, rows, self.head_dim).permute(2, 0, 1, 3).reshape(rows, -1)
+
+
+class FullCache(_Cache):
+    """Every key and value of the sequence. Entries sit at their position; `capacity` bounds prompt + new + draft."""
+
+    max_rows = PREFILL_BLOCK
+
+    def __init__(self, model: Model, capacity: int, total_length: int | None = None):
+        super().__init__(model, capacity, total_length or capacity)
+        self.capacity = capacity
+        self.shift = 0  # slot of position p is p - shift
+        self._allocate(capacity)
+        self._triangle = self._zeros(PREFILL_BLOCK, PREFILL_BLOCK).fill_(-torch.inf).triu_(1)
+
+    def _allocate(self, slots: int) -> None:
+        self.keys = self._zeros(self.layers, self.kv_heads, slots, self.head_dim)
+        self.values = self._zeros(self.layers, self.kv_heads, slots, self.head_dim)
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def begin_prefill(self, tokens: int) -> None:
+        if self.length:
+            raise RuntimeError("prefill needs an empty cache")
+        self._prompt = tokens
+
+    def end_prefill(self) -> None:
+        self.length = self.peak_entries = self._prompt
+
+    def plan(self, start: int, rows: int) -> tuple:
+        """Slots, RoPE rows and additive mask for positions start..start+rows-1, shared by all layers."""
+        stop = start + rows - self.shift
+        if stop > self.keys.shape[2]:
+            raise RuntimeError(f"cache of {self.keys.shape[2]} entries cannot hold {stop}")
+        self.peak_entries = max(self.peak_entries, stop)
+        mask = None
+        if rows > 1:
+            mask = self._zeros(rows, stop)
+            mask[:, stop - rows :] = self._triangle[:rows, :rows]
+        return slice(stop - rows, stop), stop, self.rope.rows(slice(start, start + rows)), mask
+
+    def write(self, layer: int, plan: tuple, qk: Tensor, v: Tensor) -> Tensor:
+        slots, _, rope_rows, _ = plan
+        qk = self.rope.rotate(qk, rope_rows)
+        self.keys[layer, :, slots] = qk[:, self.heads :].transpose(0, 1)
+        self.values[layer, :, slots] = v.transpose(0, 1)
+        return qk[:, : self.heads]
+
+    def read(self, layer: int, plan: tuple, q: Tensor) -> Tensor:
+        _, stop, _, mask = plan
+        return self._attend(q, self.keys[layer, :, :stop], self.values[layer, :, :stop], mask)
+
+    def save(self, start: int) -> tuple[int, Tensor, Tensor]:
+        """Copy of the entries from position `start` on; `restore` puts them back."""
+        slots = slice(start - self.shift, self.length - self.shift)
+        return start, self.keys[:, :, slots].clone(), self.values[:, :, slots].clone()
+
+    def restore(self, saved: tuple[int, Tensor, Tensor]) -> None:
+        start, keys, values = saved
+        slots = slice(start - self.shift, start - self.shift + keys.shape[2])
+        self.keys[:, :, slots], self.values[:, :, slots] = keys, values
+        self.length = start + keys.shape[2]
+
+
+class OfficialCache(FullCache):
+    """The paper's drafter cache: chunks chosen once after prefill, generated tokens appended and never evicted.
+
+    `budget` is therefore no bound; `peak_entries` tells the true count. Keys keep their true rotation.
+    """
+
+    def __init__(self, model: Model, capacity: int, budget: int, total_length: int | None = None):
+        self.budget = budget
+        super().__init__(model, capacity, total_length)
+
+    def _allocate(self, slots: int) -> None:
+        """Nothing yet: how much is kept is known when the prompt is."""
+
+    def begin_prefill(self, tokens: int) -> None:
+        super().begin_prefill(tokens)
+        self.kept = min(self.budget, tokens) // CHUNK * CHUNK
+        # one layer's full keys live at a time; `keys[layer]` is resolved by write and read through _layer
+        self.keys = self._zeros(1, self.kv_heads, tokens, self.head_dim).expand(self.layers, -1, -1, -1)
+        self.values = self._zeros(1, self.kv_heads, tokens, self.head_dim).expand(self.layers, -1, -1, -1)
+        room = self.kept + self.capacity - tokens
+        self._kept_keys = self._zeros(self.layers, self.kv_heads, room, self.head_dim)
+        self._kept_values = self._zeros(self.layers, self.kv_heads, room, self.head_dim)
+
+    def end_layer(self, layer: int) -> None:
+        if not self.kept:
+            return
+        index = official_chunks(self.keys[layer].transpose(0, 1), self.budget, CHUNK)[..., None]
+        index = index.expand(-1, -1, self.head_dim)
+        self._kept_keys[layer, :, : self.kept] = self.keys[layer].gather(1, index)
+        self._kept_values[layer, :, : self.kept] = self.values[layer].gather(1, index)
+
+    def end_prefill(self) -> None:
+        self.keys, self.values = self._kept_keys, self._kept_values
+        del self._kept_keys, self._kept_values
+        self.length, self.peak_entries = self._prompt, self.kept
+        self.shift = self._prompt - self.kept
+
+
+class BudgetCache(_Cache):
+    """At most `budget` entries per layer and KV head: sinks | chosen chunks | ring of recents and draft tail.
+
+    The ring holds position p in slot p mod ring; nothing is moved or re-rotated, and a mask decides by position what
+    each query sees, so the view never depends on the phase of the round. With `rebased` positions sinks and chosen
+    chunks are rotated at their ranks and recents at their true positions; a query is rotated once for each.
+    """
+
+    def __init__(self, model: Model, capacity: int, view: View, total_length: int | None = None):
+        super().__init__(model, capacity, total_length or capacity)
+        self.view, self.capacity = view, capacity
+        self.max_rows = view.gamma_max + 2  # as many as the ring takes without touching a key still in view
+        shape = (self.layers, self.kv_heads)
+        self.keys = self._zeros(*shape, self.head_dim, view.budget)  # transposed: scores are a plain GEMM
+        self.values = self._zeros(*shape, view.budget, self.head_dim)
+        self._oldest = view.sinks  # position of the first ring entry ever stored
+        self._written = 0  # one past the highest position ever stored; a rollback may not reach below its window
+        self._prompt: int | None = None
+        self._layer_keys = self._layer_values = None  # chunk prefill: one layer's full keys
+        # slot j is seen by query t iff (t - j) mod ring < window: a contiguous slice of one doubled row
+        age = -torch.arange(2 * view.ring, device=self.device) % view.ring
+        self._steady = torch.zeros(2 * view.ring, dtype=self.dtype, device=self.device)
+        self._steady.masked_fill_(age >= view.window, -torch.inf)
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    # -- prefill ----------------------------------------------------------------------------------------------------
+
+    def begin_prefill(self, tokens: int) -> None:
+        if self.length:
+            raise RuntimeError("prefill needs an empty cache")
+        self._prompt = tokens
+        if self.view.chosen:
+            if tokens < self.view.budget:
+                raise RuntimeError("a view with chosen chunks needs a prompt longer than the budget")
+            self._layer_keys = self._zeros(tokens, self.kv_heads, self.head_dim)
+            self._raw_keys = torch.empty_like(self._layer_keys) if self.view.rebased else self._layer_keys
+            self._layer_values = torch.zeros_like(self._layer_keys)
+
+    def end_layer(self, layer: int) -> None:
+        if self.view.chosen:
+            self._choose(layer)
+
+    def end_prefill(self) -> None:
+        self.length = self._written = self._prompt
+        self._prompt = self._layer_keys = self._layer_values = self._raw_keys = self._last_queries = None
+
+    def _choose(self, layer: int) -> None:
+        """Keep sinks, the best chunks between them and the window, and the window itself; drop the layer's rest."""
+        view, n = self.view, self._prompt
+        count = view.chosen // CHUNK
+        end = n - view.window
+        first = view.sinks + (end - view.sinks) % CHUNK  # whole chunks, aligned to where the window starts
+        queries, keys = self._last_queries, self._layer_keys[first:end]
+        if view.rebased:  # score each chunk as if it stood in the middle of the chosen ones
+            rank = torch.arange(CHUNK, device=self.device) + view.sinks + (view.chosen - CHUNK) // 2
+            rows = self.rope.rows(rank.repeat((end - first) // CHUNK))
+            keys = self.rope.rotate(self._raw_keys[first:end], rows)
+        index = choose_chunks(chunk_scores(queries, keys, CHUNK), count, CHUNK) + first  # [Hkv, chosen]
+        gather = index.T[..., None].expand(-1, -1, self.head_dim)
+        kept = self._raw_keys.gather(0, gather)
+        if view.rebased:
+            kept = self.rope.rotate(kept, self.rope.rows(slice(view.sinks, view.prefix)))
+        chosen = slice(view.sinks, view.prefix)
+        self.keys[layer, :, :, chosen] = kept.permute(1, 2, 0)
+        self.values[layer, :, chosen] = self._layer_values.gather(0, gather).transpose(0, 1)
+        self._oldest = end
+        self._store(layer, 0, self._layer_keys[: view.sinks], self._layer_values[: view.sinks])
+        self._store(layer, end, self._layer_keys[end:], self._layer_values[end:])
+
+    # -- one forward ------------------------------------------------------------------------------------------------
+
+    def plan(self, start: int, rows: int) -> tuple:
+        """(start, rows, RoPE rows at true positions, RoPE rows at ranks or None, additive mask over all B slots)."""
+        if start + rows > self.capacity:
+            raise RuntimeError(f"positions up to {start + rows} exceed the {self.capacity} planned")
+        if self._written - start > self.view.gamma_max + 1 and self._prompt is None:
+            raise RuntimeError("rolled back further than the draft tail allows")
+        at_rank = None
+        if self.view.rebased:
+            if start >= self.view.last_rank:  # steady: every query has the same rank
+                at_rank = self.rope.rows(slice(self.view.last_rank, self.view.last_rank + 1))
+            else:
+                at_rank = self.rope.rows(self.view.query_ranks(torch.arange(start, start + rows)))
+        mask = None if self._prompt is not None else self._mask(start, rows)
+        return start, rows, self.rope.rows(slice(start, start + rows)), at_rank, mask
+
+    def _mask(self, start: int, rows: int) -> Tensor:
+        """Additive [T, ring] for the ring alone once all in front of it is seen, else [T, B] (nothing chosen yet)."""
+        view = self.view
+        if start >= view.sinks + view.window:
+            offsets = [-(start + i) % view.ring for i in range(rows)]
+            if rows == 1:
+                return self._steady[None, offsets[0] : offsets[0] + view.ring]
+            return torch.stack([self._steady[o : o + view.ring] for o in offsets])
+        newest = start + rows - 1
+        slots = torch.arange(view.ring)
+        held = newest - (newest - slots) % view.ring
+        held[held < view.sinks] = -1  # sinks are not stored twice
+        seen = view.allowed(torch.arange(start, start + rows), torch.cat((torch.arange(view.sinks), held)))
+        return torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf).to(self.device)
+
+    def write(self, layer: int, plan: tuple, qk: Tensor, v: Tensor) -> tuple:
+        start, rows, at_position, at_rank, _ = plan
+        rotated = self.rope.rotate(qk, at_position)
+        q, k = rotated[:, : self.heads], rotated[:, self.heads :]
+        q_rank = q if at_rank is None else self.rope.rotate(qk[:, : self.heads], at_rank)
+        if self._prompt is None:
+            self._store(layer, start, k, v)
+            self._written = max(self._written, start + rows)
+            return q, q_rank, None
+        past = None
+        if self.view.chosen:
+            self._layer_keys[start : start + rows], self._layer_values[start : start + rows] = k, v
+            if self.view.rebased:
+                self._raw_keys[start : start + rows] = qk[:, self.heads :]
+            if start + rows == self._prompt:
+                self._last_queries = q_rank[-SCORING_QUERIES:]
+        else:
+            past = self._recent(layer, start, k, v)
+            self._store(layer, start, k, v)
+        return q, q_rank, past
+
+    def _store(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Put keys and values [T, Hkv, D] of positions start.. where they belong: sink slots, then the ring."""
+        view, stop = self.view, start + k.shape[0]
+        if k.shape[0] == 1 and start >= view.sinks:
+            slot = view.prefix + start % view.ring
+            self.keys[layer, :, :, slot], self.values[layer, :, slot] = k[0], v[0]
+        else:
+            positions = torch.arange(start, stop, device=self.device)
+            keep = (positions < view.sinks) | (positions >= stop - view.ring)
+            positions, k, v = positions[keep], k[keep], v[keep]
+            slots = torch.where(positions < view.sinks, positions, view.prefix + positions % view.ring)
+            self.keys[layer][:, :, slots] = k.permute(1, 2, 0)
+            self.values[layer][:, slots] = v.transpose(0, 1)
+        ring = min(max(stop - self._oldest, 0), view.ring)
+        self.peak_entries = max(self.peak_entries, min(stop, view.sinks) + view.chosen + ring)
+
+    def _recent(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefill block: keys and values [Hkv, D, K], [Hkv, K, D] of sinks, earlier window and block, with positions."""
+        view = self.view
+        first = max(view.sinks, start - view.window + 1)
+        before = torch.cat((torch.arange(min(start, view.sinks)), torch.arange(first, max(first, start))))
+        slots = torch.where(before < view.sinks, before, view.prefix + before % view.ring).to(self.device)
+        positions = torch.cat((before, torch.arange(start, start + k.shape[0])))
+        keys = torch.cat((self.keys[layer][:, :, slots], k.permute(1, 2, 0)), 2)
+        return keys, torch.cat((self.values[layer][:, slots], v.transpose(0, 1)), 1), positions
+
+    def read(self, layer: int, plan: tuple, q: tuple) -> Tensor:
+        start, rows, _, _, mask = plan
+        q_true, q_rank, past = q
+        if self._prompt is None:
+            return self._weigh(q_true, q_rank, self.keys[layer], self.values[layer], self.view.prefix, mask)
+        if past is None:
+            first = 0
+            if self.view.rebased:
+                first = max(self.view.sinks, start - self.view.window + 1)
+            stop = start + rows
+            positions = torch.cat((torch.arange(min(first, self.view.sinks)), torch.arange(first, stop)))
+            keys = self._layer_keys[positions].permute(1, 2, 0)
+            past = keys, self._layer_values[positions].transpose(0, 1), positions
+        keys, values, positions = past
+        queries = torch.arange(start, start + rows)
+        if self.view.rebased or not self.view.chosen:
+            seen = self.view.allowed(queries, positions)
+        else:  # absolute chunk: the prompt reads itself in full
+            seen = positions[None] <= queries[:, None]
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf).to(self.device)
+        sinks = int((positions < self.view.sinks).sum())
+        return self._weigh(q_true, q_rank, keys, values, sinks, mask)
+
+    def _weigh(self, q: Tensor, q_rank: Tensor, k: Tensor, v: Tensor, prefix: int, mask: Tensor) -> Tensor:
+        """One softmax over prefix keys (query at its rank) and the rest (query at its position).
+
+        q and q_rank [T, H, D], k [Hkv, D, K], v [Hkv, K, D], mask [T, K] or [T, K - prefix]; returns [T, H·D].
+        """
+        rows, group, dim = q.shape[0], self.heads // self.kv_heads, self.head_dim
+
+        def fold(x: Tensor) -> Tensor:
+            return x.reshape(rows, self.kv_heads, group, dim).transpose(0, 1).reshape(self.kv_heads, -1, dim)
+
+        if q is q_rank:
+            scores = torch.bmm(fold(q), k)
+        else:
+            scores = torch.cat((torch.bmm(fold(q_rank), k[:, :, :prefix]), torch.bmm(fold(q), k[:, :, prefix:])), 2)
+        scores = scores.mul_(self.scale).view(self.kv_heads, rows, group, -1)
+        scores[..., scores.shape[-1] - mask.shape[1] :].add_(mask[:, None])
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(self.kv_heads, rows * group, -1)
+        return torch.bmm(weights, v).view(self.kv_heads, rows, group, dim).transpose(0, 1).reshape(rows, -1)

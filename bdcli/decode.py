@@ -1,0 +1,211 @@
+"""One decode run: options in, result out. Loads the pair, plans the caches, drives the engine, fills in the figures.
+
+The CLI prints what the callbacks hand it and stores the result; nothing here prints or exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from bdcli.baseline import Baseline, warm_up
+from bdcli.cache import BudgetCache, FullCache, OfficialCache
+from bdcli.checkpoint import (
+    check_vocabulary,
+    eos_tokens,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve,
+)
+from bdcli.errors import UserError
+from bdcli.metrics import Round, measure
+from bdcli.model import Model
+from bdcli.options import DecodeOptions
+from bdcli.prompts import encode, fit
+from bdcli.sampling import Sampling
+from bdcli.speculate import Reader, Speculator
+from bdcli.text import StopText, TextStream
+from bdcli.views import gamma_limit, plan_view
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A loaded target and drafter with the target's tokenizer."""
+
+    target: Model
+    drafter: Model
+    tokenizer: object
+    eos: frozenset[int]
+    names: tuple[str, str]
+
+
+@dataclass
+class Listener:
+    """Callbacks of a run; the defaults do nothing."""
+
+    text: Callable[[str], None] = lambda _text: None
+    progress: Callable[[str, int, int], None] | None = None
+    begun: Callable[[], None] = field(default=lambda: None)  # input is good, computing starts
+
+
+def load_pair(options: DecodeOptions) -> Pair:
+    """Find, check and load both models. Every fault of a folder is a UserError."""
+    target, drafter = resolve(options.target, "target"), resolve(options.drafter, "drafter")
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    tokenizer = load_tokenizer(target)
+    check_vocabulary(target, drafter, tokenizer)
+    models = [load_model(folder, dtype, device) for folder in (target, drafter)]
+    return Pair(*models, tokenizer, eos_tokens(target), (_name(options.target, target), _name(options.drafter, drafter)))
+
+
+def _name(given: str, folder: Path) -> str:
+    return str(folder.resolve()) if Path(given).expanduser().is_dir() else given
+
+
+def prompt_ids(pair: Pair, options: DecodeOptions, text: str) -> list[int]:
+    """Ids of the prompt, fitted into what both models can hold."""
+    ids = encode(pair.tokenizer, text, options.chat)
+    if not ids:
+        raise UserError("the prompt has no tokens", "Write one with: bdcli prompt --ctx 4k --out prompt.txt")
+    ids = fit(ids, pair.target.config.max_position, options.max_new_tokens, options.trim)
+    window = pair.target.config.sliding_window
+    if window is not None and len(ids) + options.max_new_tokens > window:
+        raise UserError(
+            f"{len(ids)} prompt + {options.max_new_tokens} new tokens exceed the model's sliding window of {window}",
+            "Sliding windows are not decoded: shorten the prompt",
+        )
+    return ids
+
+
+def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculator:
+    """Caches for a prompt of `prompt` tokens. Raises UserError when the budget is too small."""
+    total = prompt + options.max_new_tokens
+    gamma_max = options_gamma_max(options)
+    capacity = total + gamma_max + 2
+    target = Reader(pair.target, FullCache(pair.target, capacity, total))
+    cache: FullCache | BudgetCache
+    if options.budget is None:
+        cache = FullCache(pair.drafter, capacity, total)
+    elif options.select == "official":
+        cache = OfficialCache(pair.drafter, capacity, options.budget, total)
+    else:
+        view = plan_view(options.budget, options.select, options.positions, options.gamma, prompt - 1)
+        cache = BudgetCache(pair.drafter, capacity, view, total)
+    drafter = Reader(pair.drafter, cache, pair.target.config.vocab_size)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    return Speculator(target, drafter, sampling, options.seed, pair.target.device)
+
+
+def options_gamma_max(options: DecodeOptions) -> int:
+    return gamma_limit(options.budget if options.budget is not None else sys.maxsize, options.gamma)
+
+
+def effective_positions(options: DecodeOptions) -> str:
+    """A full cache and the paper's own selection keep true positions."""
+    return "absolute" if options.budget is None or options.select == "official" else options.positions
+
+
+def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: Listener) -> dict:
+    """Generate and measure; returns the contract's JSON fields, without run_id.
+
+    KeyboardInterrupt ends the run early: what was accepted is kept and `status` says interrupted.
+    """
+    speculator = make_speculator(pair, options, len(prompt))
+    baseline = Baseline(options.baseline, options.check, options.max_new_tokens)
+    stream, stop = TextStream(pair.tokenizer), StopText(tuple(options.stop))
+    rounds: list[Round] = []
+    pieces: list[str] = []
+    new: list[int] = []
+    finish, status, ttft = "length", "done", None
+
+    def show(text: str) -> None:
+        if text:
+            pieces.append(text)
+            listener.text(text)
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    listener.begun()
+    try:
+        started = time.perf_counter()
+        speculator.prefill(prompt, listener.progress)
+        prefill_s = time.perf_counter() - started
+        controller = warm_up(speculator, options.gamma, options_gamma_max(options))
+        for step in speculator.rounds(options.max_new_tokens, pair.eos, controller):
+            new += step.tokens
+            rounds.append(Round(len(step.tokens), step.drafted, step.accepted, step.seconds))
+            ttft = ttft if ttft is not None else prefill_s + step.seconds
+            show(stop.feed(stream.feed(step.tokens)))
+            if stop.found:
+                speculator.finish_reason = "stop"
+            baseline.after(speculator, step)
+            if stop.found:
+                break
+        finish = speculator.finish_reason or "length"
+    except KeyboardInterrupt:
+        status = "interrupted"
+    with contextlib.suppress(KeyboardInterrupt):
+        show(stop.feed(stream.feed([], end=True), end=True))
+    m = measure(prompt, new, rounds)
+    ar = baseline.tokens_per_second
+    return {
+        "status": status,
+        "target": pair.names[0],
+        "drafter": pair.names[1],
+        "device": str(pair.target.device),
+        "dtype": str(pair.target.dtype).removeprefix("torch."),
+        "context": len(prompt),
+        "budget": options.budget if options.budget is not None else "full",
+        "gamma": options.gamma if options.gamma is not None else "auto",
+        "select": options.select if options.budget is not None else "full",
+        "positions": effective_positions(options),
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "tokens": new,
+        "text": "".join(pieces),
+        "finish_reason": finish if status == "done" else None,
+        "new_tokens": m.new_tokens,
+        "accepted": m.accepted,
+        "drafted": m.drafted,
+        "acceptance_rate": m.acceptance_rate,
+        "acceptance_rate_no_loops": m.acceptance_rate_no_loops,
+        "mean_accepted_length": m.mean_accepted_length,
+        "ttft_s": ttft,
+        "tokens_per_second": m.tokens_per_second,
+        "ar_tokens_per_second": ar,
+        "speedup": m.tokens_per_second / ar if ar and m.tokens_per_second else None,
+        "max_drafter_entries": speculator.drafter.cache.peak_entries,
+        "drafter_kv_bytes": speculator.drafter.cache.kv_bytes,
+        "target_kv_bytes": speculator.target.cache.kv_bytes,
+        "peak_memory_bytes": peak_memory(pair.target.device),
+        "loop_rate": m.loop_rate,
+        "output_equal": baseline.output_equal,
+        "ties": baseline.ties,
+        "logit_error": baseline.logit_error if baseline.steps and options.temperature == 0 else None,
+        "rounds": [[r.drafted, r.accepted] for r in rounds],
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's peak on a GPU, the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,148 @@
+"""The engine: draft, verify, accept. It knows token ids only; it yields steps, callers print and store.
+
+A round: the drafter proposes γ tokens after everything emitted so far; the target scores the last emitted token and
+the proposals in one forward; verification keeps a prefix of them and adds one token of the target's own; both caches
+roll back by moving an integer. Each model is fed `ids[length:]`, so a full acceptance needs no catch-up forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bdcli.cache import BudgetCache, FullCache
+from bdcli.controller import Controller
+from bdcli.model import Model
+from bdcli.sampling import Sampling, best_tokens, check_finite, draw, verify_greedy, verify_sampled
+
+
+class Reader:
+    """A model with its cache. `vocab` aligns the drafter's logits with the target's: cut, or filled with -inf."""
+
+    def __init__(self, model: Model, cache: FullCache | BudgetCache, vocab: int | None = None):
+        self.model, self.cache = model, cache
+        self.vocab = vocab or model.config.vocab_size
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def prefill(self, tokens: list[int], progress=None) -> None:
+        self.model.prefill(tokens, self.cache, progress)
+
+    def feed(self, tokens: list[int], rows: int) -> Tensor:
+        """Append `tokens`; fp32 logits [rows, V] of the last `rows`."""
+        logits = self.model.forward(tokens, self.cache, rows)
+        missing = self.vocab - logits.shape[-1]
+        if missing > 0:
+            return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        return logits[:, : self.vocab] if missing else logits
+
+    def rollback(self, length: int) -> None:
+        """Forget everything from position `length` on; nothing happens where less is held."""
+        self.cache.length = min(self.cache.length, length)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One round. `logits` [drafted + 1, V] are the target's, for checks; they live until the next round."""
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+    draft_s: float
+    verify_s: float
+    logits: Tensor = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        return self.draft_s + self.verify_s
+
+
+class Speculator:
+    """Generates from one prompt. Without a drafter it is the autoregressive baseline: same engine, γ = 0."""
+
+    def __init__(self, target: Reader, drafter: Reader | None, sampling: Sampling, seed: int, device="cpu"):
+        self.target, self.drafter, self.sampling = target, drafter, sampling
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.ids: list[int] = []
+        self.prompt_tokens = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.ids[self.prompt_tokens :]
+
+    def prefill(self, prompt: list[int], progress=None) -> None:
+        """Read all of `prompt` but its last token, which the first round scores. `progress(who, done, total)`."""
+        self.ids, self.prompt_tokens = list(prompt), len(prompt)
+        for who, reader in (("target", self.target), ("drafter", self.drafter)):
+            if reader is not None:
+                reader.prefill(prompt[:-1], progress and (lambda d, t, who=who: progress(who, d, t)))
+
+    def rounds(self, max_new_tokens: int, eos: frozenset[int], controller: Controller) -> Iterator[Step]:
+        """Rounds until an EOS token, which ends the text inside its block, or `max_new_tokens`, never passed."""
+        self.finish_reason = None
+        while self.finish_reason is None:
+            left = max_new_tokens - len(self.ids) + self.prompt_tokens
+            if left <= 0:
+                self.finish_reason = "length"
+                return
+            gamma = min(controller.choose(), left - 1) if self.drafter is not None else 0
+            step = self.round(gamma)
+            controller.observe(step.drafted, step.accepted, step.draft_s, step.verify_s)
+            end = next((i for i, token in enumerate(step.tokens) if token in eos), None)
+            if end is not None:
+                del self.ids[len(self.ids) - len(step.tokens) + end + 1 :]
+                step = replace(step, tokens=step.tokens[: end + 1], accepted=min(step.accepted, end + 1))
+                self.finish_reason = "stop"
+            yield step
+
+    def round(self, gamma: int) -> Step:
+        """Draft `gamma` tokens, verify them, append what is kept to `ids`."""
+        started = time.perf_counter()
+        ids, kept = self.ids, len(self.ids)
+        try:
+            q = self._propose(gamma)
+            drafted_at = time.perf_counter()
+            logits = self.target.feed(ids[self.target.length :], gamma + 1)
+            draft = ids[kept:]
+        finally:
+            del ids[kept:]
+        if self.sampling.greedy:
+            verdict = verify_greedy(draft, logits)
+        else:
+            check_finite(logits, "target")
+            verdict = verify_sampled(draft, q, self.sampling.distribution(logits), self.generator)
+        ids.extend(verdict.tokens)
+        self.target.rollback(len(ids) - 1)
+        if self.drafter is not None:
+            self.drafter.rollback(len(ids) - 1)
+        verify_s = time.perf_counter() - drafted_at
+        return Step(verdict.tokens, gamma, verdict.accepted, drafted_at - started, verify_s, logits)
+
+    def _propose(self, gamma: int) -> Tensor | None:
+        """Append `gamma` draft tokens to `ids`; returns q [γ, V] when sampling."""
+        rows = []
+        for _ in range(gamma):
+            logits = self.drafter.feed(self.ids[self.drafter.length :], 1)
+            best = best_tokens(logits, "drafter")
+            if self.sampling.greedy:
+                self.ids += best
+            else:
+                rows.append(self.sampling.distribution(logits))
+                self.ids.append(draw(rows[-1][0], self.generator))
+        return torch.cat(rows) if rows else None
+
+    def one_row(self, tokens: list[int]) -> tuple[Tensor, float]:
+        """One autoregressive step of the target over `tokens`: logits [1, V] and seconds, the choice of a token included."""
+        started = time.perf_counter()
+        logits = self.target.feed(tokens, 1)
+        best_tokens(logits, "target")
+        if not self.sampling.greedy:
+            draw(self.sampling.distribution(logits)[0], torch.Generator(logits.device).manual_seed(0))
+        return logits, time.perf_counter() - started
