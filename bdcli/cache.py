@@ -200,6 +200,7 @@ class BudgetCache(_Cache):
             self._layer_keys = self._zeros(tokens, self.kv_heads, self.head_dim)
             self._raw_keys = torch.empty_like(self._layer_keys) if self.view.rebased else self._layer_keys
             self._layer_values = torch.zeros_like(self._layer_keys)
+            self._last_queries = self._zeros(0, self.heads, self.head_dim)
 
     def end_layer(self, layer: int) -> None:
         if self.view.chosen:
@@ -231,6 +232,7 @@ class BudgetCache(_Cache):
         self._oldest = end
         self._store(layer, 0, self._layer_keys[: view.sinks], self._layer_values[: view.sinks])
         self._store(layer, end, self._layer_keys[end:], self._layer_values[end:])
+        self._last_queries = self._last_queries[:0]
 
     # -- one forward ------------------------------------------------------------------------------------------------
 
@@ -241,11 +243,10 @@ class BudgetCache(_Cache):
         if self._written - start > self.view.gamma_max + 1 and self._prompt is None:
             raise RuntimeError("rolled back further than the draft tail allows")
         at_rank = None
-        if self.view.rebased:
-            if start >= self.view.last_rank:  # steady: every query has the same rank
-                at_rank = self.rope.rows(slice(self.view.last_rank, self.view.last_rank + 1))
-            else:
-                at_rank = self.rope.rows(self.view.query_ranks(torch.arange(start, start + rows)))
+        if self.view.rebased:  # nothing is chosen yet while the prompt is read
+            last = self.view.last_rank - (self.view.chosen if self._prompt is not None else 0)
+            ranks = slice(last, last + 1) if start >= last else torch.arange(start, start + rows).clamp(max=last)
+            at_rank = self.rope.rows(ranks)
         mask = None if self._prompt is not None else self._mask(start, rows)
         return start, rows, self.rope.rows(slice(start, start + rows)), at_rank, mask
 
@@ -278,12 +279,18 @@ class BudgetCache(_Cache):
             self._layer_keys[start : start + rows], self._layer_values[start : start + rows] = k, v
             if self.view.rebased:
                 self._raw_keys[start : start + rows] = qk[:, self.heads :]
-            if start + rows == self._prompt:
-                self._last_queries = q_rank[-SCORING_QUERIES:]
+            self._keep_last_queries(q, qk[:, : self.heads])
         else:
             past = self._recent(layer, start, k, v)
             self._store(layer, start, k, v)
         return q, q_rank, past
+
+    def _keep_last_queries(self, rotated: Tensor, raw: Tensor) -> None:
+        """The last queries seen, as they will look at chosen chunks: all at the last rank, or at their positions."""
+        if self.view.rebased:
+            rows = slice(self.view.last_rank, self.view.last_rank + 1)
+            rotated = self.rope.rotate(raw[-SCORING_QUERIES:], self.rope.rows(rows))
+        self._last_queries = torch.cat((self._last_queries, rotated[-SCORING_QUERIES:]))[-SCORING_QUERIES:]
 
     def _store(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Put keys and values [T, Hkv, D] of positions start.. where they belong: sink slots, then the ring."""

@@ -16,6 +16,7 @@ from bdcli.model import Layer, Model
 POCKET = Path(__file__).parent / "assets" / "pocket"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_NAMES = "Give a folder, a hub name like owner/model, or pocket"
 _IGNORED = ("rotary_emb.inv_freq",)  # tables that old checkpoints carry
 
 
@@ -29,16 +30,18 @@ def resolve(name: str, role: str) -> Path:
     if path.exists():
         raise UserError(f"--{role} {name} is a file", "Give the model's folder, the one that holds config.json")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise UserError(f"--{role} {name}: no such folder", "Give a folder, a hub name like owner/model, or pocket")
+        raise UserError(f"--{role} {name}: no such folder", _NAMES)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     hint = f"Download it where there is a network: hf download {name}; then pass its folder"
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except RepositoryNotFoundError:
         raise UserError(f"--{role} {name}: neither a folder here nor a model on the hub", hint) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError:
+        raise UserError(f"--{role} {name}: neither a folder here nor a hub name", _NAMES) from None
+    except Exception as error:  # the hub raises many kinds, those of its HTTP library among them
         reason = type(error).__name__
         raise UserError(f"--{role} {name}: not in the local cache and the hub did not answer ({reason})", hint) from None
 
@@ -141,7 +144,10 @@ class _Weights:
         self._corrupt = SafetensorError
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            files = sorted(set(_read_json(index)["weight_map"].values()))
+            shards = _read_json(index).get("weight_map")
+            if not shards:
+                raise UserError(f"{index} lists no weights", "Download it again")
+            files = sorted(set(shards.values()))
         elif (folder / "model.safetensors").exists():
             files = ["model.safetensors"]
         elif list(folder.glob("*.bin")):
@@ -188,11 +194,14 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text("utf-8"))
+        parsed = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "Point at a Hugging Face model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})", "Download it again") from None
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} is not a JSON object", "Download it again")
+    return parsed
 
 
 def load_tokenizer(folder: Path):

@@ -14,6 +14,11 @@ SUPPORTED = {
     "Qwen3ForCausalLM": "Qwen3",
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_ROPE_KEYS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,11 @@ def _parse_rope(raw: dict, head_dim: int, where: str) -> RopeConfig:
     original = scaling.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
     if kind == "yarn" and original is None:
         original = max_position
+    for key in _ROPE_KEYS.get(kind, ()):
+        scaling[key]  # a KeyError names what config.json lacks
     factor = scaling.get("factor")
     if factor is None:
         factor = max_position / original if kind == "yarn" else 1.0
-    if kind == "llama3":
-        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            scaling[key]  # a KeyError names what config.json lacks
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
         attention_factor = _mscale(factor, scaling["mscale"]) / _mscale(factor, scaling["mscale_all_dim"])

@@ -52,12 +52,8 @@ class View:
 
     @property
     def last_rank(self) -> int:
-        """Rank of a query whose view is full, in text order from 0."""
+        """Rank of a query whose view is full, in text order from 0. Before that a query's rank is its position."""
         return self.prefix + self.window - 1
-
-    def query_ranks(self, positions: Tensor) -> Tensor:
-        """Rank of each query among the keys it sees: its own position until the window starts to slide."""
-        return positions.clamp(max=self.last_rank) if self.rebased else positions
 
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Bool [T, K]: may the query at position queries[i] see the sink or recent key at position keys[j]?"""

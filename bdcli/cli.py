@@ -1,0 +1,296 @@
+"""The command line: options in, text and tables out. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bdcli.errors import BdcliError, UserError
+from bdcli.options import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
+
+DEFAULT = DecodeOptions()
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="bdcli",
+    help="Lossless speculative decoding for long contexts with a drafter inside a fixed KV budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Select, Positions, Dtype, BaselineMode, Trim = (
+    StrEnum(name.title(), list(CHOICES[name])) for name in ("select", "positions", "dtype", "baseline", "trim")
+)
+Format = StrEnum("Format", ["table", "markdown", "csv", "json"])
+
+DbOption = Annotated[str, typer.Option("--db", help="Store: a file or SQLAlchemy URL. [default: BDCLI_DB or user data]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    app.debug = debug
+    if version:
+        from bdcli import __version__
+
+        typer.echo(f"bdcli {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def decode(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT_FILE", help="UTF-8 text file, or - for standard input.")],
+    budget: Annotated[str, typer.Option(help="KV entries the drafter may hold per layer and head, or full.")] = "512",
+    gamma: Annotated[str, typer.Option(help="Tokens drafted per round, or auto.")] = "auto",
+    select: Annotated[Select, typer.Option(help="What the drafter keeps of the prompt.")] = DEFAULT.select,
+    positions: Annotated[Positions, typer.Option(help="Places of kept keys: ranks, or true.")] = DEFAULT.positions,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = DEFAULT.temperature,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to mass p.")] = DEFAULT.top_p,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = DEFAULT.seed,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = DEFAULT.max_new_tokens,
+    dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where the machine computes in it.")] = DEFAULT.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = DEFAULT.device,
+    target: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.target,
+    drafter: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.drafter,
+    baseline: Annotated[
+        BaselineMode, typer.Option(help="Measure plain decoding on some rounds, on all, or not.")
+    ] = DEFAULT.baseline,
+    check: Annotated[bool, typer.Option("--check", help="Compare every token with plain decoding.")] = False,
+    trim: Annotated[Trim, typer.Option(help="Shorten a prompt over the context: keep head and tail.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")] = False,
+    stop: Annotated[list[str], typer.Option(help="End before this text; may be repeated.")] = None,
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write on from a prompt, faster, with the text the target would write alone."""
+    options = DecodeOptions(
+        target=target,
+        drafter=drafter,
+        budget=parse_budget(budget),
+        gamma=parse_gamma(gamma),
+        select=str(select),
+        positions=str(positions),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        dtype=str(dtype),
+        device=device,
+        baseline=str(baseline),
+        check=check,
+        trim=None if trim is None else str(trim),
+        chat=chat,
+        stop=tuple(stop or ()),
+    )
+    from bdcli.prompts import read_prompt
+    from bdcli.store import Store
+
+    text = read_prompt(prompt)
+    store = Store(db)
+    with _status("loading torch and models"):
+        from bdcli.runs import decode_run
+    result = decode_run(store, options, prompt, text, **({} if as_json else {"on_text": _write}), meter=_meter)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        _summary(result)
+    if result["status"] == "interrupted":
+        _note(f"interrupted; what was written is kept as run {result['run_id']}")
+        raise typer.Exit(INTERRUPTED)
+    if result["output_equal"] is False:
+        raise BdcliError("the text differs from plain decoding, so the run is invalid", "See bdcli doctor")
+
+
+@app.command()
+def report(
+    ctx: Annotated[str, typer.Option(help="8k: within 12.5 % of 8192; 8192: exactly that.")] = None,
+    budget: Annotated[str, typer.Option(help="A budget, or full.")] = None,
+    dataset: Annotated[str, typer.Option(help="Data set or prompt name.")] = None,
+    method: Annotated[str, typer.Option(help="bd, full, official, ...")] = None,
+    command: Annotated[str, typer.Option(help="decode, ...")] = None,
+    status: Annotated[str, typer.Option(help="done, failed, interrupted or running.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Newest runs to show; 0 shows all.")] = 0,
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = "table",
+    plot: Annotated[Path, typer.Option(help="Draw acceptance and speedup to a .png, .svg or .pdf file.")] = None,
+    db: DbOption = None,
+) -> None:
+    """Show stored runs."""
+    from bdcli import report as shown
+    from bdcli.store import Store
+
+    if ctx is not None:
+        parse_context(ctx)
+    store = Store(db, readonly=True)
+    keep = shown.Filter(ctx, budget, dataset, method, command, status)
+    runs = [run for run in store.runs() if keep(run)]
+    runs = runs[:limit] if limit else runs
+    if plot is not None:
+        shown.plot(runs, plot)
+        _note(f"wrote {plot}")
+    if not runs and form == "table":
+        _note(f"no run in {store.name} fits; make one with: bdcli decode PROMPT_FILE")
+    if form == "table":
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = 220  # a pipe has no width; do not cut columns
+        console.print(shown.as_table(runs)) if runs else None
+    else:
+        typer.echo({"json": shown.as_json, "csv": shown.as_csv, "markdown": shown.as_markdown}[str(form)](runs))
+
+
+@app.command()
+def prompt(
+    ctx: Annotated[str, typer.Option(help="Length in tokens: 4k or 4096.")] = "4k",
+    source: Annotated[str, typer.Option(help="stdlib (Python's own sources) or a text file.")] = "stdlib",
+    out: Annotated[Path, typer.Option(help="File to write; stdout without it.")] = None,
+    target: Annotated[str, typer.Option(help="Model whose tokenizer counts.")] = DEFAULT.target,
+) -> None:
+    """Write a real prompt of exactly that many tokens."""
+    from bdcli.prompts import cut_prompt, read_prompt, stdlib_text
+
+    tokens = parse_context(ctx)
+    text = stdlib_text() if source == "stdlib" else read_prompt(source)
+    from bdcli.checkpoint import load_tokenizer, resolve
+
+    piece = cut_prompt(load_tokenizer(resolve(target, "target")), text, tokens)
+    if out is None:
+        sys.stdout.write(piece)
+        return
+    try:
+        out.write_text(piece, "utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}", "Give a path in an existing folder") from None
+    _note(f"wrote {out}: {tokens} tokens, {len(piece)} characters")
+
+
+@app.command()
+def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
+    """Check this machine, the store and the pocket pair."""
+    with _status("checking"):
+        from bdcli.doctor import checks
+
+        found = list(checks(db))
+    if as_json:
+        typer.echo(json.dumps({c.name: {"ok": c.ok, "detail": c.detail} for c in found}, ensure_ascii=False))
+    else:
+        for c in found:
+            typer.echo(f"{'ok  ' if c.ok else 'FAIL'}  {c.name:12} {c.detail}")
+    if not all(c.ok for c in found):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: every expected error is one line on stderr and an exit code."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    app.debug = False
+    try:
+        code = typer.main.get_command(app).main(standalone_mode=False)
+    except BdcliError as error:
+        if app.debug:
+            raise
+        _note(f"error: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _note("interrupted")
+        code = INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away; nothing to say, nowhere to say it
+        code = 1
+    except Exception as error:
+        if app.debug:
+            raise
+        usage = hasattr(error, "format_message")  # click's own errors, whose module typer may vendor
+        message = " ".join((error.format_message() if usage else f"{type(error).__name__}: {error}").split())
+        _note(f"error: {message}. " + ("See bdcli --help" if usage else "Run again with bdcli --debug for the traceback"))
+        code = getattr(error, "exit_code", 1) if usage else 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _note(line: str) -> None:
+    print(f"bdcli: {line}", file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _status(what: str):
+    """A spinner on an interactive stderr."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextlib.contextmanager
+def _meter():
+    """Yields progress(who, done, total): a bar with an ETA on an interactive stderr, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("reading the prompt: {task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(who: str, done: int, total: int) -> None:
+            tasks.setdefault(who, bar.add_task(who, total=total) if who not in tasks else 0)
+            bar.update(tasks[who], completed=done)
+            if done == total and who == "drafter":
+                bar.stop()
+
+        yield progress
+
+
+def _summary(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def show(key: str, pattern: str, unknown: str = "not measured") -> str:
+        return unknown if result[key] is None else pattern.format(result[key])
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    equal = {True: "yes", False: "NO", None: "not checked (--check)"}[result["output_equal"]]
+    view = f"{result['select']}, {result['positions']}"
+    for name, value in (
+        ("run", result["run_id"]),
+        ("context", f"{result['context']} tokens, {result['new_tokens']} new"),
+        ("budget", f"{result['budget']} ({view}), at most {result['max_drafter_entries']} entries held"),
+        ("gamma", str(result["gamma"])),
+        ("acceptance", f"{show('acceptance_rate', '{:.1%}', 'nothing drafted')} of {result['drafted']} drafted"),
+        ("outside loops", f"{show('acceptance_rate_no_loops', '{:.1%}')}, loop rate {show('loop_rate', '{:.1%}')}"),
+        ("mean length", f"{show('mean_accepted_length', '{:.2f}')} tokens per target forward"),
+        ("first token", show("ttft_s", "{:.2f} s")),
+        ("AR", show("ar_tokens_per_second", "{:.1f} tok/s")),
+        ("speculative", show("tokens_per_second", "{:.1f} tok/s")),
+        ("speedup", show("speedup", "{:.2f}×")),
+        ("equal to AR", equal + (f", {result['ties']} ties" if result["ties"] else "")),
+    ):
+        table.add_row(name, value)
+    typer.echo()
+    Console().print(table)

@@ -1,0 +1,73 @@
+"""What this machine offers and whether the pieces work: versions, device, dtype, memory speed, store, pocket pair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from bdcli.checkpoint import POCKET, cpu_has_bfloat16, load_model, load_tokenizer, pick_device, pick_dtype
+from bdcli.errors import BdcliError
+from bdcli.store import Store, git_revision, machine, versions
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    detail: str
+
+
+def checks(store: str | None) -> Iterator[Check]:
+    """Yield the checks one by one; each is independent of the others' outcome."""
+    yield Check("versions", True, ", ".join(f"{k} {v}" for k, v in versions().items()))
+    yield Check("revision", True, git_revision() or "not a git checkout")
+    yield Check("machine", True, machine())
+    memory = psutil.virtual_memory()
+    yield Check("memory", True, f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
+    yield Check("threads", True, f"torch uses {torch.get_num_threads()}")
+    device = pick_device("auto")
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        yield Check("device", True, f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    else:
+        yield Check("device", True, "cpu (no CUDA device found)")
+    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    native = "multiplies" if cpu_has_bfloat16() else "does not multiply"
+    yield Check("dtype", True, f"auto means {dtype} (this CPU {native} bf16 itself)")
+    yield Check("attention", True, "torch (eager)")
+    yield Check("stream read", True, f"{_stream_read():.1f} GB/s from memory")
+    yield _guarded("store", lambda: f"{Store(store).name}: writable, {len(Store(store).runs())} runs")
+    yield _guarded("pocket pair", _pocket)
+
+
+def _guarded(name: str, work) -> Check:
+    try:
+        return Check(name, True, work())
+    except BdcliError as error:
+        return Check(name, False, str(error))
+
+
+def _stream_read() -> float:
+    """GB/s of the best of five sums over 256 MB, too large for any cache here."""
+    data = torch.ones(64 * 2**20)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - started)
+    return data.numel() * 4 / best / 1e9
+
+
+def _pocket() -> str:
+    sizes = []
+    for role in ("target", "drafter"):
+        model = load_model(POCKET / role, torch.float32, torch.device("cpu"))
+        if not all(bool(t.isfinite().all()) for t in model.tensors()):
+            raise BdcliError(f"pocket {role} has non-finite weights")
+        sizes.append(f"{role} {sum(t.numel() for t in model.tensors()) / 1e6:.1f} M parameters")
+    return f"{', '.join(sizes)}, {len(load_tokenizer(POCKET / 'target'))} tokens"

@@ -1,0 +1,56 @@
+"""Runs that leave a row: start one, finish it whatever happens, hand the result back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from bdcli.decode import Listener, decode, load_pair, make_speculator, prompt_ids
+from bdcli.options import DecodeOptions
+from bdcli.store import Figures, Prompt, Run, Store
+
+
+def decode_run(
+    store: Store, options: DecodeOptions, source: str, text: str, on_text: Callable = lambda _: None, meter=None
+) -> dict:
+    """Decode `text` (read from `source`) and store the run; returns the contract's fields with run_id.
+
+    Bad input raises before a row is written; after that the row ends as done, failed or interrupted.
+    """
+    pair = load_pair(options)
+    ids = prompt_ids(pair, options, text)
+    make_speculator(pair, options, len(ids))  # refuses a budget that is too small
+    dataset = "stdin" if source == "-" else Path(source).stem
+    known = {"dataset": dataset, "method": method_name(options), "target": pair.names[0], "drafter": pair.names[1]}
+    run_id = store.begin("decode", options.as_dict(), context=len(ids), **known)
+    try:
+        with meter() as progress:
+            result = decode(pair, options, ids, Listener(on_text, progress))
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        store.finish(run_id, status, error=f"{type(error).__name__}: {error}")
+        raise
+    figures = {name: result[name] for name in Figures.model_fields}
+    columns = {name: value for name, value in result.items() if name in Run.model_fields and name != "status"}
+    prompt = Prompt(
+        run_id=run_id,
+        source=source,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text=result["text"],
+        tokens=result["tokens"],
+        rounds=result["rounds"],
+        **figures,
+    )
+    status, error = result["status"], None
+    if result["output_equal"] is False:
+        status, error = "failed", "the text differs from plain decoding"
+    store.finish(run_id, status, [prompt], error, **columns)
+    return {"run_id": run_id, **result}
+
+
+def method_name(options: DecodeOptions) -> str:
+    """`full` for a full-cache drafter, `official` for the paper's selection, else `bd`."""
+    if options.budget is None:
+        return "full"
+    return "official" if options.select == "official" else "bd"

@@ -1,0 +1,293 @@
+"""Every run, in SQLite through SQLModel: one row a run, one row a prompt. No torch here.
+
+A row is written when computing starts and completed when it ends. A run whose process is gone without completing its
+row (kill -9, power) is marked interrupted by whoever opens the store next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from platformdirs import user_data_path
+from sqlalchemy import JSON, String, event, inspect, text
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Field, Session, SQLModel, create_engine, select
+
+from bdcli import __version__
+from bdcli.errors import UserError
+
+PACKAGES = ("torch", "transformers", "safetensors")
+
+
+class NumberOrWord(TypeDecorator):
+    """A column like budget (512 or "full") and gamma (5 or "auto")."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value, dialect):  # noqa: ARG002
+        return None if value is None else str(value)
+
+    def process_result_value(self, value, dialect):  # noqa: ARG002
+        return int(value) if value is not None and value.isdigit() else value
+
+
+class Figures(SQLModel):
+    """Columns that a run and each of its prompts share. Rates are null where nothing was measured."""
+
+    context: int | None = Field(default=None, index=True, description="prompt tokens")
+    new_tokens: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    acceptance_rate: float | None = None
+    acceptance_rate_no_loops: float | None = None
+    mean_accepted_length: float | None = None
+    ttft_s: float | None = None
+    tokens_per_second: float | None = None
+    ar_tokens_per_second: float | None = None
+    speedup: float | None = None
+    loop_rate: float | None = None
+    max_drafter_entries: int | None = None
+    output_equal: bool | None = None
+    ties: int | None = None
+    finish_reason: str | None = None
+
+
+class Run(Figures, table=True):
+    run_id: str = Field(primary_key=True)
+    started_at: datetime
+    finished_at: datetime | None = None
+    command: str = Field(index=True)
+    status: str = Field(description="running | done | failed | interrupted")
+    error: str | None = None
+    method: str | None = None
+    dataset: str | None = None
+    prompts: int = 0
+    target: str | None = None
+    drafter: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    budget: int | str | None = Field(default=None, sa_type=NumberOrWord)
+    gamma: int | str | None = Field(default=None, sa_type=NumberOrWord)
+    select: str | None = None
+    positions: str | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    drafter_kv_bytes: int | None = None
+    target_kv_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    machine: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    process_started: float | None = None
+    git_revision: str | None = None
+    versions: dict = Field(default_factory=dict, sa_type=JSON)
+    config: dict = Field(default_factory=dict, sa_type=JSON)
+
+
+class Prompt(Figures, table=True):
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(foreign_key="run.run_id", index=True)
+    index: int = 0
+    source: str
+    sha256: str
+    text: str = Field(description="what was generated")
+    tokens: list[int] = Field(default_factory=list, sa_type=JSON)
+    rounds: list[list[int]] = Field(default_factory=list, sa_type=JSON, description="[drafted, accepted] a round")
+
+
+class Store:
+    """Open with `Store(where)`; `where` is a path, a SQLAlchemy URL, or None for BDCLI_DB or the user's data folder.
+
+    Raises UserError when the store cannot be used. `readonly` needs no write permission and creates nothing.
+    """
+
+    def __init__(self, where: str | None = None, readonly: bool = False):
+        self.given = where or os.environ.get("BDCLI_DB")
+        place = self.given or str(user_data_path("bdcli") / "runs.db")
+        self.path = None if "://" in place else Path(place).expanduser()
+        self.name = str(self.path or place)
+        self.readonly = readonly and self.path is not None and not _writable(self.path)
+        with self._explained():
+            self._engine = create_engine(self._url(place), json_serializer=json.dumps)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", self._prepare_connection)
+        if not self.readonly:
+            with self._explained():
+                self._create()
+                self._mark_interrupted()
+
+    def _url(self, place: str) -> str:
+        if self.path is None:
+            return place
+        if self.readonly:
+            return f"sqlite:///file:{self.path.absolute()}?mode=ro&immutable=1&uri=true"
+        if self.path.is_dir():
+            raise UserError(f"store {self.name} is a folder", "Give a file: --db runs.db")
+        if not _writable(self.path):
+            raise UserError(f"store {self.name} is read-only", "Make it writable, or use another: --db runs.db")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"store {self.name}: {error.strerror}", "Use another place: --db runs.db") from None
+        return f"sqlite:///{self.path}"
+
+    def _prepare_connection(self, connection, _record) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA busy_timeout = 30000")
+        if not self.readonly:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.close()
+
+    def _create(self) -> None:
+        """Tables, and columns that a newer version added. Two processes may do this at once."""
+        for attempt in range(3):
+            try:
+                SQLModel.metadata.create_all(self._engine)
+                break
+            except OperationalError as error:
+                if "already exists" not in str(error) or attempt == 2:
+                    raise
+        known = inspect(self._engine)
+        with self._engine.begin() as connection:
+            for table in (Run.__table__, Prompt.__table__):
+                present = {column["name"] for column in known.get_columns(table.name)}
+                for column in table.columns:
+                    if column.name not in present:
+                        kind = column.type.compile(self._engine.dialect)
+                        connection.execute(text(f'ALTER TABLE "{table.name}" ADD COLUMN "{column.name}" {kind}'))
+
+    def _mark_interrupted(self) -> None:
+        with Session(self._engine) as session:
+            for run in session.exec(select(Run).where(Run.status == "running", Run.host == socket.gethostname())):
+                if not _alive(run.pid, run.process_started):
+                    run.status = "interrupted"
+                    session.add(run)
+            session.commit()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise UserError(f"store {self.name}: {error}", "Give a file or a SQLAlchemy URL") from None
+        except DatabaseError as error:
+            reason = str(error.orig)
+            hint = "Use another: --db runs.db"
+            if "not a database" in reason or "malformed" in reason:
+                raise UserError(f"store {self.name} is not a SQLite file", hint) from None
+            raise UserError(f"store {self.name} cannot be used ({reason})", hint) from None
+
+    def begin(self, command: str, config: dict, **fields) -> str:
+        """Write a row with status running; returns its run_id."""
+        now = datetime.now(UTC)
+        run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        process = psutil.Process()
+        run = Run(
+            run_id=run_id,
+            started_at=now,
+            command=command,
+            status="running",
+            config=config,
+            host=socket.gethostname(),
+            pid=process.pid,
+            process_started=process.create_time(),
+            machine=machine(),
+            git_revision=git_revision(),
+            versions=versions(),
+            **fields,
+        )
+        with self._explained(), Session(self._engine) as session:
+            session.add(run)
+            session.commit()
+        return run_id
+
+    def finish(self, run_id: str, status: str, prompts: list[Prompt] = (), error: str | None = None, **fields) -> None:
+        """Complete a row. Unknown keys of `fields` are a programming error and raise."""
+        with self._explained(), Session(self._engine) as session:
+            run = session.get(Run, run_id)
+            run.status, run.error, run.finished_at = status, error, datetime.now(UTC)
+            for name, value in fields.items():
+                if name not in Run.model_fields:
+                    raise AttributeError(f"the store has no column {name}")
+                setattr(run, name, value)
+            run.prompts = len(prompts)
+            session.add(run)
+            session.add_all(prompts)
+            session.commit()
+
+    def runs(self) -> list[Run]:
+        """All runs, newest first."""
+        with self._explained(), Session(self._engine) as session:
+            return list(session.exec(select(Run).order_by(Run.started_at.desc(), Run.run_id.desc())))
+
+    def prompts(self, run_id: str) -> list[Prompt]:
+        with self._explained(), Session(self._engine) as session:
+            return list(session.exec(select(Prompt).where(Prompt.run_id == run_id).order_by(Prompt.index)))
+
+
+def _writable(path: Path) -> bool:
+    """Write bits count even for root, who could ignore them."""
+    place = path if path.exists() else path.parent
+    if not place.exists():
+        return True
+    return bool(place.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(place, os.W_OK)
+
+
+def _alive(pid: int | None, started: float | None) -> bool:
+    try:
+        return pid is not None and abs(psutil.Process(pid).create_time() - (started or 0)) < 2
+    except psutil.Error:
+        return False
+
+
+def machine() -> str:
+    """Processor, cores and memory, the way a person would name the machine."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line)
+        name = next(lines, name)
+    return f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}"
+
+
+def versions() -> dict[str, str]:
+    found = {"bdcli": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package runs from, with + when it has changes; None outside one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
+        return done.stdout.strip()
+
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return (revision + ("+" if git("status", "--porcelain", "-uno") else "")) or None
+    except (OSError, subprocess.SubprocessError):
+        return None
