@@ -178,7 +178,8 @@ class BudgetCache(_Cache):
         self._oldest = view.sinks  # position of the first ring entry ever stored
         self._written = 0  # one past the highest position ever stored; a rollback may not reach below its window
         self._prompt: int | None = None
-        self._layer_keys = self._layer_values = None  # chunk prefill: one layer's full keys
+        # while a chunk prefill runs: one layer's full keys, rotated and raw, its values, its last queries
+        self._layer_keys = self._raw_keys = self._layer_values = self._last_queries = None
         # slot j is seen by query t iff (t - j) mod ring < window: a contiguous slice of one doubled row
         age = -torch.arange(2 * view.ring, device=self.device) % view.ring
         self._steady = torch.zeros(2 * view.ring, dtype=self.dtype, device=self.device)

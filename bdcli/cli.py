@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from bdcli import __version__
 from bdcli.errors import BdcliError, UserError
 from bdcli.options import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
 
@@ -35,17 +36,20 @@ DbOption = Annotated[str, typer.Option("--db", help="Store: a file or SQLAlchemy
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bdcli {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     app.debug = debug
-    if version:
-        from bdcli import __version__
-
-        typer.echo(f"bdcli {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -58,7 +62,7 @@ def decode(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = DEFAULT.temperature,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to mass p.")] = DEFAULT.top_p,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = DEFAULT.seed,
+    seed: Annotated[int, typer.Option(help="Repeats sampled text for a fixed --gamma; auto depends on timing.")] = DEFAULT.seed,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = DEFAULT.max_new_tokens,
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where the machine computes in it.")] = DEFAULT.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = DEFAULT.device,

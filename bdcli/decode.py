@@ -6,9 +6,11 @@ The CLI prints what the callbacks hand it and stores the result; nothing here pr
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def prompt_ids(pair: Pair, options: DecodeOptions, text: str) -> list[int]:
 def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculator:
     """Caches for a prompt of `prompt` tokens. Raises UserError when the budget is too small."""
     total = prompt + options.max_new_tokens
-    gamma_max = options_gamma_max(options)
+    gamma_max = gamma_max_of(options)
     capacity = total + gamma_max + 2
     target = Reader(pair.target, FullCache(pair.target, capacity, total))
     cache: FullCache | BudgetCache
@@ -106,7 +108,8 @@ def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculat
     return Speculator(target, drafter, sampling, options.seed, pair.target.device)
 
 
-def options_gamma_max(options: DecodeOptions) -> int:
+def gamma_max_of(options: DecodeOptions) -> int:
+    """Longest draft of a run, which sizes caches and bounds `--gamma auto`."""
     return gamma_limit(options.budget if options.budget is not None else sys.maxsize, options.gamma)
 
 
@@ -126,7 +129,7 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
     rounds: list[Round] = []
     pieces: list[str] = []
     new: list[int] = []
-    finish, status, ttft = "length", "done", None
+    finish, status, ttft = None, "done", None
 
     def show(text: str) -> None:
         if text:
@@ -140,22 +143,21 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         started = time.perf_counter()
         speculator.prefill(prompt, listener.progress)
         prefill_s = time.perf_counter() - started
-        controller = warm_up(speculator, options.gamma, options_gamma_max(options))
-        for step in speculator.rounds(options.max_new_tokens, pair.eos, controller):
-            new += step.tokens
-            rounds.append(Round(len(step.tokens), step.drafted, step.accepted, step.seconds))
-            ttft = ttft if ttft is not None else prefill_s + step.seconds
-            show(stop.feed(stream.feed(step.tokens)))
-            if stop.found:
-                speculator.finish_reason = "stop"
-            baseline.after(speculator, step)
-            if stop.found:
-                break
-        finish = speculator.finish_reason or "length"
+        controller = warm_up(speculator, options.gamma, gamma_max_of(options))
+        with _interrupt_between_rounds() as interrupted:
+            for step in speculator.rounds(options.max_new_tokens, pair.eos, controller):
+                new += step.tokens
+                rounds.append(Round(len(step.tokens), step.drafted, step.accepted, step.seconds))
+                ttft = ttft if ttft is not None else prefill_s + step.seconds
+                show(stop.feed(stream.feed(step.tokens)))
+                baseline.after(speculator, step)
+                if stop.found or interrupted:
+                    break
+            show(stop.feed(stream.feed([], end=True), end=True))
+        finish = "stop" if stop.found else speculator.finish_reason
+        status = "interrupted" if interrupted else "done"
     except KeyboardInterrupt:
         status = "interrupted"
-    with contextlib.suppress(KeyboardInterrupt):
-        show(stop.feed(stream.feed([], end=True), end=True))
     m = measure(prompt, new, rounds)
     ar = baseline.tokens_per_second
     return {
@@ -196,6 +198,26 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         "logit_error": baseline.logit_error if baseline.steps and options.temperature == 0 else None,
         "rounds": [[r.drafted, r.accepted] for r in rounds],
     }
+
+
+@contextlib.contextmanager
+def _interrupt_between_rounds() -> Iterator[list]:
+    """Ctrl-C fills the list instead of raising, so that no accepted token is lost; a second one raises."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number: int, _frame: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def peak_memory(device: torch.device) -> int:

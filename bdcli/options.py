@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 
 from bdcli.errors import UserError
 
+SELECTIONS = ("window", "chunk", "official")
 CHOICES = {
-    "select": ("window", "chunk", "official"),
+    "select": SELECTIONS,
     "positions": ("rebased", "absolute"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "baseline": ("sample", "full", "off"),

@@ -240,6 +240,10 @@ class Store:
         with self._explained(), Session(self._engine) as session:
             return list(session.exec(select(Prompt).where(Prompt.run_id == run_id).order_by(Prompt.index)))
 
+    def close(self) -> None:
+        """Drop the connections; SQLite then folds its write-ahead log into the file."""
+        self._engine.dispose()
+
 
 def _writable(path: Path) -> bool:
     """Write bits count even for root, who could ignore them."""

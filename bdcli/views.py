@@ -22,9 +22,6 @@ GAMMA_MAX = 16
 SMALL_BUDGET = 64  # below it γmax shrinks to the draft length asked for, so that a window remains
 CHOSEN_SHARE = 0.5  # of what sinks and draft tail leave over goes to chosen chunks
 
-SELECTIONS = ("window", "chunk", "official")
-POSITIONS = ("rebased", "absolute")
-
 
 @dataclass(frozen=True)
 class View:

@@ -26,11 +26,12 @@ LLAMA3 = {  # at 64 original positions and 8 pairs all three bands occur
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {
+YARN = {  # a ramp over pairs 2 to 6 of 8; the default betas would make it another
     "rope_type": "yarn",
-    "rope_theta": 10000.0,
+    "rope_theta": 200.0,
     "factor": 4.0,
-    "beta_fast": 8.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
     "original_max_position_embeddings": 128,
 }
 CASES = {
@@ -63,7 +64,7 @@ def build(family: str, changes: dict, folder: Path, dtype=torch.float32, **save)
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-3,  # large enough to be missed
+        "rms_norm_eps": 0.05,  # large enough to be missed
         "initializer_range": 0.2,
     }
     config = getattr(transformers, f"{family}Config")(**(settings | changes))
@@ -263,16 +264,37 @@ def test_old_style_rope_keys(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scaling, factor, attention_factor",
+    "changes, factor, attention_factor, original",
     [
-        ({"factor": None, "original_max_position_embeddings": 128}, 4.0, None),
-        ({"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}, 4.0, 1.0),
-        ({"factor": 4.0, "attention_factor": 0.5}, 4.0, 0.5),
+        ({"rope_scaling": {"factor": None, "original_max_position_embeddings": 128}}, 4.0, None, 128),
+        ({"rope_scaling": {"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}}, 4.0, 1.0, 512),
+        ({"rope_scaling": {"factor": 4.0, "attention_factor": 0.5}}, 4.0, 0.5, 512),
+        ({"rope_scaling": {"factor": 4.0}, "original_max_position_embeddings": 64}, 4.0, None, 64),
     ],
 )
-def test_yarn_options(scaling, factor, attention_factor):
+def test_yarn_options(changes, factor, attention_factor, original):
     raw = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], max_position_embeddings=512).to_dict()
     del raw["rope_parameters"]
-    rope = parse_config(raw | {"rope_scaling": {"type": "yarn"} | scaling}, "yarn").rope
-    assert (rope.factor, rope.attention_factor) == (factor, attention_factor)
-    assert rope.original_max_position == scaling.get("original_max_position_embeddings", 512)
+    raw |= changes
+    rope = parse_config(raw | {"rope_scaling": {"type": "yarn"} | changes["rope_scaling"]}, "yarn").rope
+    assert (rope.factor, rope.attention_factor, rope.original_max_position) == (
+        factor,
+        attention_factor,
+        original,
+    )
+
+
+@pytest.mark.parametrize(
+    "family, changes, expected",
+    [
+        ("Mistral", {"sliding_window": 4096}, 4096),
+        ("Mistral", {"sliding_window": None}, None),
+        ("Qwen2", {"sliding_window": 4096, "use_sliding_window": True}, 4096),
+        ("Qwen2", {"sliding_window": 4096, "use_sliding_window": False}, None),
+        ("Qwen3", {"sliding_window": 4096}, None),
+        ("Llama", {"sliding_window": 4096}, None),
+    ],
+)
+def test_sliding_window(family, changes, expected):
+    raw = getattr(transformers, f"{family}Config")(architectures=[f"{family}ForCausalLM"]).to_dict()
+    assert parse_config(raw | changes, "here").sliding_window == expected
