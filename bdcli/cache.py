@@ -189,7 +189,7 @@ class BudgetCache(_Cache):
     def kv_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    # -- prefill ----------------------------------------------------------------------------------------------------
+    # -- prefill
 
     def begin_prefill(self, tokens: int) -> None:
         if self.length:
@@ -235,7 +235,7 @@ class BudgetCache(_Cache):
         self._store(layer, end, self._layer_keys[end:], self._layer_values[end:])
         self._last_queries = self._last_queries[:0]
 
-    # -- one forward ------------------------------------------------------------------------------------------------
+    # -- one forward
 
     def plan(self, start: int, rows: int) -> tuple:
         """(start, rows, RoPE rows at true positions, RoPE rows at ranks or None, additive mask over all B slots)."""
@@ -310,7 +310,7 @@ class BudgetCache(_Cache):
         self.peak_entries = max(self.peak_entries, min(stop, view.sinks) + view.chosen + ring)
 
     def _recent(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prefill block: keys and values [Hkv, D, K], [Hkv, K, D] of sinks, earlier window and block, with positions."""
+        """Prefill block: keys [Hkv, D, K], values [Hkv, K, D] and positions [K] of sinks, earlier window and block."""
         view = self.view
         first = max(view.sinks, start - view.window + 1)
         before = torch.cat((torch.arange(min(start, view.sinks)), torch.arange(first, max(first, start))))

@@ -16,6 +16,7 @@ from bdcli.model import Layer, Model
 POCKET = Path(__file__).parent / "assets" / "pocket"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_HUB_DUPLICATES = ["consolidated*", "original/*"]  # second copies of the weights in other layouts
 _NAMES = "Give a folder, a hub name like owner/model, or pocket"
 _IGNORED = ("rotary_emb.inv_freq",)  # tables that old checkpoints carry
 
@@ -32,18 +33,22 @@ def resolve(name: str, role: str) -> Path:
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"--{role} {name}: no such folder", _NAMES)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     hint = f"Download it where there is a network: hf download {name}; then pass its folder"
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+    except GatedRepoError:
+        raise UserError(f"--{role} {name}: its owner asks for a login", f"Run hf auth login, then: {hint}") from None
     except RepositoryNotFoundError:
         raise UserError(f"--{role} {name}: neither a folder here nor a model on the hub", hint) from None
     except HFValidationError:
         raise UserError(f"--{role} {name}: neither a folder here nor a hub name", _NAMES) from None
     except Exception as error:  # the hub raises many kinds, those of its HTTP library among them
         reason = type(error).__name__
-        raise UserError(f"--{role} {name}: not in the local cache and the hub did not answer ({reason})", hint) from None
+        raise UserError(
+            f"--{role} {name}: not in the local cache and the hub did not answer ({reason})", hint
+        ) from None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -176,7 +181,9 @@ class _Weights:
         except (self._corrupt, OSError) as error:
             raise _damaged(path, error) from None
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}", "Check the pair")
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}", "Check the pair"
+            )
         return tensor.to(self._device, self._dtype)
 
     def skip(self, name: str) -> None:
@@ -226,7 +233,11 @@ def check_vocabulary(target: Path, drafter: Path, target_tokenizer) -> None:
     other = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
     if other or abs(len(ours) - len(theirs)) > 0.01 * len(ours):
         first = min(other, default=None)
-        detail = f"id {first} is {theirs[first]!r}, not {ours[first]!r}" if other else f"{len(theirs)} tokens, not {len(ours)}"
+        detail = (
+            f"id {first} is {theirs[first]!r}, not {ours[first]!r}"
+            if other
+            else f"{len(theirs)} tokens, not {len(ours)}"
+        )
         raise UserError(
             f"drafter {drafter} has another vocabulary than target {target} ({detail})",
             "Use a drafter distilled for this target",

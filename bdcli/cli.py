@@ -32,7 +32,9 @@ Select, Positions, Dtype, BaselineMode, Trim = (
 )
 Format = StrEnum("Format", ["table", "markdown", "csv", "json"])
 
-DbOption = Annotated[str, typer.Option("--db", help="Store: a file or SQLAlchemy URL. [default: BDCLI_DB or user data]")]
+DbOption = Annotated[
+    str, typer.Option("--db", help="Store: a file or SQLAlchemy URL. [default: BDCLI_DB or user data]")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -62,7 +64,9 @@ def decode(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = DEFAULT.temperature,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to mass p.")] = DEFAULT.top_p,
-    seed: Annotated[int, typer.Option(help="Repeats sampled text for a fixed --gamma; auto depends on timing.")] = DEFAULT.seed,
+    seed: Annotated[
+        int, typer.Option(help="Repeats sampled text for a fixed --gamma; auto depends on timing.")
+    ] = DEFAULT.seed,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = DEFAULT.max_new_tokens,
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where the machine computes in it.")] = DEFAULT.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = DEFAULT.device,
@@ -72,9 +76,9 @@ def decode(
         BaselineMode, typer.Option(help="Measure plain decoding on some rounds, on all, or not.")
     ] = DEFAULT.baseline,
     check: Annotated[bool, typer.Option("--check", help="Compare every token with plain decoding.")] = False,
-    trim: Annotated[Trim, typer.Option(help="Shorten a prompt over the context: keep head and tail.")] = None,
+    trim: Annotated[Trim | None, typer.Option(help="Shorten a prompt over the context: keep head and tail.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")] = False,
-    stop: Annotated[list[str], typer.Option(help="End before this text; may be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     db: DbOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,15 +124,15 @@ def decode(
 
 @app.command()
 def report(
-    ctx: Annotated[str, typer.Option(help="8k: within 12.5 % of 8192; 8192: exactly that.")] = None,
-    budget: Annotated[str, typer.Option(help="A budget, or full.")] = None,
-    dataset: Annotated[str, typer.Option(help="Data set or prompt name.")] = None,
-    method: Annotated[str, typer.Option(help="bd, full, official, ...")] = None,
-    command: Annotated[str, typer.Option(help="decode, ...")] = None,
-    status: Annotated[str, typer.Option(help="done, failed, interrupted or running.")] = None,
+    ctx: Annotated[str | None, typer.Option(help="8k: within 12.5 % of 8192; 8192: exactly that.")] = None,
+    budget: Annotated[str | None, typer.Option(help="A budget, or full.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set or prompt name.")] = None,
+    method: Annotated[str | None, typer.Option(help="bd, full, official, ...")] = None,
+    command: Annotated[str | None, typer.Option(help="decode, ...")] = None,
+    status: Annotated[str | None, typer.Option(help="done, failed, interrupted or running.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Newest runs to show; 0 shows all.")] = 0,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = "table",
-    plot: Annotated[Path, typer.Option(help="Draw acceptance and speedup to a .png, .svg or .pdf file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw acceptance and speedup to a .png, .svg or .pdf file.")] = None,
     db: DbOption = None,
 ) -> None:
     """Show stored runs."""
@@ -161,7 +165,7 @@ def report(
 def prompt(
     ctx: Annotated[str, typer.Option(help="Length in tokens: 4k or 4096.")] = "4k",
     source: Annotated[str, typer.Option(help="stdlib (Python's own sources) or a text file.")] = "stdlib",
-    out: Annotated[Path, typer.Option(help="File to write; stdout without it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
     target: Annotated[str, typer.Option(help="Model whose tokenizer counts.")] = DEFAULT.target,
 ) -> None:
     """Write a real prompt of exactly that many tokens."""
@@ -221,7 +225,9 @@ def main() -> None:
             raise
         usage = hasattr(error, "format_message")  # click's own errors, whose module typer may vendor
         message = " ".join((error.format_message() if usage else f"{type(error).__name__}: {error}").split())
-        _note(f"error: {message}. " + ("See bdcli --help" if usage else "Run again with bdcli --debug for the traceback"))
+        _note(
+            f"error: {message}. " + ("See bdcli --help" if usage else "Run again with bdcli --debug for the traceback")
+        )
         code = getattr(error, "exit_code", 1) if usage else 1
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -36,7 +36,7 @@ class AutoGamma:
     """
 
     def __init__(self, max_gamma: int, verify_costs: dict[int, float], draft_cost: float):
-        """`verify_costs` maps rows to measured seconds for at least one row count; `draft_cost` is one draft token's."""
+        """`verify_costs` maps rows to measured seconds (one row count at least); `draft_cost` is one draft token's."""
         self.max_gamma = max_gamma
         self._verify = dict(verify_costs)
         self._draft = draft_cost

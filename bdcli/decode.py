@@ -67,7 +67,9 @@ def load_pair(options: DecodeOptions) -> Pair:
     tokenizer = load_tokenizer(target)
     check_vocabulary(target, drafter, tokenizer)
     models = [load_model(folder, dtype, device) for folder in (target, drafter)]
-    return Pair(*models, tokenizer, eos_tokens(target), (_name(options.target, target), _name(options.drafter, drafter)))
+    return Pair(
+        *models, tokenizer, eos_tokens(target), (_name(options.target, target), _name(options.drafter, drafter))
+    )
 
 
 def _name(given: str, folder: Path) -> str:

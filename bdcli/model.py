@@ -127,7 +127,9 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, tokens: list[int], cache: Cache, rows: int) -> Tensor:
-        """Append `tokens` to the cache and return fp32 logits [rows, V] of the last `rows` of them."""
+        """Append `tokens` to the cache; fp32 logits [rows, V] of the last `rows` of them, at most `cache.max_rows`."""
+        if rows > cache.max_rows:
+            raise RuntimeError(f"{rows} rows at once, but this cache takes {cache.max_rows}")
         head = max(0, len(tokens) - cache.max_rows)
         for a in range(0, head, cache.max_rows):  # a lagging cache catches up in blocks it can hold
             self._append(tokens[a : min(a + cache.max_rows, head)], cache)

@@ -11,7 +11,7 @@ def chunk_scores(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
 
     queries [m, H, D], keys [C·chunk, Hkv, D], both rotated.
     """
-    m, heads, dim = queries.shape
+    heads, dim = queries.shape[1:]
     kv_heads = keys.shape[1]
     query = queries.float().mean(0).view(kv_heads, heads // kv_heads, dim).sum(1)
     centre = keys.float().view(-1, chunk, kv_heads, dim).mean(1)

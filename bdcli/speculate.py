@@ -21,7 +21,10 @@ from bdcli.sampling import Sampling, best_tokens, check_finite, draw, verify_gre
 
 
 class Reader:
-    """A model with its cache. `vocab` aligns the drafter's logits with the target's: cut, or filled with -inf."""
+    """A model with its cache. `vocab` aligns a drafter with its target, whose table of tokens may be padded otherwise:
+
+    logits are cut or filled with -inf, and ids the model does not have are read as id 0.
+    """
 
     def __init__(self, model: Model, cache: FullCache | BudgetCache, vocab: int | None = None):
         self.model, self.cache = model, cache
@@ -32,15 +35,19 @@ class Reader:
         return self.cache.length
 
     def prefill(self, tokens: list[int], progress=None) -> None:
-        self.model.prefill(tokens, self.cache, progress)
+        self.model.prefill(self._known(tokens), self.cache, progress)
 
     def feed(self, tokens: list[int], rows: int) -> Tensor:
         """Append `tokens`; fp32 logits [rows, V] of the last `rows`."""
-        logits = self.model.forward(tokens, self.cache, rows)
+        logits = self.model.forward(self._known(tokens), self.cache, rows)
         missing = self.vocab - logits.shape[-1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         return logits[:, : self.vocab] if missing else logits
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        own = self.model.config.vocab_size
+        return tokens if own >= self.vocab else [token if token < own else 0 for token in tokens]
 
     def rollback(self, length: int) -> None:
         """Forget everything from position `length` on; nothing happens where less is held."""
@@ -139,7 +146,7 @@ class Speculator:
         return torch.cat(rows) if rows else None
 
     def one_row(self, tokens: list[int]) -> tuple[Tensor, float]:
-        """One autoregressive step of the target over `tokens`: logits [1, V] and seconds, the choice of a token included."""
+        """One autoregressive step of the target: logits [1, V] and seconds, the choice of a token included."""
         started = time.perf_counter()
         logits = self.target.feed(tokens, 1)
         best_tokens(logits, "target")

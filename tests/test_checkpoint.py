@@ -124,9 +124,7 @@ DAMAGES = {
     "rope type": (lambda f: configure(f, rope_scaling={"type": "longrope"}), ["'longrope'", *ROPE_TYPES]),
     "rope factor": (lambda f: configure(f, rope_scaling={"type": "linear"}), ["lacks 'factor'"]),
     "llama3 band": (
-        lambda f: configure(
-            f, rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-        ),
+        lambda f: configure(f, rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
         ["lacks 'high_freq_factor'"],
     ),
     "partial rotary": (lambda f: configure(f, partial_rotary_factor=0.5), ["partial_rotary_factor 0.5"]),

@@ -95,9 +95,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
-def after_prefill(
-    model: bdcli.model.Model, tokens: list[int], rows: int, step: int | None = None
-) -> torch.Tensor:
+def after_prefill(model: bdcli.model.Model, tokens: list[int], rows: int, step: int | None = None) -> torch.Tensor:
     """Logits of the last `rows` tokens, `step` of them (or all) a forward."""
     cache = FullCache(model, len(tokens))
     model.prefill(tokens[:-rows], cache)

@@ -1,4 +1,4 @@
-"""The engine: exact output whatever the drafter, stops inside a block, honest failure on NaN, and the law of sampling."""
+"""The engine: exact whatever the drafter, stops inside a block, honest failure on NaN, the law of sampling."""
 
 import itertools
 
@@ -25,7 +25,7 @@ class TableReader:
         self.table = logits  # [V, V, V]
         self.ids, self.length = [], 0
 
-    def prefill(self, tokens, progress=None):
+    def prefill(self, tokens, _progress=None):
         self.ids, self.length = list(tokens), len(tokens)
 
     def feed(self, tokens, rows):
@@ -109,7 +109,7 @@ def test_sampled_triples_follow_the_targets_law(drafter, sampling):
 def test_the_law_test_catches_a_biased_verify(monkeypatch):
     """Accept with probability p and resample from p: a plausible mistake, which must not pass."""
 
-    def biased(draft, q, p, generator):
+    def biased(draft, _q, p, generator):
         for i, token in enumerate(draft):
             if float(torch.rand((), generator=generator)) >= float(p[i, token]):
                 return Verdict([*draft[:i], draw(p[i], generator)], i)
@@ -223,9 +223,12 @@ def test_the_drafters_vocabulary_is_cut_or_padded_to_the_targets():
         logits = Reader(model, FullCache(model, 8), vocab).feed([1, 2], 2)
         assert logits.shape == (2, vocab)
         assert int(torch.isneginf(logits[0]).sum()) == padded
+    assert torch.equal(
+        Reader(model, FullCache(model, 8), 50).feed([44], 1), Reader(model, FullCache(model, 8), 50).feed([0], 1)
+    )
 
 
-# -- γ chosen online ----------------------------------------------------------------------------------------------------
+# -- γ chosen online
 
 
 def run_auto(accept, draft_s, verify_s, rounds=200, limit=8):
@@ -239,11 +242,11 @@ def run_auto(accept, draft_s, verify_s, rounds=200, limit=8):
 
 
 def test_auto_gamma_drafts_long_when_drafts_are_cheap_and_good():
-    assert set(run_auto(lambda _: 8, 0.001, lambda rows: 0.1)[20:]) == {8}
+    assert set(run_auto(lambda _: 8, 0.001, lambda _: 0.1)[20:]) == {8}
 
 
 def test_auto_gamma_stops_when_drafting_does_not_pay_and_tries_again():
-    chosen = run_auto(lambda i: 0 if i < 150 else 8, 0.02, lambda rows: 0.05, rounds=700)
+    chosen = run_auto(lambda i: 0 if i < 150 else 8, 0.02, lambda _: 0.05, rounds=700)
     early = chosen[20:150]
     assert early.count(0) > 0.75 * len(early), "drafting costs and gains nothing"
     assert any(early), "but it is tried again"

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import sqlite3
 import subprocess
 import sys
@@ -58,7 +57,9 @@ def test_two_processes_write_at_once(tmp_path):
 
 
 def test_a_killed_process_leaves_an_interrupted_run(tmp_path):
-    work = "import os, sys\nfrom bdcli.store import Store\nStore(sys.argv[1]).begin('decode', {})\nos.kill(os.getpid(), 9)"
+    work = (
+        "import os, sys\nfrom bdcli.store import Store\nStore(sys.argv[1]).begin('decode', {})\nos.kill(os.getpid(), 9)"
+    )
     place = str(tmp_path / "r.db")
     assert subprocess.run([sys.executable, "-c", work, place], check=False).returncode == -9
     mine = Store(place).begin("decode", {})
@@ -89,7 +90,7 @@ def test_bad_stores_are_refused(tmp_path):
     store = Store(str(place))
     run_id = add(store)
     store.close()
-    os.chmod(place, 0o444)
+    place.chmod(0o444)
     with pytest.raises(UserError, match="is read-only"):
         Store(str(place))
     assert [r.run_id for r in Store(str(place), readonly=True).runs()] == [run_id]

@@ -12,12 +12,20 @@ Rotate = Callable[[Tensor, int], Tensor]  # (x [..., D], position) -> x rotated 
 
 def seen_positions(t: int, sinks: int, chosen: Sequence[int], window: int) -> tuple[list[int], list[int]]:
     """Positions the query at t sees: (sinks and chosen chunks, recents), each in text order, none twice."""
-    front = [p for p in range(min(sinks, t + 1))] + list(chosen)
-    return front, [p for p in range(max(sinks, t - window + 1), t + 1)]
+    front = [*range(min(sinks, t + 1)), *chosen]
+    return front, list(range(max(sinks, t - window + 1), t + 1))
 
 
 def budget_attention(
-    q: Tensor, k: Tensor, v: Tensor, t: int, sinks: int, chosen: Sequence[int], window: int, rebased: bool, rotate: Rotate
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t: int,
+    sinks: int,
+    chosen: Sequence[int],
+    window: int,
+    rebased: bool,
+    rotate: Rotate,
 ) -> Tensor:
     """Output [D] of one query head under the view law.
 
