@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -56,7 +56,6 @@ class Listener:
 
     text: Callable[[str], None] = lambda _text: None
     progress: Callable[[str, int, int], None] | None = None
-    begun: Callable[[], None] = field(default=lambda: None)  # input is good, computing starts
 
 
 def load_pair(options: DecodeOptions) -> Pair:
@@ -140,7 +139,6 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    listener.begun()
     try:
         started = time.perf_counter()
         speculator.prefill(prompt, listener.progress)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from bdcli.decode import Listener, decode, load_pair, make_speculator, prompt_ids
+from bdcli.decode import Listener, Pair, decode, load_pair, make_speculator, prompt_ids
 from bdcli.options import DecodeOptions
 from bdcli.store import Figures, Prompt, Run, Store
 
 
 def decode_run(
-    store: Store, options: DecodeOptions, source: str, text: str, on_text: Callable = lambda _: None, meter=None
+    store: Store,
+    options: DecodeOptions,
+    source: str,
+    text: str,
+    *,
+    pair: Pair | None = None,
+    on_text: Callable[[str], None] = lambda _text: None,
+    meter: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict:
     """Decode `text` (read from `source`) and store the run; returns the contract's fields with run_id.
 
-    Bad input raises before a row is written; after that the row ends as done, failed or interrupted.
+    Bad input raises before a row is written; after that the row ends as done, failed or interrupted. `pair` spares
+    loading the models anew; `meter()` opens a progress display and hands out progress(who, done, total), or None.
     """
-    pair = load_pair(options)
+    pair = pair or load_pair(options)
     ids = prompt_ids(pair, options, text)
     make_speculator(pair, options, len(ids))  # refuses a budget that is too small
     dataset = "stdin" if source == "-" else Path(source).stem

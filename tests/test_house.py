@@ -1,0 +1,109 @@
+"""What the documents say is true, and the house keeps its shape."""
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from bdcli.cli import app
+from bdcli.store import Store
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = typer.main.get_command(app).commands
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def options(command):
+    return {flag for parameter in COMMANDS[command].params for flag in parameter.opts}
+
+
+def shown_commands():
+    texts = [README, (ROOT / "Makefile").read_text("utf-8"), (ROOT / "CONTRIBUTING.md").read_text("utf-8")]
+    return sorted({line for text in texts for line in re.findall(r"bdcli ([a-z]+ [^\n#`]*)", text)})
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_every_command_shown_exists(line):
+    name, *words = line.split()
+    assert name in COMMANDS
+    assert {w.split("=")[0] for w in words if re.match(r"--[a-z]", w)} <= options(name)
+
+
+def test_readme_explains_only_options_that_exist():
+    shown = set(re.findall(r"`(--[a-z-]+)", README))
+    assert len(shown) > 8
+    assert shown <= set().union(*(options(c) for c in COMMANDS)) | {"--json"}
+
+
+def test_make_targets_shown_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        assert set(re.findall(r"\bmake ([a-z-]+)\b(?=[ `\n])", (ROOT / document).read_text("utf-8"))) <= targets | {
+            "and"
+        }
+
+
+def test_the_readme_table_equals_its_store():
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "scripts" / "readme_table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    runs = [r for r in Store(str(script.DB), readonly=True).runs() if r.status == "done"]
+    assert len({(r.context, r.budget) for r in runs}) == 15
+    inside = README.split(script.BEGIN)[1].split(script.END)[0].strip()
+    assert inside == script.table(runs)
+
+
+# A module may import only from rooms to its left.
+ORDER = [
+    ["errors"],
+    ["config", "options", "metrics", "text"],
+    ["rope", "views", "select", "store", "prompts", "sampling", "controller"],
+    ["model", "report"],
+    ["cache", "checkpoint"],
+    ["speculate"],
+    ["baseline"],
+    ["decode", "doctor"],
+    ["runs"],
+    ["cli"],
+    ["__main__"],
+]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bdcli"):
+            rooms = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+            yield from (room for room in rooms if not room.startswith("__"))
+
+
+def test_data_flows_one_way_and_files_stay_small():
+    level = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
+    for path in sorted((ROOT / "bdcli").glob("*.py")):
+        room = path.stem
+        if room == "__init__":
+            continue
+        assert room in level, f"{room} is missing from ORDER"
+        assert all(level[used] < level[room] for used in imports(path)), room
+        assert len(path.read_text("utf-8").splitlines()) <= 380, room
+
+
+def test_assets_stay_light_and_are_described():
+    pocket = ROOT / "bdcli" / "assets" / "pocket"
+    assert sum(p.stat().st_size for p in pocket.rglob("*") if p.is_file()) < 28e6
+    for role in ("target", "drafter"):
+        card = (pocket / role / "README.md").read_text("utf-8")
+        assert all(word in card for word in ("parameters", "data", "held out", "licence"))
+    assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_transformers_still_finds_its_own_kernels_integration():
+    """A top-level package called `kernels` would shadow the one transformers looks for."""
+    assert "bd_kernels" in sys.modules or importlib.util.find_spec("bd_kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    from transformers.integrations import hub_kernels
+
+    assert hub_kernels.__name__.startswith("transformers")
