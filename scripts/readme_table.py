@@ -1,7 +1,7 @@
 """Measure the README's table and plot on text files, and write them into README.md from the store.
 
-    python scripts/readme_table.py measure FOLDER_OF_TXT [--books 6]   # adds runs to docs/readme.db; goes on after a stop
-    python scripts/readme_table.py render                              # README.md and docs/readme.svg from docs/readme.db
+    python scripts/readme_table.py measure FOLDER [--books 6]  # adds runs to docs/readme.db; goes on after a stop
+    python scripts/readme_table.py render                      # README.md and docs/readme.svg from docs/readme.db
 
 Every cell is `bdcli decode` at its defaults (fp32 or bf16 as the machine has it, γ auto, greedy) on prompts that end at
 the same place of each book whatever the context; the arms of a book run one after another, so drift hits all alike.
@@ -69,10 +69,8 @@ def render() -> None:
 
 def table(runs: list[Run]) -> str:
     """Markdown: counts are pooled over the prompts of a cell, speeds are medians over them."""
-    lines = [
-        "| context | budget | acceptance | outside loops | mean length | AR tok/s | tok/s | speedup | loop rate | entries |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    names = "context, budget, acceptance, outside loops, mean length, AR tok/s, tok/s, speedup, loop rate, entries"
+    lines = ["| " + names.replace(", ", " | ") + " |", "|" + " ---: |" * len(names.split(", "))]
     for context in CONTEXTS:
         for budget in ("full", *reversed([b for b in BUDGETS if b])):
             cell = [r for r in runs if r.context == context and r.budget == budget]
