@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -246,3 +247,44 @@ def check_vocabulary(target: Path, drafter: Path, target_tokenizer) -> None:
 
 def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def save_model(model: Model, like: Path, folder: Path) -> None:
+    """Write `model` as a Hugging Face folder: weights in bf16, everything else copied from the folder `like`.
+
+    The folder appears whole or not at all: it is written beside its place and then renamed.
+    """
+    from safetensors.torch import save_file
+
+    c, weights = model.config, {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
+    rows = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
+    if not c.tied_head:
+        weights["lm_head.weight"] = model.head
+    for i, layer in enumerate(model.layers):
+        at = f"model.layers.{i}."
+        weights[at + "input_layernorm.weight"] = layer.attention_norm
+        weights[at + "post_attention_layernorm.weight"] = layer.mlp_norm
+        for kind in ("weight", "bias"):
+            end = "" if kind == "weight" else "_bias"
+            whole = {"self_attn.o_proj": getattr(layer, "out" + end), "mlp.down_proj": getattr(layer, "down" + end)}
+            qkv, gate_up = getattr(layer, "qkv" + end), getattr(layer, "gate_up" + end)
+            if qkv is not None:
+                whole |= dict(zip((f"self_attn.{n}_proj" for n in "qkv"), qkv.split(rows), strict=True))
+            if gate_up is not None:
+                whole |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), gate_up.chunk(2), strict=True))
+            weights |= {f"{at}{name}.{kind}": t for name, t in whole.items() if t is not None}
+        if layer.qk_norm is not None:
+            weights[at + "self_attn.q_norm.weight"] = layer.qk_norm[0]
+            weights[at + "self_attn.k_norm.weight"] = layer.qk_norm[c.heads]
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for path in like.iterdir():
+        if path.suffix in (".json", ".model", ".jinja") and not path.name.endswith(".index.json"):
+            shutil.copy(path, fresh)
+    raw = _read_json(like / "config.json") | {"dtype": "bfloat16"}
+    (fresh / "config.json").write_text(json.dumps(raw, indent=2), "utf-8")
+    flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
+    save_file(flat, fresh / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)

@@ -15,6 +15,7 @@ import typer
 from bdcli import __version__
 from bdcli.errors import BdcliError, UserError
 from bdcli.options import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
+from bdcli.terminal import note, phases, prefill_meter, show_grids, status_line, summary, write
 
 DEFAULT = DecodeOptions()
 INTERRUPTED = 130
@@ -108,18 +109,62 @@ def decode(
 
     text = read_prompt(prompt)
     store = Store(db)
-    with _status("loading torch and models"):
+    with status_line("loading torch"):
         from bdcli.runs import decode_run
-    result = decode_run(store, options, prompt, text, **({} if as_json else {"on_text": _write}), meter=_meter)
+    result = decode_run(store, options, prompt, text, **({} if as_json else {"on_text": write}), meter=prefill_meter)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        _summary(result)
+        summary(result)
     if result["status"] == "interrupted":
-        _note(f"interrupted; what was written is kept as run {result['run_id']}")
+        note(f"interrupted; what was written is kept as run {result['run_id']}")
         raise typer.Exit(INTERRUPTED)
     if result["output_equal"] is False:
         raise BdcliError("the text differs from plain decoding, so the run is invalid", "See bdcli doctor")
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, for example recipes/llama_4k.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/RECIPE]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop in time, final grid included.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one drafter whose acceptance holds under any KV budget."""
+    import time
+
+    from bdcli.distill_recipe import DistillRecipe
+    from bdcli.recipe import load_recipe
+
+    deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
+    settings = load_recipe(recipe, DistillRecipe, overrides or [])
+    folder = out or Path("runs") / recipe.stem
+    from bdcli.store import Store
+
+    store = None if dry_run else Store(db)
+    with status_line("loading torch and models"):
+        from bdcli.distill import Distillation, Watcher
+        from bdcli.runs import distill_run
+    with phases(quiet=as_json) as (progress, grid):
+        job = Distillation(settings, folder, Watcher(progress, grid), deadline)
+        for line in job.plan():
+            note(line)
+        if dry_run:
+            return
+        result = distill_run(store, job, resume)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show_grids(result)
+    if result["status"] == "interrupted":
+        note(f"interrupted after step {result['steps']}; go on with: bdcli distill {recipe} --out {folder} --resume")
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -147,9 +192,9 @@ def report(
     runs = runs[:limit] if limit else runs
     if plot is not None:
         shown.plot(runs, plot)
-        _note(f"wrote {plot}")
+        note(f"wrote {plot}")
     if not runs and form == "table":
-        _note(f"no run in {store.name} fits; make one with: bdcli decode PROMPT_FILE")
+        note(f"no run in {store.name} fits; make one with: bdcli decode PROMPT_FILE")
     if form == "table":
         from rich.console import Console
 
@@ -183,13 +228,13 @@ def prompt(
         out.write_text(piece, "utf-8", newline="")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}", "Give a path in an existing folder") from None
-    _note(f"wrote {out}: {tokens} tokens, {len(piece)} characters")
+    note(f"wrote {out}: {tokens} tokens, {len(piece)} characters")
 
 
 @app.command()
 def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
     """Check this machine, the store and the pocket pair."""
-    with _status("checking"):
+    with status_line("checking"):
         from bdcli.doctor import checks
 
         found = list(checks(db))
@@ -212,10 +257,10 @@ def main() -> None:
     except BdcliError as error:
         if app.debug:
             raise
-        _note(f"error: {error}")
+        note(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
-        _note("interrupted")
+        note("interrupted")
         code = INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away; nothing to say, nowhere to say it
@@ -225,82 +270,8 @@ def main() -> None:
             raise
         usage = hasattr(error, "format_message")  # click's own errors, whose module typer may vendor
         message = " ".join((error.format_message() if usage else f"{type(error).__name__}: {error}").split())
-        _note(
+        note(
             f"error: {message}. " + ("See bdcli --help" if usage else "Run again with bdcli --debug for the traceback")
         )
         code = getattr(error, "exit_code", 1) if usage else 1
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _note(line: str) -> None:
-    print(f"bdcli: {line}", file=sys.stderr)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _status(what: str):
-    """A spinner on an interactive stderr."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
-
-
-@contextlib.contextmanager
-def _meter():
-    """Yields progress(who, done, total): a bar with an ETA on an interactive stderr, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("reading the prompt: {task.description}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, int] = {}
-
-        def progress(who: str, done: int, total: int) -> None:
-            tasks.setdefault(who, bar.add_task(who, total=total) if who not in tasks else 0)
-            bar.update(tasks[who], completed=done)
-            if done == total and who == "drafter":
-                bar.stop()
-
-        yield progress
-
-
-def _summary(result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def show(key: str, pattern: str, unknown: str = "not measured") -> str:
-        return unknown if result[key] is None else pattern.format(result[key])
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    equal = {True: "yes", False: "NO", None: "not checked (--check)"}[result["output_equal"]]
-    view = f"{result['select']}, {result['positions']}"
-    for name, value in (
-        ("run", result["run_id"]),
-        ("context", f"{result['context']} tokens, {result['new_tokens']} new"),
-        ("budget", f"{result['budget']} ({view}), at most {result['max_drafter_entries']} entries held"),
-        ("gamma", str(result["gamma"])),
-        ("acceptance", f"{show('acceptance_rate', '{:.1%}', 'nothing drafted')} of {result['drafted']} drafted"),
-        ("outside loops", f"{show('acceptance_rate_no_loops', '{:.1%}')}, loop rate {show('loop_rate', '{:.1%}')}"),
-        ("mean length", f"{show('mean_accepted_length', '{:.2f}')} tokens per target forward"),
-        ("first token", show("ttft_s", "{:.2f} s")),
-        ("AR", show("ar_tokens_per_second", "{:.1f} tok/s")),
-        ("speculative", show("tokens_per_second", "{:.1f} tok/s")),
-        ("speedup", show("speedup", "{:.2f}×")),
-        ("equal to AR", equal + (f", {result['ties']} ties" if result["ties"] else "")),
-    ):
-        table.add_row(name, value)
-    typer.echo()
-    Console().print(table)

@@ -5,12 +5,9 @@ The CLI prints what the callbacks hand it and stores the result; nothing here pr
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from bdcli.checkpoint import (
     resolve,
 )
 from bdcli.errors import UserError
+from bdcli.interrupt import deferred_interrupt
 from bdcli.metrics import Round, measure
 from bdcli.model import Model
 from bdcli.options import DecodeOptions
@@ -144,7 +142,7 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         speculator.prefill(prompt, listener.progress)
         prefill_s = time.perf_counter() - started
         controller = warm_up(speculator, options.gamma, gamma_max_of(options))
-        with _interrupt_between_rounds() as interrupted:
+        with deferred_interrupt() as interrupted:
             for step in speculator.rounds(options.max_new_tokens, pair.eos, controller):
                 new += step.tokens
                 rounds.append(Round(len(step.tokens), step.drafted, step.accepted, step.seconds))
@@ -198,26 +196,6 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         "logit_error": baseline.logit_error if baseline.steps and options.temperature == 0 else None,
         "rounds": [[r.drafted, r.accepted] for r in rounds],
     }
-
-
-@contextlib.contextmanager
-def _interrupt_between_rounds() -> Iterator[list]:
-    """Ctrl-C fills the list instead of raising, so that no accepted token is lost; a second one raises."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-
-    def note(number: int, _frame: object) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -111,6 +111,23 @@ class Prompt(Figures, table=True):
     rounds: list[list[int]] = Field(default_factory=list, sa_type=JSON, description="[drafted, accepted] a round")
 
 
+class Evaluation(SQLModel, table=True):
+    """Acceptance of one context and budget at one step of a distil run, measured without a rollout."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(foreign_key="run.run_id", index=True)
+    step: int
+    dataset: str
+    context: int
+    budget: int | str = Field(sa_type=NumberOrWord)
+    gamma: int
+    acceptance_rate: float | None = None
+    low: float | None = Field(default=None, description="95 % bootstrap interval over passages")
+    high: float | None = None
+    mean_accepted_length: float | None = None
+    passages: int = 0
+
+
 class Store:
     """Open with `Store(where)`; `where` is a path, a SQLAlchemy URL, or None for BDCLI_DB or the user's data folder.
 
@@ -122,7 +139,11 @@ class Store:
         place = self.given or str(user_data_path("bdcli") / "runs.db")
         self.path = None if "://" in place else Path(place).expanduser()
         self.name = str(self.path or place)
-        self.readonly = readonly and self.path is not None and not _writable(self.path)
+        self.readonly = readonly and self.path is not None and self.path.exists() and not _writable(self.path)
+        if readonly and self.path is not None and not self.path.exists():
+            if where:
+                raise UserError(f"there is no store at {where}", "Runs are stored by: bdcli decode PROMPT_FILE")
+            place, self.path = "sqlite://", None  # nothing was ever stored: show an empty one, make no file
         with self._explained():
             self._engine = create_engine(self._url(place), json_serializer=json.dumps)
         if self._engine.dialect.name == "sqlite":
@@ -165,7 +186,7 @@ class Store:
                     raise
         known = inspect(self._engine)
         with self._engine.begin() as connection:
-            for table in (Run.__table__, Prompt.__table__):
+            for table in (Run.__table__, Prompt.__table__, Evaluation.__table__):
                 present = {column["name"] for column in known.get_columns(table.name)}
                 for column in table.columns:
                     if column.name not in present:
@@ -230,6 +251,16 @@ class Store:
             session.add(run)
             session.add_all(prompts)
             session.commit()
+
+    def add_evaluations(self, evaluations: list[Evaluation]) -> None:
+        with self._explained(), Session(self._engine) as session:
+            session.add_all(evaluations)
+            session.commit()
+
+    def evaluations(self, run_id: str) -> list[Evaluation]:
+        with self._explained(), Session(self._engine) as session:
+            chosen = select(Evaluation).where(Evaluation.run_id == run_id)
+            return list(session.exec(chosen.order_by(Evaluation.step, Evaluation.id)))
 
     def runs(self) -> list[Run]:
         """All runs, newest first."""

@@ -10,11 +10,12 @@ Whatever the phase of the round or the draft length, the query at position t see
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from bdcli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINKS = 4
 CHUNK = 8
@@ -81,9 +82,3 @@ def plan_view(budget: int, select: str, positions: str, gamma: int | None, promp
     if select == "window" or prompt <= sinks + whole.window or chosen == 0:
         return whole
     return View(budget, sinks, chosen, gamma_max, positions == "rebased")
-
-
-def ring_positions(last: int, ring: int) -> Tensor:
-    """Position held by each ring slot when `last` is the newest one: slot j holds the largest p <= last, p ≡ j."""
-    slots = torch.arange(ring)
-    return last - (last - slots) % ring

@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import os
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -147,3 +149,6 @@ def test_report_on_nothing(cli):
     done = cli("report")
     assert done.code == 0 and "bdcli decode PROMPT_FILE" in done.err
     assert json.loads(cli("report", "--format", "json").out) == {"runs": []}
+    gone = cli("report", "--db", "nowhere.db")
+    assert gone.code == 2 and "there is no store at nowhere.db" in gone.err
+    assert not Path("nowhere.db").exists() and not Path(os.environ["BDCLI_DB"]).exists()

@@ -1,0 +1,160 @@
+"""Text for training and measuring: documents from named sources, split by document, cut into windows of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdcli.errors import UserError
+from bdcli.prompts import HELD_OUT, encode, stdlib_text
+
+HELD_OUT_SHARE = 0.08  # of the documents of a file or folder; stdlib has a list of its own
+TEXT_FIELDS = ("text", "context", "document_text", "content")
+_SKIPPED = ("test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__")
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+    held_out: bool
+
+
+def documents(source: str) -> Iterator[Document]:
+    """Documents of a source: `stdlib`, a .txt, .jsonl or .parquet file, a folder of those, or a hub data set."""
+    if source == "stdlib":
+        yield from _stdlib()
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet"))
+        if not files:
+            raise UserError(f"data source {source} holds no .txt, .jsonl or .parquet file", "Point at a folder of text")
+        for file in files:
+            yield from _file(file)
+    elif path.is_file():
+        yield from _file(path)
+    elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        yield from _hub(source)
+    else:
+        raise UserError(f"data source {source} does not exist", "Give stdlib, a file, a folder, or a hub name")
+
+
+def _stdlib() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if any(part in _SKIPPED for part in parts) or parts[0] in HELD_OUT:
+            continue
+        try:
+            yield Document("/".join(parts), path.read_text("utf-8"), False)
+        except UnicodeDecodeError:
+            continue
+    yield Document("held out", stdlib_text(), True)
+
+
+def _file(path: Path) -> Iterator[Document]:
+    if path.suffix == ".txt":
+        rows = [(path.stem, path.read_text("utf-8", errors="strict"))]
+    elif path.suffix == ".jsonl":
+        rows = _json_rows(path)
+    else:
+        rows = _parquet_rows(path)
+    for name, text in rows:
+        if text:
+            yield Document(name, text, _chosen_for_measuring(name))
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            yield f"{path.stem}:{number}", _text_of(json.loads(line), f"{path}:{number}")
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is not JSON ({error.msg})", "Mend or remove the line") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, str]]:
+    from datasets import Dataset
+
+    for number, row in enumerate(Dataset.from_parquet(str(path))):
+        yield f"{path.stem}:{number}", _text_of(row, f"{path} row {number}")
+
+
+def _hub(name: str) -> Iterator[Document]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # the library raises many kinds, those of its HTTP layer among them
+        hint = f"Where there is a network: hf download --repo-type dataset {name}; then give its folder"
+        raise UserError(
+            f"data set {name} is not here and the hub did not answer ({type(error).__name__})", hint
+        ) from None
+    for number, row in enumerate(rows):
+        title = f"{name}:{number}"
+        yield Document(title, _text_of(row, title), _chosen_for_measuring(title))
+
+
+def _text_of(row: dict, where: str) -> str:
+    for field in TEXT_FIELDS:
+        if isinstance(row.get(field), str):
+            return row[field]
+    raise UserError(f"{where} has none of the fields {', '.join(TEXT_FIELDS)}", "Name the text field `text`")
+
+
+def _chosen_for_measuring(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < HELD_OUT_SHARE * 2**32
+
+
+def training_windows(tokenizer, sources: Sequence[str], length: int, count: int, seed: int) -> list[list[int]]:
+    """`count` windows of `length` ids from training documents in random order, joined by EOS.
+
+    Raises UserError when the sources are too small.
+    """
+    docs = [d for source in sources for d in documents(source) if not d.held_out]
+    random.Random(seed).shuffle(docs)
+    windows: list[list[int]] = []
+    rest: list[int] = []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for doc in docs:
+        rest += encode(tokenizer, doc.text) + end
+        while len(rest) >= length and len(windows) < count:
+            windows.append(rest[:length])
+            rest = rest[length:]
+        if len(windows) == count:
+            return windows
+    raise UserError(
+        f"{', '.join(sources)} holds {len(windows)} windows of {length} tokens, not {count}",
+        "Lower data.windows or add sources",
+    )
+
+
+def held_out_prompts(tokenizer, sources: Sequence[str], length: int, count: int) -> list[tuple[str, list[int]]]:
+    """(source, ids) of `count` prompts of `length` tokens from held-out documents.
+
+    The prompts end at places that depend on `count` only: prompts of several lengths end at the same tokens.
+    """
+    found: list[tuple[str, list[int]]] = []
+    for source in sources:
+        name = Path(source).stem
+        ids = [encode(tokenizer, d.text) for d in documents(source) if d.held_out]
+        ids = [i for i in ids if len(i) > length]
+        if not ids:
+            continue
+        here = count // len(sources) + (len(found) < count % len(sources))
+        for n in range(here):
+            text = ids[n % len(ids)]
+            nth, of = n // len(ids), -(-here // len(ids))
+            end = int(len(text) * (nth + 1) / (of + 1))
+            if end >= length:
+                found.append((name, text[end - length : end]))
+    if not found:
+        raise UserError(
+            f"no held-out document of {', '.join(sources)} has {length} tokens", "Lower evaluation.contexts"
+        )
+    return found

@@ -1,0 +1,305 @@
+"""Acceptance losses between a drafter's distribution q and the target's p, through the lm head, in row chunks.
+
+One proposal is accepted with probability α = Σ_v min(p_v, q_v) = 1 - TV(p, q) (Leviathan et al. 2023). With scaled
+drafter logits u = z / τ, log q = log_softmax(u), S = {v: q_v < p_v} and sg(·) a detached value, a row's loss and
+its gradient with respect to u are
+
+    ce         -log q_y, y = argmax p                     q - 1_y
+    kl         Σ p (log p - log q)                        q - p
+    log_alpha  -log α                                     q · r - s,  s_v = 1[v ∈ S] q_v / α,  r = Σ s
+    lk         λ · KL + (1 - λ) · (1 - α)                 λ (q - p) + (1 - λ) α (q · r - s)
+               λ = sg(exp(-3 α))
+
+A tie q_v = p_v is taken as p_v, a constant: then at q = p every gradient is 0. s and r never exceed 1 and are made
+from logarithms in `log_alpha`, so α may underflow and no floor is needed.
+
+Temperature τ > 0 is the serving temperature and divides both sides' logits. τ = 0 is greedy serving: p is one-hot on
+its argmax, q keeps temperature 1 so that it has a gradient; -log α and KL are then cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bdcli.errors import UserError
+
+KINDS = ("ce", "kl", "log_alpha", "lk")
+LK_DECAY = 3.0  # λ = exp(-LK_DECAY · α): KL while acceptance is low, TV once it is high
+CHUNK = 256  # rows whose logits live at once; with a large vocabulary on a GPU more rows suit the GEMMs better
+NOTHING = -1e4  # log of no mass: its exp is 0 even in fp64, and 0 · NOTHING is 0 where 0 · -inf would be NaN
+
+Law = Callable[[Tensor], Tensor]  # log q [C, V] -> log p [C, V]; only a truncated target looks at q
+
+
+class Target(Protocol):
+    """The target's side of T rows. `read` gives argmax p [C] of a slice of them, -1 where it is not finite, and p
+    itself, or None where p is taken as one-hot.
+    """
+
+    def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]: ...
+
+
+@dataclass(frozen=True)
+class HiddenTarget:
+    """Exact p of hidden states [T, hidden_t], after the target's final norm, and its lm head [V, hidden_t]."""
+
+    hidden: Tensor
+    head: Tensor
+
+    def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]:
+        logits = _wide(F.linear(self.hidden[span], self.head))
+        top, best = logits.max(-1)
+        best.masked_fill_(~top.isfinite(), -1)
+        if temperature == 0:
+            return best, None
+        log_p = (logits.div_(temperature) if temperature != 1 else logits).log_softmax(-1)
+        return best, lambda _log_q: log_p
+
+
+@dataclass(frozen=True)
+class TopKTarget:
+    """Cached top-k: token indices and log-probabilities [T, k], falling, made at the serving `temperature`.
+
+    The rest of the mass, 1 - Σ_k p, is spread over the other tokens as q spreads its own there (detached). So the
+    tail acts as one bucket: it teaches how much mass lies outside the k tokens and never how it is shaped, and α is
+    at most min(tail of p, tail of q) above its exact value.
+    """
+
+    index: Tensor
+    log_probs: Tensor
+    temperature: float
+
+    def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]:
+        index = self.index[span].long()
+        if temperature == 0:
+            return index[:, 0], None
+        if temperature != self.temperature:
+            raise UserError(
+                f"the cached top-k targets were made at temperature {self.temperature:g}, not {temperature:g}",
+                "Prepare them again at the serving temperature, or cache hidden states.",
+            )
+        known = _wide(self.log_probs[span])
+        known = known - known.logsumexp(-1, keepdim=True).clamp_(min=0)  # stored in half precision they may exceed 1
+        tail = (1 - known.exp().sum(-1, keepdim=True)).clamp_(min=0).log_()
+
+        def law(log_q: Tensor) -> Tensor:
+            rest = log_q.scatter(-1, index, -torch.inf)
+            rest.add_(tail - rest.logsumexp(-1, keepdim=True)).clamp_(min=NOTHING)
+            return rest.scatter_(-1, index, known.clamp(min=NOTHING).to(rest.dtype))
+
+        return index[:, 0], law
+
+
+@dataclass(frozen=True)
+class ArgmaxTarget:
+    """Cached argmax tokens [T]: p is known only as one-hot, which is all that greedy serving needs."""
+
+    index: Tensor
+
+    def read(self, span: slice, _temperature: float) -> tuple[Tensor, Law | None]:
+        return self.index[span].long(), None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per row, detached, shaped like x without its last axis.
+
+    losses: ℓ, unweighted. alpha: Σ min(p, q) of the p that was read, so q(y) where that is one-hot. hit: argmax q =
+    argmax p, what greedy serving accepts. A logit that is not finite, on either side, makes losses and alpha NaN
+    and is never a hit.
+    """
+
+    losses: Tensor
+    alpha: Tensor
+    hit: Tensor
+
+
+def head_loss(
+    x: Tensor,
+    head: Tensor,
+    target: Target,
+    kind: str,
+    temperature: float = 0.0,
+    weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Stats]:
+    """Σ w·ℓ / denominator (a scalar, differentiable in x and head) and what it saw on the way.
+
+    x [T, hidden_d] after the drafter's final norm, or [views, T, hidden_d] where views share the target's T rows and
+    p is made once for all of them. head [V, hidden_d]; products run in x's dtype, its gradient is summed in fp32.
+    weights: like x without its last axis, ones by default. denominator: Σ w by default; pass the global Σ w when
+    the rows are one of several micro-batches or ranks, and summed gradients equal those of the whole.
+
+    Gradients are made while the logits of a chunk are at hand, in the forward pass; without grad mode none are. At
+    most a handful of chunk × V tensors live at a time.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is not a loss; choose from {', '.join(KINDS)}")
+    if isinstance(target, ArgmaxTarget) and temperature != 0 and kind != "ce":
+        raise UserError(
+            f"cached argmax tokens cannot teach {kind} at temperature {temperature:g}",
+            "Cache topk or hidden instead, or use the loss ce.",
+        )
+    if weights is None:
+        weights = torch.ones(x.shape[:-1], device=x.device)
+    weights = weights.detach().to(_wide_dtype(x))
+    if denominator is None:
+        denominator = weights.sum().clamp_(min=torch.finfo(weights.dtype).tiny)  # no weight at all: loss 0, not 0 / 0
+    loss, *stats = _HeadLoss.apply(
+        x, head, target, kind, temperature, weights, denominator, chunk, torch.is_grad_enabled()
+    )
+    return loss, Stats(*stats)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The chunk loop. Saves Σ w ∂ℓ/∂x and Σ w ∂ℓ/∂head; backward only scales (as fused linear cross-entropy does)."""
+
+    @staticmethod
+    def forward(ctx, x, head, target, kind, temperature, weights, denominator, chunk, learn):
+        rows, width = x.shape[-2:]
+        views, weight = x.reshape(-1, rows, width), head.to(x.dtype)
+        tau = temperature or 1.0
+        row_scale = (weights / tau).reshape(-1, rows, 1)
+        losses, alpha = torch.empty_like(row_scale[..., 0]), torch.empty_like(row_scale[..., 0])
+        hit = torch.empty_like(losses, dtype=torch.bool)
+        grad_x = torch.empty_like(views) if learn and x.requires_grad else None
+        grad_head = torch.zeros_like(head, dtype=losses.dtype) if learn and head.requires_grad else None
+        learn = grad_x is not None or grad_head is not None
+        for start in range(0, rows, chunk):
+            span = slice(start, start + chunk)
+            best, law = target.read(span, temperature)
+            for i, view in enumerate(views):
+                part = view[span]
+                logits = _wide(F.linear(part, weight))
+                hit[i, span] = logits.argmax(-1) == best
+                losses[i, span], alpha[i, span], grad = _rows(
+                    kind, logits.div_(tau) if tau != 1 else logits, best, law, learn
+                )
+                if not learn:
+                    continue
+                grad = grad.mul_(row_scale[i, span]).to(x.dtype)
+                if grad_x is not None:
+                    torch.mm(grad, weight, out=grad_x[i, span])
+                if grad_head is not None and grad.dtype == grad_head.dtype:
+                    grad_head.addmm_(grad.T, part)
+                elif grad_head is not None:
+                    grad_head += grad.T @ part
+        hit &= alpha.isfinite()
+        ctx.save_for_backward(grad_x, grad_head)
+        ctx.denominator, ctx.head_dtype, ctx.shape = denominator, head.dtype, x.shape
+        loss = (weights.reshape(losses.shape) * losses).sum() / denominator
+        stats = [t.view(x.shape[:-1]) for t in (losses, alpha, hit)]
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        grad_x, grad_head = ctx.saved_tensors
+        scale = grad_loss / ctx.denominator
+        return (
+            None if grad_x is None else (grad_x * scale).to(grad_x.dtype).reshape(ctx.shape),
+            None if grad_head is None else (grad_head * scale).to(ctx.head_dtype),
+            *[None] * 7,
+        )
+
+
+def _rows(
+    kind: str, logits: Tensor, best: Tensor, law: Law | None, learn: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ℓ [C], α [C], ∂ℓ/∂u [C, V]) of scaled logits u [C, V]; the table at the top of this file."""
+    log_q = logits.log_softmax(-1)
+    log_p = law(log_q) if law else None
+    if log_p is None or kind == "ce":
+        unknown, best = best < 0, best[:, None].clamp(min=0)
+        losses = -log_q.gather(-1, best)[:, 0].masked_fill(unknown, torch.nan)
+        alpha = losses.neg().exp() if log_p is None else torch.minimum(log_p, log_q).exp_().sum(-1)
+        pull = None
+        if kind == "lk":
+            blend = (-LK_DECAY * alpha).exp()
+            losses, pull = torch.lerp(1 - alpha, losses, blend), blend + (1 - blend) * alpha
+        if not learn:
+            return losses, alpha, None
+        grad = log_q.exp_().scatter_add_(-1, best, torch.full_like(best, -1, dtype=log_q.dtype))
+        return losses, alpha, grad if pull is None else grad.mul_(pull[:, None])
+
+    if kind == "log_alpha":
+        overlap = torch.minimum(log_p, log_q)  # minimum, not where: a NaN must not read as p
+        top = overlap.amax(-1, keepdim=True)
+        overlap.sub_(top).exp_()
+        mass = overlap.sum(-1, keepdim=True)
+        log_alpha = (top + mass.log())[:, 0]
+        if not learn:
+            return -log_alpha, log_alpha.exp(), None
+        below = overlap.masked_fill_(log_q >= log_p, 0).div_(mass)  # s: where q < p the overlap is q
+        return -log_alpha, log_alpha.exp(), log_q.exp_().mul_(below.sum(-1, keepdim=True)).sub_(below)
+
+    p = log_p.exp()
+    losses = torch.sub(log_p, log_q).mul_(p).sum(-1)
+    q = log_q.exp_()
+    alpha = torch.minimum(p, q).sum(-1)
+    if kind == "kl":
+        return losses, alpha, q.sub_(p) if learn else None
+    blend = (-LK_DECAY * alpha).exp()
+    losses = torch.lerp(1 - alpha, losses, blend)
+    if not learn:
+        return losses, alpha, None
+    below = q.masked_fill(q >= p, 0)  # α · s
+    blend, outside = blend[:, None], below.sum(-1, keepdim=True)
+    # λ (q - p) + (1 - λ) (q · αr - αs), gathered by q, p and αs
+    grad = q.mul_(torch.lerp(outside, torch.ones_like(outside), blend))
+    return losses, alpha, grad.sub_(p.mul_(blend)).sub_(below.mul_(1 - blend))
+
+
+def accepted_length_weights(alpha: Tensor, gamma: int, first: Tensor | None = None) -> Tensor:
+    """Row weights [..., T] that turn -log α into the expected accepted length, from acceptances α [..., T].
+
+    Every position s begins a block of γ, cut short where its text ends, with expected accepted length
+    L_s = Σ_{k=1..γ} Π_{i<k} α_{s+i}. The weight of t is ∂/∂log α_t of Σ_s L_s / γ: the mean, over the γ places j
+    that t takes in a block, of w_j = Σ_{k≥j} Π_{i≤k} α_i; γ/2 + 1/2 where all α are 1, 0 where they are 0. The last
+    axis is one text, or several: `first`, boolean and shaped like α, marks where each begins, and no block crosses it.
+    α must be known before the loss: take it from `head_loss` under `torch.no_grad`.
+    """
+    length = alpha.shape[-1]
+    blocks = F.pad(alpha.detach(), (0, gamma - 1)).unfold(-1, gamma, 1)  # [..., T, γ]; a 0 ends a block
+    if first is not None:
+        text = F.pad(first.long().cumsum(-1), (0, gamma - 1)).unfold(-1, gamma, 1)
+        blocks = blocks.masked_fill(text != text[..., :1], 0)
+    share = blocks.cumprod(-1).flip(-1).cumsum(-1).flip(-1) / gamma
+    weights = torch.zeros_like(alpha)
+    for place in range(min(gamma, length)):
+        weights[..., place:] += share[..., : length - place, place]
+    return weights
+
+
+def plain_loss(kind: str, p: Tensor, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The law: (ℓ [T], α [T]) of serving probabilities p [T, V] and drafter logits [T, V], left to autograd."""
+    log_q = (logits / temperature).log_softmax(-1)
+    q = log_q.exp()
+    alpha = torch.where(q < p, q, p).sum(-1)
+    kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    blend = (-LK_DECAY * alpha.detach()).exp()
+    losses = {
+        "ce": -log_q.gather(-1, p.argmax(-1, keepdim=True))[:, 0],
+        "kl": kl,
+        "log_alpha": -alpha.log(),
+        "lk": blend * kl + (1 - blend) * (1 - alpha),
+    }
+    return losses[kind], alpha
+
+
+def _wide_dtype(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """fp32, or fp64 for fp64."""
+    return t.to(_wide_dtype(t))

@@ -1,0 +1,147 @@
+"""What people see: notes and progress on stderr, tables on stdout. Rich is imported when something is drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+
+def note(line: str) -> None:
+    print(f"bdcli: {line}", file=sys.stderr)
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def status_line(what: str):
+    """A spinner on an interactive stderr."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextlib.contextmanager
+def prefill_meter():
+    """Yields progress(who, done, total): a bar with an ETA on an interactive stderr, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("reading the prompt: {task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(who: str, done: int, total: int) -> None:
+            if who not in tasks:
+                tasks[who] = bar.add_task(who, total=total)
+            bar.update(tasks[who], completed=done)
+            if done == total and who == "drafter":
+                bar.stop()  # text streams from here on
+
+        yield progress
+
+
+@contextlib.contextmanager
+def phases(quiet: bool):
+    """Yields (progress(phase, done, total, note), grid(step, cells)): bars with an ETA, and grids as they come.
+
+    On a stderr that is no terminal: a line now and then instead of bars. `quiet` leaves the grids out.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    with Progress(
+        texts[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), texts[1], console=console,
+        disable=not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        tasks: dict[str, int] = {}
+
+        def progress(phase: str, done: int, total: int, said: str) -> None:
+            if not sys.stderr.isatty():
+                if done == total or done % max(1, total // 10) == 0:
+                    note(f"{phase}: {done} of {total} {said}")
+                return
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total, note="")
+            bar.update(tasks[phase], completed=done, note=said)
+
+        def grid(step: int, cells: list) -> None:
+            rates = [c.acceptance_rate for c in cells if c.acceptance_rate is not None and c.budget != "full"]
+            mean = sum(rates) / len(rates) if rates else float("nan")
+            line = f"step {step}: mean acceptance over budgets {mean:.1%}"
+            if not quiet:
+                bar.console.print(line) if sys.stderr.isatty() else note(line)
+
+        yield progress, grid
+
+
+def show_grids(result: dict) -> None:
+    """Acceptance before and after, per data set, context and budget, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("dataset", "context", "budget", "before", "after", "95 % interval", "mean length"):
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    for before, after in zip(result["before"], result["after"], strict=True):
+        span = f"{percent(after['low'])} .. {percent(after['high'])}" if after["low"] is not None else ""
+        table.add_row(
+            after["dataset"],
+            str(after["context"]),
+            str(after["budget"]),
+            percent(before["acceptance_rate"]),
+            percent(after["acceptance_rate"]),
+            span,
+            f"{after['mean_accepted_length']:.2f}",
+        )
+    Console().print(table)
+    print(
+        f"run {result['run_id']}: {result['steps']} steps, best at {result['best_step']}, {result['skipped']} skipped"
+    )
+    print(f"decode with it: bdcli decode --drafter {result['checkpoint']} PROMPT_FILE")
+
+
+def summary(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def show(key: str, pattern: str, unknown: str = "not measured") -> str:
+        return unknown if result[key] is None else pattern.format(result[key])
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    equal = {True: "yes", False: "NO", None: "not checked (--check)"}[result["output_equal"]]
+    view = f"{result['select']}, {result['positions']}"
+    for name, value in (
+        ("run", result["run_id"]),
+        ("context", f"{result['context']} tokens, {result['new_tokens']} new"),
+        ("budget", f"{result['budget']} ({view}), at most {result['max_drafter_entries']} entries held"),
+        ("gamma", str(result["gamma"])),
+        ("acceptance", f"{show('acceptance_rate', '{:.1%}', 'nothing drafted')} of {result['drafted']} drafted"),
+        ("outside loops", f"{show('acceptance_rate_no_loops', '{:.1%}')}, loop rate {show('loop_rate', '{:.1%}')}"),
+        ("mean length", f"{show('mean_accepted_length', '{:.2f}')} tokens per target forward"),
+        ("first token", show("ttft_s", "{:.2f} s")),
+        ("AR", show("ar_tokens_per_second", "{:.1f} tok/s")),
+        ("speculative", show("tokens_per_second", "{:.1f} tok/s")),
+        ("speedup", show("speedup", "{:.2f}×")),
+        ("equal to AR", equal + (f", {result['ties']} ties" if result["ties"] else "")),
+    ):
+        table.add_row(name, value)
+    print()
+    Console().print(table)

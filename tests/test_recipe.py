@@ -1,0 +1,96 @@
+"""Recipes: all of ours load, and a bad one gets every error at once with its line and the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from bdcli.distill_recipe import DistillRecipe
+from bdcli.errors import UserError
+from bdcli.recipe import as_dict, explain, load_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_opens_with_its_command(path):
+    load_recipe(path, DistillRecipe)
+    head = path.read_text("utf-8").split("\n\n")[0]
+    assert head.startswith("#") and f"bdcli distill recipes/{path.relative_to(path.parents[0])}" in path.read_text(
+        "utf-8"
+    )
+
+
+def write(folder, text, name="r.yaml"):
+    (folder / name).write_text(text, "utf-8")
+    return folder / name
+
+
+def errors(folder, text, overrides=()):
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(folder, text), DistillRecipe, list(overrides))
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+def test_all_errors_come_at_once_with_line_and_nearest_name(tmp_path):
+    lines = errors(
+        tmp_path,
+        "target: pocket\noptimiser:\n  lr: 1e-3\ndata:\n  contxt: 99\n  windows: many\nviews:\n  mode: sandwhich\n"
+        "loss: 3\nevaluation:\n  budgets: [256, all]\n",
+    )
+    assert lines == [
+        "6 errors in r.yaml",
+        "  r.yaml:2: unknown key optimiser; did you mean optimizer?",
+        "  r.yaml:5: unknown key data.contxt; did you mean data.context?",
+        "  r.yaml:6: data.windows must be a whole number, not 'many'",
+        "  r.yaml:8: views.mode must be one of sandwich, sampled, full (did you mean sandwich?), not 'sandwhich'",
+        "  r.yaml:9: loss must be a mapping, not 3",
+        "  r.yaml:11: evaluation.budgets must be a list of a whole number or one of full, not [256, 'all']",
+    ]
+
+
+def test_values_that_do_not_fit_together_are_all_named(tmp_path):
+    lines = errors(
+        tmp_path,
+        "data:\n  context: 512\n  written: 2\nviews:\n  budgets: [8, 2048]\n  weights: [1]\n"
+        "loss:\n  sparse_weight: -1\n",
+        ["optimizer.steps=0"],
+    )
+    assert lines[0] == "6 errors in r.yaml"
+    for expected in (
+        "r.yaml:5: views.budgets: must be at least 22 each",
+        "r.yaml:5: views.budgets: must lie below data.context (512)",
+        "r.yaml:6: views.weights: must be 2 non-negative numbers",
+        "r.yaml:8: loss.sparse_weight: must not be negative",
+        "r.yaml:3: data.written: must lie in 0 .. 1",
+        "--set optimizer.steps=0: optimizer.steps: must be above 0",
+    ):
+        assert any(expected in line for line in lines), expected
+
+
+def test_extends_and_set_in_order_of_precedence(tmp_path):
+    write(tmp_path, "seed: 1\noptimizer:\n  lr: 1e-4\n  steps: 7\n", "base.yaml")
+    path = write(tmp_path, "extends: base.yaml\noptimizer:\n  steps: 8\n")
+    recipe = load_recipe(path, DistillRecipe, ["optimizer.clip=2", "data.sources=[a, b]", "drafter=some/folder"])
+    assert (recipe.seed, recipe.optimizer.lr, recipe.optimizer.steps, recipe.optimizer.clip) == (1, 1e-4, 8, 2.0)
+    assert recipe.data.sources == ("a", "b") and recipe.drafter == "some/folder"
+    assert as_dict(recipe)["optimizer"]["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "not a mapping"),
+        ("", "not a mapping"),
+        ("extends: r.yaml\n", "extends itself"),
+        ("extends: gone.yaml\n", "does not exist"),
+        ("seed: 1\nseed: 2\n", "seed is given twice"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    assert message in "\n".join(errors(tmp_path, text))
+
+
+def test_every_setting_has_a_meaning():
+    rows = explain(DistillRecipe)
+    assert len(rows) > 25 and all(meaning for _, meaning in rows)
