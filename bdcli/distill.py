@@ -6,8 +6,6 @@ held-out passages written by the target -> acceptance grid, before, while and af
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import time
@@ -20,26 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdcli.acceptance import Cell, Passage, acceptance_cell
-from bdcli.checkpoint import eos_tokens, load_model, load_tokenizer, resolve, save_model
+from bdcli.checkpoint import resolve, save_model
 from bdcli.config import ModelConfig
-from bdcli.controller import FixedGamma
-from bdcli.data import held_out_prompts, training_windows
-from bdcli.decode import Pair, make_speculator
+from bdcli.decode import load_pair
 from bdcli.distill_recipe import DistillRecipe
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.losses import HiddenTarget, head_loss
-from bdcli.metrics import looped_tokens
 from bdcli.model import Model
 from bdcli.options import DecodeOptions
+from bdcli.prepare import Material, digest, fingerprint
 from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.trainer import Trainer, check_room
 from bdcli.view_forward import view_hidden
 from bdcli.views import View, plan_view
 
+STATE = "state.pt"
 KEPT_TARGETS_BYTES = 2**30  # hidden states of the target kept between passes over the windows
-WRITING_BUDGET, WRITING_GAMMA = 512, 4  # how the undistilled drafter helps the target write
 
 
 @dataclass
@@ -64,7 +60,7 @@ class Outcome:
     best_step: int
     skipped: int
     dropped: dict[str, int]
-    positions_per_target_token: float
+    positions_per_target_token: int
     tokens_per_second: float
 
 
@@ -74,9 +70,9 @@ class Distillation:
     def __init__(self, recipe: DistillRecipe, out: Path, watcher: Watcher, deadline: float = math.inf):
         self.recipe, self.out, self.watcher, self.deadline = recipe, out, watcher, deadline
         self.folders = resolve(recipe.target, "target"), resolve(recipe.drafter, "drafter")
-        cpu = torch.device("cpu")
-        self.tokenizer = load_tokenizer(self.folders[0])
-        self.target, self.drafter = (load_model(folder, torch.float32, cpu) for folder in self.folders)
+        options = DecodeOptions(target=recipe.target, drafter=recipe.drafter, dtype="float32", device="cpu")
+        self.pair = load_pair(options)
+        self.target, self.drafter = self.pair.target, self.pair.drafter
         longest = max(recipe.data.context, *recipe.evaluation.contexts) + recipe.evaluation.new_tokens
         for role, model in (("target", self.target), ("drafter", self.drafter)):
             if longest > model.config.max_position:
@@ -86,7 +82,7 @@ class Distillation:
                 )
         out.mkdir(parents=True, exist_ok=True)
         check_room(out, self.disk_bytes)
-        self.key = _digest(as_dict(recipe), *map(_fingerprint, self.folders))
+        self.key = digest(as_dict(recipe), *map(fingerprint, self.folders))
         self._hidden: dict[int, Tensor] = {}
         self._rope: dict[ModelConfig, RopeTable] = {}
 
@@ -112,48 +108,23 @@ class Distillation:
         """State with optimizer moments, two drafters, and the windows."""
         return 4 * self.drafter.weight_bytes + 4 * self.recipe.data.windows * self.recipe.data.context
 
-    # -- phases
-
     def run(self, resume: bool) -> Outcome:
         """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
-        state = self.out / "state.pt"
+        state = self.out / STATE
         if state.exists() and not resume:
             raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
-        started = time.monotonic()
-        windows, dropped = self.windows()
-        passages = self.passages()
+        material = Material(self.recipe, self.out, self.pair, self.folders, self.watcher.progress)
+        windows, dropped = material.windows()
+        passages = material.passages()
         initial, best = self.out / "initial", self.out / "drafter"
         if not initial.exists():
             save_model(self.drafter, self.folders[1], initial)
         trainer = Trainer(self.drafter, self.recipe.optimizer)
         if state.exists():
             trainer.load(state, self.key)
+        stopped, tokens_per_second = self._train(trainer, windows, passages)
         p = trainer.progress
-        last_grid = time.monotonic()
-        if not p.history:
-            self._measure(trainer, passages, best)
-        grid_s = time.monotonic() - last_grid
-        trained_s, stopped = 0.0, None
-        with deferred_interrupt() as interrupted:
-            while p.step < self.recipe.optimizer.steps:
-                began = time.monotonic()
-                loss = trainer.step(self._micro_batches(windows, p.step))
-                p.tokens += self.recipe.optimizer.windows_per_step * self.recipe.data.context
-                trained_s += time.monotonic() - began
-                self.watcher.progress("distil", p.step, self.recipe.optimizer.steps, f"loss {loss:.3f}")
-                late = time.monotonic() + 1.5 * grid_s + (time.monotonic() - began) > self.deadline
-                stopped = "interrupted" if interrupted else "out of time" if late else None
-                if stopped:
-                    break
-                if p.step % self.recipe.evaluation.every == 0 and p.step < self.recipe.optimizer.steps:
-                    self._measure(trainer, passages, best)
-                    trainer.save(state, self.key)
-        if not stopped or stopped == "out of time":
-            self._measure(trainer, passages, best)
-        trainer.save(state, self.key)
-        rows = self.recipe.optimizer.windows_per_step * self.recipe.data.context
-        steps_here = max(1, round(p.tokens / rows)) if trained_s else 0
-        grids = {h["step"]: [Cell(**c) for c in h["cells"]] for h in p.history}
+        grids = {grid["step"]: [Cell(**cell) for cell in grid["cells"]] for grid in p.history}
         return Outcome(
             status="interrupted" if stopped == "interrupted" else "done",
             stopped=stopped,
@@ -165,84 +136,32 @@ class Distillation:
             best_step=p.best_step,
             skipped=p.skipped,
             dropped=dropped,
-            positions_per_target_token=float(len(self.draw_views(0))),
-            tokens_per_second=steps_here * rows / trained_s if trained_s and started else 0.0,
+            positions_per_target_token=len(self.draw_views(0)),
+            tokens_per_second=tokens_per_second,
         )
 
-    def windows(self) -> tuple[Tensor, dict[str, int]]:
-        """Training windows [n, T] int32 and how many written ends were dropped, by reason; made once."""
-        path = self.out / "windows.pt"
-        d = self.recipe.data
-        key = _digest(asdict(d), self.recipe.seed, self.recipe.temperature, *map(_fingerprint, self.folders))
-        saved = _load(path, key)
-        if saved is None:
-            rows = training_windows(self.tokenizer, d.sources, d.context, d.windows, self.recipe.seed)
-            saved = {"key": key, "rows": torch.tensor(rows, dtype=torch.int32), "done": 0, "loops": 0, "short": 0}
-        rng = random.Random(self.recipe.seed)
-        warmth = self.recipe.temperature if d.written_temperature is None else d.written_temperature
-        chosen = sorted(rng.sample(range(d.windows), round(d.written * d.windows)))
-        while saved["done"] < len(chosen):
-            row = saved["rows"][chosen[saved["done"]]]
-            prompt = row[: -d.written_tokens].tolist()
-            text = self._write(prompt, d.written_tokens, warmth, seed=chosen[saved["done"]])
-            if len(text) < d.written_tokens:
-                saved["short"] += 1
-            elif sum(looped_tokens(prompt, text)) > d.max_loop_rate * len(text):
-                saved["loops"] += 1
-            else:
-                row[-d.written_tokens :] = torch.tensor(text, dtype=torch.int32)
-            saved["done"] += 1
-            self.watcher.progress("the target writes", saved["done"], len(chosen), f"{saved['loops']} looped")
-            if saved["done"] % 8 == 0 or saved["done"] == len(chosen):
-                _save(saved, path)
-        if not path.exists():
-            _save(saved, path)
-        return saved["rows"], {
-            "read": d.windows,
-            "written": len(chosen),
-            "loops": saved["loops"],
-            "short": saved["short"],
-        }
-
-    def passages(self) -> list[Passage]:
-        """Held-out prompts, all contexts of one ending at the same token, and what the target writes; made once."""
-        path, e = self.out / "passages.json", self.recipe.evaluation
-        key = _digest(asdict(e), self.recipe.data.sources, self.recipe.temperature, _fingerprint(self.folders[0]))
-        if path.exists():
-            saved = json.loads(path.read_text("utf-8"))
-            if saved["key"] == key:
-                return [
-                    Passage(p["dataset"], tuple(p["prompt"]), tuple(p["text"]), p["limit"]) for p in saved["passages"]
-                ]
-        longest = max(e.contexts)
-        prompts = held_out_prompts(self.tokenizer, self.recipe.data.sources, longest, e.passages)
-        found, total = [], len(prompts) * len(e.contexts)
-        for n, (dataset, ids) in enumerate(prompts):
-            for context in e.contexts:
-                text = self._write(ids[longest - context :], e.new_tokens, self.recipe.temperature, seed=n)
-                found.append(Passage(dataset, tuple(ids[longest - context :]), tuple(text), e.new_tokens))
-                self.watcher.progress("held-out passages", len(found), total, "")
-        _write_text(path, json.dumps({"key": key, "passages": [asdict(p) for p in found]}))
-        return found
-
-    def _write(self, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int]:
-        """What the target writes after `prompt`, sped up by the undistilled drafter."""
-        options = DecodeOptions(
-            budget=WRITING_BUDGET,
-            gamma=WRITING_GAMMA,
-            temperature=temperature,
-            seed=seed,
-            max_new_tokens=tokens,
-            device="cpu",
-        )
-        pair = Pair(self.target, self.drafter, self.tokenizer, eos_tokens(self.folders[0]), ("", ""))
-        engine = make_speculator(pair, options, len(prompt))
-        engine.prefill(prompt)
-        for _ in engine.rounds(tokens, pair.eos, FixedGamma(WRITING_GAMMA)):
-            pass
-        return engine.new_tokens
-
-    # -- one step
+    def _train(self, trainer: Trainer, windows: Tensor, passages: list[Passage]) -> tuple[str | None, float]:
+        """Steps with a grid every so often. Returns why it stopped early, or None, and target tokens per second."""
+        p, o = trainer.progress, self.recipe.optimizer
+        grid_s = self._measure(trainer, passages)
+        first, trained_s, stopped = p.step, 0.0, None
+        with deferred_interrupt() as interrupted:
+            while p.step < o.steps and not stopped:
+                began = time.monotonic()
+                loss = trainer.step(self._micro_batches(windows, p.step))
+                step_s = time.monotonic() - began
+                trained_s += step_s
+                self.watcher.progress("distil", p.step, o.steps, f"loss {loss:.3f}")
+                late = began + 2 * step_s + 1.5 * grid_s > self.deadline
+                stopped = "interrupted" if interrupted else "out of time" if late else None
+                if p.step % self.recipe.evaluation.every == 0 and not stopped:
+                    grid_s = self._measure(trainer, passages)
+                    trainer.save(self.out / STATE, self.key)
+            if stopped != "interrupted":
+                self._measure(trainer, passages)
+            trainer.save(self.out / STATE, self.key)
+        tokens = (p.step - first) * o.windows_per_step * self.recipe.data.context
+        return stopped, tokens / trained_s if trained_s else 0.0
 
     def draw_views(self, step: int) -> list[View | None]:
         """Views of a step: the full one first; a function of (seed, step)."""
@@ -298,8 +217,6 @@ class Distillation:
             self._rope[config] = RopeTable(config.rope, length, length, model.dtype, model.device)
         return self._rope[config]
 
-    # -- measuring
-
     def grid(self, passages: Sequence[Passage]) -> list[Cell]:
         """Acceptance of every context and budget of the recipe."""
         e, positions = self.recipe.evaluation, self.recipe.views.positions
@@ -309,64 +226,22 @@ class Distillation:
             for budget in e.budgets
         ]
 
-    def _measure(self, trainer: Trainer, passages: Sequence[Passage], best: Path) -> None:
-        """Add a grid to the history; keep the drafter when its mean acceptance over the budgets is the best yet."""
-        p = trainer.progress
+    def _measure(self, trainer: Trainer, passages: Sequence[Passage]) -> float:
+        """Add this step's grid to the history, once; keep the drafter best in the mean over budgets. Seconds taken."""
+        p, began = trainer.progress, time.monotonic()
         if p.history and p.history[-1]["step"] == p.step:
-            return
+            return 0.0
         cells = self.grid(passages)
         p.history.append({"step": p.step, "cells": [asdict(c) for c in cells]})
-        sparse = [c.acceptance_rate or 0.0 for c in cells if c.budget != "full"] or [
-            c.acceptance_rate or 0.0 for c in cells
-        ]
-        score = sum(sparse) / len(sparse)
+        sparse = [c for c in cells if c.budget != "full"] or cells
+        score = sum(c.acceptance_rate or 0.0 for c in sparse) / len(sparse)
         if score > p.best:
             p.best, p.best_step = score, p.step
-            save_model(self.drafter, self.folders[1], best)
+            save_model(self.drafter, self.folders[1], self.out / "drafter")
         self.watcher.grid(p.step, cells)
+        return time.monotonic() - began
 
 
 def _by_context(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
     for key in dict.fromkeys((p.dataset, len(p.prompt)) for p in passages):
         yield [p for p in passages if (p.dataset, len(p.prompt)) == key]
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _fingerprint(folder: Path) -> str:
-    """Changes when the model does: config and the first and last MiB of the weights, with their sizes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _load(path: Path, key: str) -> dict | None:
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own
-        raise UserError(f"{path} is damaged ({type(error).__name__})", "Remove it to make it again") from None
-    if saved["key"] != key:
-        raise UserError(f"{path} was made for another recipe or model", "Give another --out")
-    return saved
-
-
-def _save(saved: dict, path: Path) -> None:
-    fresh = path.with_suffix(".new")
-    torch.save(saved, fresh)
-    fresh.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text, "utf-8")
-    fresh.replace(path)

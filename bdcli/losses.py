@@ -179,7 +179,7 @@ class _HeadLoss(torch.autograd.Function):
             for i, view in enumerate(views):
                 part = view[span]
                 logits = _wide(F.linear(part, weight))
-                hit[i, span] = logits.argmax(-1) == best
+                hit[i, span] = logits.max(-1).indices == best
                 losses[i, span], alpha[i, span], grad = _rows(
                     kind, logits.div_(tau) if tau != 1 else logits, best, law, learn
                 )
@@ -215,7 +215,7 @@ class _HeadLoss(torch.autograd.Function):
 def _rows(
     kind: str, logits: Tensor, best: Tensor, law: Law | None, learn: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(ℓ [C], α [C], ∂ℓ/∂u [C, V]) of scaled logits u [C, V]; the table at the top of this file."""
+    """(ℓ [C], α [C], ∂ℓ/∂u [C, V] or None) of scaled logits u [C, V]; the table at the top of this file."""
     log_q = logits.log_softmax(-1)
     log_p = law(log_q) if law else None
     if log_p is None or kind == "ce":
@@ -252,7 +252,7 @@ def _rows(
     losses = torch.lerp(1 - alpha, losses, blend)
     if not learn:
         return losses, alpha, None
-    below = q.masked_fill(q >= p, 0)  # α · s
+    below = torch.where(q < p, q, 0)  # α · s
     blend, outside = blend[:, None], below.sum(-1, keepdim=True)
     # λ (q - p) + (1 - λ) (q · αr - αs), gathered by q, p and αs
     grad = q.mul_(torch.lerp(outside, torch.ones_like(outside), blend))

@@ -67,6 +67,7 @@ ORDER = [
     ["speculate", "acceptance"],
     ["baseline"],
     ["decode", "doctor"],
+    ["prepare"],
     ["distill"],
     ["runs"],
     ["cli"],

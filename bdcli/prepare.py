@@ -1,0 +1,154 @@
+"""What a distil run learns from and is measured on: training windows, and passages that the target wrote.
+
+Both are made once, kept in the run's folder under a key of everything they depend on, and go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bdcli.acceptance import Passage
+from bdcli.controller import FixedGamma
+from bdcli.data import held_out_prompts, training_windows
+from bdcli.decode import Pair, make_speculator
+from bdcli.distill_recipe import DistillRecipe
+from bdcli.errors import UserError
+from bdcli.metrics import looped_tokens
+from bdcli.options import DecodeOptions
+
+WRITING_BUDGET, WRITING_GAMMA = 512, 4  # how the undistilled drafter helps the target write
+
+
+class Material:
+    """Windows and passages of one recipe, made with `pair` (loaded from `folders`) and kept in `out`."""
+
+    def __init__(
+        self,
+        recipe: DistillRecipe,
+        out: Path,
+        pair: Pair,
+        folders: tuple[Path, Path],
+        progress: Callable[[str, int, int, str], None],
+    ):
+        self._recipe, self._out, self._pair, self._folders, self._progress = recipe, out, pair, folders, progress
+
+    def windows(self) -> tuple[Tensor, dict[str, int]]:
+        """Training windows [n, T] int32 and how many written ends were dropped, by reason; made once."""
+        path = self._out / "windows.pt"
+        d = self._recipe.data
+        key = digest(asdict(d), self._recipe.seed, self._recipe.temperature, *map(fingerprint, self._folders))
+        saved = _load(path, key)
+        if saved is None:
+            rows = training_windows(self._pair.tokenizer, d.sources, d.context, d.windows, self._recipe.seed)
+            saved = {"key": key, "rows": torch.tensor(rows, dtype=torch.int32), "done": 0, "loops": 0, "short": 0}
+        rng = random.Random(self._recipe.seed)
+        warmth = self._recipe.temperature if d.written_temperature is None else d.written_temperature
+        chosen = sorted(rng.sample(range(d.windows), round(d.written * d.windows)))
+        while saved["done"] < len(chosen):
+            row = saved["rows"][chosen[saved["done"]]]
+            prompt = row[: -d.written_tokens].tolist()
+            text = self._write(prompt, d.written_tokens, warmth, seed=chosen[saved["done"]])
+            if len(text) < d.written_tokens:
+                saved["short"] += 1
+            elif sum(looped_tokens(prompt, text)) > d.max_loop_rate * len(text):
+                saved["loops"] += 1
+            else:
+                row[-d.written_tokens :] = torch.tensor(text, dtype=torch.int32)
+            saved["done"] += 1
+            self._progress("the target writes", saved["done"], len(chosen), f"{saved['loops']} looped")
+            if saved["done"] % 8 == 0 or saved["done"] == len(chosen):
+                _save(saved, path)
+        if not path.exists():
+            _save(saved, path)
+        return saved["rows"], {
+            "read": d.windows,
+            "written": len(chosen),
+            "loops": saved["loops"],
+            "short": saved["short"],
+        }
+
+    def passages(self) -> list[Passage]:
+        """Held-out prompts, all contexts of one ending at the same token, and what the target writes; made once."""
+        path, e = self._out / "passages.json", self._recipe.evaluation
+        key = digest(asdict(e), self._recipe.data.sources, self._recipe.temperature, fingerprint(self._folders[0]))
+        if path.exists():
+            saved = json.loads(path.read_text("utf-8"))
+            if saved["key"] == key:
+                return [
+                    Passage(p["dataset"], tuple(p["prompt"]), tuple(p["text"]), p["limit"]) for p in saved["passages"]
+                ]
+        longest = max(e.contexts)
+        prompts = held_out_prompts(self._pair.tokenizer, self._recipe.data.sources, longest, e.passages)
+        found, total = [], len(prompts) * len(e.contexts)
+        for n, (dataset, ids) in enumerate(prompts):
+            for context in e.contexts:
+                text = self._write(ids[longest - context :], e.new_tokens, self._recipe.temperature, seed=n)
+                found.append(Passage(dataset, tuple(ids[longest - context :]), tuple(text), e.new_tokens))
+                self._progress("held-out passages", len(found), total, "")
+        _write_text(path, json.dumps({"key": key, "passages": [asdict(p) for p in found]}))
+        return found
+
+    def _write(self, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int]:
+        """What the target writes after `prompt`, sped up by the undistilled drafter."""
+        options = DecodeOptions(
+            budget=WRITING_BUDGET,
+            gamma=WRITING_GAMMA,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=tokens,
+            device="cpu",
+        )
+        engine = make_speculator(self._pair, options, len(prompt))
+        engine.prefill(prompt)
+        for _ in engine.rounds(tokens, self._pair.eos, FixedGamma(WRITING_GAMMA)):
+            pass
+        return engine.new_tokens
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes when the model does: config and the first and last MiB of the weights, with their sizes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _load(path: Path, key: str) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, weights_only=True)
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise UserError(f"{path} is damaged ({type(error).__name__})", "Remove it to make it again") from None
+    if saved["key"] != key:
+        raise UserError(f"{path} was made for another recipe or model", "Give another --out")
+    return saved
+
+
+def _save(saved: dict, path: Path) -> None:
+    fresh = path.with_suffix(".new")
+    torch.save(saved, fresh)
+    fresh.replace(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text, "utf-8")
+    fresh.replace(path)
