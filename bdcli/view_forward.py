@@ -17,7 +17,7 @@ from bdcli.model import Model
 from bdcli.rope import RopeTable
 from bdcli.views import View
 
-MIN_BLOCK = 128  # query rows of a block at least; narrower blocks would spend their time on overhead
+MIN_BLOCK, MAX_BLOCK = 128, 512  # query rows of a block: narrower ones cost overhead, wider ones read too many keys
 
 
 def view_hidden(model: Model, rope: RopeTable, ids: Tensor, views: Sequence[View | None]) -> Tensor:
@@ -59,24 +59,24 @@ def attend(rope: RopeTable, qk: Tensor, v: Tensor, view: View | None) -> Tensor:
 
 
 def _banded(q: Tensor, q_rank: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
-    """Sinks and the last `window` keys, in blocks of queries that see their own and the previous block of keys.
+    """Sinks and the last `window` keys, in blocks of queries that see their own block of keys and those before it.
 
     Under rebased positions a query looks at sinks with one rotation and at recents with another, inside one softmax.
     Putting the two side by side on the head dimension, against keys that are zero in the other half, makes that one
     ordinary attention.
     """
     length, heads, dim = q.shape
-    block = max(view.window, MIN_BLOCK)
-    count = -(-length // block)
+    block = min(max(view.window, MIN_BLOCK), MAX_BLOCK)
+    count, before = -(-length // block), -(-(view.window - 1) // block)
 
     def blocks(x: Tensor) -> Tensor:  # [T, H, D] -> [blocks, H, block, D]
         x = F.pad(x, (0, 0, 0, 0, 0, count * block - length))
         return x.view(count, block, *x.shape[1:]).transpose(1, 2)
 
-    def with_past(x: Tensor, sinks: Tensor) -> Tensor:  # [blocks, Hkv, S + 2·block, ·]
-        own = blocks(x)
-        past = torch.cat((torch.zeros_like(own[:1]), own[:-1]))
-        return torch.cat((sinks.transpose(0, 1).expand(count, -1, -1, -1), past, own), 2)
+    def with_past(x: Tensor, sinks: Tensor) -> Tensor:  # [blocks, Hkv, S + (before + 1)·block, ·]
+        padded = F.pad(blocks(x), (0, 0, 0, 0, 0, 0, before, 0))
+        shifted = [padded[i : i + count] for i in range(before + 1)]
+        return torch.cat((sinks.transpose(0, 1).expand(count, -1, -1, -1), *shifted), 2)
 
     sinks_k, sinks_v = k[: view.sinks], v[: view.sinks]
     if q_rank is not q:
@@ -85,17 +85,17 @@ def _banded(q: Tensor, q_rank: Tensor, k: Tensor, v: Tensor, view: View) -> Tens
         values = F.pad(with_past(v, sinks_v), (0, dim))
     else:
         queries, keys, values = blocks(q), with_past(k, sinks_k), with_past(v, sinks_v)
-    mask = _band_mask(count, block, view, q.device)
+    mask = _band_mask(count, block, before, view, q.device)
     gqa = heads != k.shape[1]
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=dim**-0.5, enable_gqa=gqa)
     return out[..., :dim].transpose(1, 2).reshape(count * block, heads * dim)[:length]
 
 
-def _band_mask(count: int, block: int, view: View, device: torch.device) -> Tensor:
-    """Bool [blocks, 1, block, S + 2·block]: which of sinks, previous and own block each query sees."""
+def _band_mask(count: int, block: int, before: int, view: View, device: torch.device) -> Tensor:
+    """Bool [blocks, 1, block, S + (before + 1)·block]: which of sinks, earlier and own block each query sees."""
     starts = torch.arange(count, device=device)[:, None] * block
     queries = (starts + torch.arange(block, device=device))[:, :, None]
-    recents = (starts - block + torch.arange(2 * block, device=device))[:, None, :]
+    recents = (starts - before * block + torch.arange((before + 1) * block, device=device))[:, None, :]
     sinks = torch.arange(view.sinks, device=device)
     near = (recents >= view.sinks) & (recents <= queries) & (recents > queries - view.window)
     return torch.cat(((sinks <= queries), near), -1)[:, None]

@@ -33,9 +33,10 @@ def decode_logits(model, ids, view):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("rebased", [True, False])
-def test_training_views_equal_decoding(rebased, kv_heads, monkeypatch):
+@pytest.mark.parametrize(("rebased", "widest"), [(True, 512), (False, 512), (True, 6), (False, 13)])
+def test_training_views_equal_decoding(rebased, widest, kv_heads, monkeypatch):
     monkeypatch.setattr("bdcli.view_forward.MIN_BLOCK", 5)
+    monkeypatch.setattr("bdcli.view_forward.MAX_BLOCK", widest)
     rng = random.Random(kv_heads)
     model = tiny_model(layers=2, kv_heads=kv_heads, seed=rng.randrange(99))
     ids = [rng.randrange(41) for _ in range(131)]
