@@ -26,7 +26,7 @@ test-slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 
-# Measures the README's table and plot anew (about an hour on 2 cores): make readme BOOKS=folder-of-txt-files
+# Measures the README's table and plot anew (20 minutes for 6 books on 2 cores): make readme BOOKS=folder-of-txt-files
 readme: $(VENV)/.installed
 	$(BIN)/python scripts/readme_table.py measure $(BOOKS)
 

@@ -177,18 +177,28 @@ def report(
     status: Annotated[str | None, typer.Option(help="done, failed, interrupted or running.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Newest runs to show; 0 shows all.")] = 0,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = "table",
+    run: Annotated[str | None, typer.Option(help="One distil run: its acceptance grid, step by step.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw acceptance and speedup to a .png, .svg or .pdf file.")] = None,
     db: DbOption = None,
 ) -> None:
-    """Show stored runs."""
+    """Show stored runs, or with --run the curves of one."""
     from bdcli import report as shown
     from bdcli.store import Store
 
     if ctx is not None:
         parse_context(ctx)
     store = Store(db, readonly=True)
+    if run is not None:
+        evaluations = store.evaluations(run)
+        if not evaluations:
+            raise UserError(f"run {run} has no acceptance grid", "See bdcli report --command distill")
+        if plot is not None:
+            shown.plot_curves(evaluations, plot)
+            note(f"wrote {plot}")
+        typer.echo(shown.curves(evaluations, str(form)))
+        return
     keep = shown.Filter(ctx, budget, dataset, method, command, status)
-    runs = [run for run in store.runs() if keep(run)]
+    runs = [each for each in store.runs() if keep(each)]
     runs = runs[:limit] if limit else runs
     if plot is not None:
         shown.plot(runs, plot)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bdcli.errors import UserError
 from bdcli.options import parse_context
-from bdcli.store import Run
+from bdcli.store import Evaluation, Run
 
 FORMATS = ("table", "markdown", "csv", "json")
 NEAR = 0.125  # `--ctx 8k` keeps contexts within this share of 8192
@@ -98,21 +98,25 @@ def as_json(runs: list[Run]) -> str:
 
 def as_csv(runs: list[Run]) -> str:
     """Every column of the store, unformatted."""
+    return _csv(list(Run.model_fields), [run.model_dump(mode="json") for run in runs])
+
+
+def as_markdown(runs: list[Run]) -> str:
+    return _markdown(list(COLUMNS), rows(runs))
+
+
+def _csv(names: list[str], records: list[dict]) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(Run.model_fields), lineterminator="\n")
+    writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
-    for run in runs:
-        row = run.model_dump(mode="json")
-        writer.writerow({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()})
+    for record in records:
+        writer.writerow({k: json.dumps(v) if isinstance(v, dict) else v for k, v in record.items()})
     return out.getvalue().rstrip("\n")
 
 
-def as_markdown(runs: list[Run], columns: tuple[str, ...] = tuple(COLUMNS)) -> str:
-    names = list(COLUMNS)
-    keep = [names.index(column) for column in columns]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row[i] for i in keep) + " |" for row in rows(runs)]
-    return "\n".join(lines)
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def as_table(runs: list[Run]):
@@ -134,22 +138,65 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 
 
+def curve_rows(evaluations: list[Evaluation]) -> list[list[str]]:
+    """Acceptance of each data set, context and budget (rows) at each step (columns), for `bdcli report --run`."""
+    steps = sorted({e.step for e in evaluations})
+    cells = {(e.dataset, e.context, e.budget, e.step): e for e in evaluations}
+    lines = [["dataset", "context", "budget", *(f"step {step}" for step in steps)]]
+    for key in dict.fromkeys((e.dataset, e.context, e.budget) for e in evaluations):
+        found = [cells.get((*key, step)) for step in steps]
+        lines.append([*map(str, key), *(_percent(e.acceptance_rate if e else None) for e in found)])
+    return lines
+
+
+def curves(evaluations: list[Evaluation], form: str) -> str:
+    """The grid of one run in one of `FORMATS`; csv and json hold every column, unformatted."""
+    raw = [e.model_dump(mode="json") for e in evaluations]
+    if form == "json":
+        return json.dumps({"evaluations": raw}, indent=2, ensure_ascii=False)
+    if form == "csv":
+        return _csv(list(Evaluation.model_fields), raw)
+    head, *body = curve_rows(evaluations)
+    if form == "markdown":
+        return _markdown(head, body)
+    widths = [max(map(len, column)) for column in zip(head, *body)]
+    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)) for row in (head, *body))
+
+
+def plot_curves(evaluations: list[Evaluation], path: Path) -> None:
+    """Acceptance against training step, one panel a context, one line a budget, with 95 % intervals."""
+    pyplot = _pyplot(path)
+    groups = list(dict.fromkeys((e.dataset, e.context) for e in evaluations))
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(4.6 * len(groups), 3.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, (dataset, context) in zip(axes[0], groups):
+        here = [e for e in evaluations if (e.dataset, e.context) == (dataset, context)]
+        for i, budget in enumerate(dict.fromkeys(e.budget for e in here)):
+            line = [e for e in here if e.budget == budget and e.acceptance_rate is not None]
+            style = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7]}
+            steps = [e.step for e in line]
+            axis.plot(steps, [100 * e.acceptance_rate for e in line], label=f"budget {budget}", **style)
+            if all(e.low is not None for e in line):
+                low, high = ([100 * getattr(e, end) for e in line] for end in ("low", "high"))
+                axis.fill_between(steps, low, high, color=PALETTE[i % 7], alpha=0.1, linewidth=0)
+        axis.set(title=f"{dataset}, {_k(context)} context", xlabel="training step", ylim=(0, 100))
+        _tidy(axis)
+    axes[0][0].set_ylabel("acceptance rate (%)")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    _write_figure(pyplot, figure, path)
+
+
 def plot(runs: list[Run], path: Path) -> None:
     """Acceptance against budget and speedup against context, as medians, to a .png, .svg or .pdf file.
 
     Only runs that may be compared with the newest one are drawn: same pair, machine, dtype and sampling.
     """
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {path}: unknown picture format", "Use a name that ends in .png, .svg or .pdf")
+    pyplot = _pyplot(path)
     done = [r for r in runs if r.status == "done" and r.acceptance_rate is not None and r.budget is not None]
     if not done:
         raise UserError("no finished run with acceptance fits the filters", "Run bdcli decode first")
     done = [r for r in done if _comparable(r) == _comparable(done[0])]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     budgets = sorted({r.budget for r in done}, key=_budget_order)
     contexts = sorted({_nominal(r.context) for r in done})
@@ -172,9 +219,28 @@ def plot(runs: list[Run], path: Path) -> None:
     right.set(xlabel="context (prompt tokens)", ylabel="speedup over AR (×)")
     right.set_ylim(bottom=0)
     for axis in (left, right):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _tidy(axis)
         axis.legend(frameon=False, fontsize=8)
+    _write_figure(pyplot, figure, path)
+
+
+def _pyplot(path: Path):
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {path}: unknown picture format", "Use a name that ends in .png, .svg or .pdf")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _tidy(axis) -> None:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _write_figure(pyplot, figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -1,5 +1,6 @@
 """The command line as users meet it: the contract's JSON, one-line errors with exit code 2, Ctrl-C, start-up cost."""
 
+import copy
 import json
 import os
 import re
@@ -111,6 +112,15 @@ def test_stdin_stop_text_and_trim(cli, prompt):
     long = cli("decode", prompt, "--max-new-tokens", 16700, "--json")
     assert long.code == 2 and "300 prompt + 16700 new tokens exceed the model's 16896" in long.err
     assert "--trim middle" in long.err
+
+
+def test_chat_applies_the_tokenizers_own_template(pocket):
+    from bdcli.prompts import encode
+
+    tokenizer = copy.deepcopy(pocket[2])
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\nbot:{% endfor %}"
+    assert tokenizer.decode(encode(tokenizer, " hi ", chat=True)) == "<s>user:  hi \nbot:"
+    assert tokenizer.decode(encode(tokenizer, " hi ")) == " hi "
 
 
 def test_trim_keeps_head_and_tail():

@@ -286,6 +286,10 @@ def test_the_command(tmp_path, cli):
     from bdcli.store import Store
 
     assert len(Store().evaluations(result["run_id"])) == 2 * 2
+    curve = cli("report", "--run", result["run_id"], "--plot", tmp_path / "curve.svg")
+    assert curve.code == 0 and "step 2" in curve.out and (tmp_path / "curve.svg").stat().st_size > 5000
+    assert len(cli("report", "--run", result["run_id"], "--format", "json").json["evaluations"]) == 4
+    assert cli("report", "--run", "nope").code == 2
     prompt = tmp_path / "p.txt"
     cli("prompt", "--ctx", 128, "--out", prompt)
     decoded = cli("decode", prompt, "--drafter", result["checkpoint"], "--max-new-tokens", 8, "--json").json
