@@ -14,6 +14,7 @@ import typer
 
 from bdcli import __version__
 from bdcli.errors import BdcliError, UserError
+from bdcli.interrupt import interrupt
 from bdcli.options import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
 from bdcli.terminal import note, phases, prefill_meter, show_grids, status_line, summary, write
 
@@ -260,7 +261,7 @@ def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
 def main() -> None:
     """Entry point: every expected error is one line on stderr and an exit code."""
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, interrupt)
     app.debug = False
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)

@@ -294,11 +294,11 @@ def test_doctor(cli):
 # -- in processes of their own
 
 
-def start(*args):
+def start(*args, **settings):
     """Unbuffered pipes: what one read leaves is there for the next."""
     words = [sys.executable, "-m", "bdcli", *map(str, args)]
     pipe, env = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=pipe, stderr=pipe, env=env, bufsize=0)
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, env=env, bufsize=0, **settings)
 
 
 def test_ctrl_c_keeps_what_was_written_and_kill_leaves_a_row(prompt):
@@ -315,6 +315,18 @@ def test_ctrl_c_keeps_what_was_written_and_kill_leaves_a_row(prompt):
     finished = next(r for r in runs if r.prompts)
     kept = Store().prompts(finished.run_id)[0]
     assert kept.text and out.startswith(kept.text) and len(kept.tokens) == finished.new_tokens > 0
+
+
+def test_sigterm_ends_a_background_run_as_ctrl_c_does(prompt):
+    """Shells start background jobs with SIGINT ignored; SIGTERM has to work all the same."""
+    ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    process = start("decode", prompt, "--max-new-tokens", 4000, preexec_fn=ignoring)
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)  # stays ignored
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"is kept as run" in err
+    assert Store().runs()[0].status == "interrupted" and Store().runs()[0].new_tokens > 0
 
 
 def test_two_processes_decode_at_once(prompt):
