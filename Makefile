@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CTX ?= 4k
 BUDGET ?= 512
 
-.PHONY: demo test test-slow lint readme clean
+.PHONY: demo test test-slow test-gpu lint readme clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ test: $(VENV)/.installed lint
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# On a machine with a CUDA device: every kernel against its reference
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -42,3 +42,193 @@ def budget_attention(
     scores += [rotate(q, t) @ rotate(k[p], p) for p in recent]
     weights = (torch.stack(scores) * q.shape[-1] ** -0.5).softmax(0)
     return weights @ v[front + recent]
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., D] rotated by rows cos and sin that broadcast to it, sin with its first half negated (`bdcli.rope`)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def attend(scores: Tensor, seen: Tensor, v: Tensor) -> Tensor:
+    """Softmax in at least fp32, then weighted values. scores [N, R, Hkv, G, K], seen [N, R, K], v [N, Hkv, K, D]."""
+    scores = scores * v.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen[:, :, None, None], -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype)
+    used = v.masked_fill(~seen.any(1)[:, None, :, None], 0)  # what nobody sees may hold anything, and 0 · NaN is NaN
+    return torch.einsum("nrhgk,nhkd->nrhgd", weights, used).flatten(2, 3)
+
+
+def draft_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    sinks: int,
+    chosen: int,
+    window: int,
+    ring: int,
+    *,
+    q_rank: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    index: Tensor | None = None,
+    ring_start: int | None = None,
+) -> Tensor:
+    """`budget_attention` for a cache of slots; arguments as `bd_kernels.draft_attention`. Returns [N, R, H, D]."""
+    n, rows, heads, dim = q.shape
+    kv_heads, device = k.shape[1], k.device
+    at = position[:, None] + torch.arange(rows, device=device)  # [N, R]
+    if rope is not None:
+        ranks = at.clamp(max=sinks + chosen + window - 1)
+        q, q_rank = (rotated(q, *(table[place][:, :, None] for table in rope)) for place in (at, ranks))
+    q_rank = q if q_rank is None else q_rank
+
+    entries = torch.arange(sinks + chosen, device=device)
+    recent = torch.arange(ring, device=device)
+    newest = at[:, -1:]
+    held = newest - (newest - recent) % ring  # [N, ring]
+    in_front = (entries >= sinks) | (entries <= at[..., None])
+    in_window = (held >= sinks)[:, None] & (held[:, None] <= at[..., None]) & (held[:, None] > at[..., None] - window)
+    seen = torch.cat((in_front, in_window), -1)
+
+    slots = torch.cat((entries, recent + (sinks + chosen if ring_start is None else ring_start)))
+    slots = slots.expand(n, kv_heads, -1).clone()
+    if index is not None:
+        slots[:, :, sinks : sinks + chosen] = index
+    gather = slots[..., None].expand(-1, -1, -1, dim)
+    k, v = k.gather(2, gather), v.gather(2, gather)
+    grouped = (n, rows, kv_heads, heads // kv_heads, dim)
+    front, back = k.split((sinks + chosen, ring), 2)
+    scores = torch.cat((
+        torch.einsum("nrhgd,nhkd->nrhgk", q_rank.reshape(grouped), front),
+        torch.einsum("nrhgd,nhkd->nrhgk", q.reshape(grouped), back),
+    ), -1)  # fmt: skip
+    return attend(scores, seen, v)
+
+
+def verify_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """New rows q [N, R, H, D] over k and v [N, Hkv, capacity, D]; row r sees slots 0 .. length[n] + r."""
+    n, rows, heads, dim = q.shape
+    last = length[:, None] + torch.arange(rows, device=k.device)
+    seen = torch.arange(k.shape[2], device=k.device) <= last[..., None]
+    grouped = q.reshape(n, rows, k.shape[1], heads // k.shape[1], dim)
+    return attend(torch.einsum("nrhgd,nhkd->nrhgk", grouped, k), seen, v)
+
+
+def chunk_scores(queries: Tensor, keys: Tensor, chunk: int, *, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Scores [Hkv, C]: mean of queries [m, H, D] · mean key of each chunk of keys [C·chunk, Hkv, D] / √D, per group."""
+    kv_heads, dim = keys.shape[1:]
+    keys = keys.view(-1, chunk, kv_heads, dim)
+    if rope is not None:
+        keys = rotated(keys, *(table[None, :, None] for table in rope))
+    query = queries.mean(0).view(kv_heads, -1, dim).sum(1)
+    return torch.einsum("hd,chd->hc", query, keys.mean(1)) * dim**-0.5
+
+
+def official_scores(keys: Tensor, chunk: int) -> Tensor:
+    """The paper's scores [Hkv, C]: last key · mean key of each whole chunk of keys [n, Hkv, D]; chunk 0 first."""
+    whole = keys.shape[0] // chunk
+    centre = keys[: whole * chunk].view(whole, chunk, *keys.shape[1:]).mean(1)
+    scores = torch.einsum("hd,chd->hc", keys[-1], centre)
+    scores[:, 0] = torch.inf
+    return scores
+
+
+def compact(
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    kept_keys: Tensor,
+    kept_values: Tensor,
+    *,
+    rope: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Entries index [Hkv, K] of keys and values [n, Hkv, D] into kept_* [Hkv, K, D], keys rotated to rows of `rope`."""
+    gather = index.long()[..., None].expand(-1, -1, keys.shape[-1])
+    chosen = keys.transpose(0, 1).gather(1, gather)
+    kept_keys.copy_(chosen if rope is None else rotated(chosen, *rope))
+    kept_values.copy_(values.transpose(0, 1).gather(1, gather))
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Tensor,
+    kind: str,
+    *,
+    target_logits: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    target_head: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(losses [T], α [T]) as `bd_kernels.head_loss`, with all logits at once and plain autograd."""
+    if target_logits is None:
+        target_logits = torch.nn.functional.linear(target_hidden, target_head)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    z = torch.nn.functional.linear(hidden, head).to(wide) / temperature
+    y = target_logits.detach().to(wide) / temperature
+    if kind == "ce":
+        best = y.argmax(-1)
+        return torch.nn.functional.cross_entropy(z, best, reduction="none"), (z.argmax(-1) == best).to(wide)
+    log_q, log_p = z.log_softmax(-1), y.log_softmax(-1)
+    kl = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0).sum(-1)
+    alpha = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
+    mix = (-3 * alpha.detach()).exp()
+    loss = {"kl": kl, "alpha": -alpha.clamp_min(1e-30).log(), "lk": mix * kl + (1 - mix) * (1 - alpha)}[kind]
+    return loss, alpha.detach()
+
+
+def accept_greedy(
+    draft: Tensor, logits: Tensor, ids: Tensor | None = None, length: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(tokens [N, γ+1], accepted [N]) of drafts [N, γ] against logits [N, γ+1, V]; see `bd_kernels.accept`."""
+    verdicts = []
+    for guesses, rows in zip(draft.tolist(), logits):
+        top, best = rows.max(-1)
+        accepted = next((i for i, guess in enumerate(guesses) if guess != best[i]), len(guesses))
+        verdicts.append(best[: accepted + 1].tolist() if bool(top.isfinite().all()) else [])
+    return _commit(draft, verdicts, ids, length)
+
+
+def accept_sampled(
+    draft: Tensor,
+    q: Tensor,
+    p: Tensor,
+    uniform: Tensor,
+    ids: Tensor | None = None,
+    length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same for drafts drawn from q [N, γ, V], against p [N, γ+1, V] and with uniform [N, γ+1]."""
+    verdicts = []
+    for n, guesses in enumerate(draft.tolist()):
+        gamma = len(guesses)
+        drawn_p = [float(p[n, i, x]) for i, x in enumerate(guesses)]
+        drawn_q = [float(q[n, i, x]) for i, x in enumerate(guesses)]
+        u = uniform[n].tolist()
+        accepted = next((i for i in range(gamma) if u[i] * drawn_q[i] >= drawn_p[i]), gamma)
+        left = p[n, accepted].double()
+        if accepted < gamma:
+            residual = (left - q[n, accepted].double()).clamp_min(0)  # keeps a NaN
+            left = left if float(residual.sum()) == 0 else residual
+        total = float(left.sum())
+        if any(x != x for x in (*drawn_p, *drawn_q)) or not 0 < total < float("inf"):
+            verdicts.append([])
+            continue
+        passed = (left.cumsum(0) > u[gamma] * total) & (left > 0)
+        # argmax finds the first; where rounding leaves none passed, the token is the last one with mass
+        token = int(passed.int().argmax()) if passed.any() else int(left.nonzero()[-1])
+        verdicts.append([*guesses[:accepted], token])
+    return _commit(draft, verdicts, ids, length)
+
+
+def _commit(
+    draft: Tensor, verdicts: list[list[int]], ids: Tensor | None, length: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Verdicts as tensors, padded with -1; an empty one is a broken row. Appends to ids [N, capacity] at length [N]."""
+    tokens = draft.new_full((draft.shape[0], draft.shape[1] + 1), -1)
+    for n, verdict in enumerate(verdicts):
+        tokens[n, : len(verdict)] = torch.tensor(verdict, dtype=tokens.dtype)
+        if ids is not None:
+            start = int(length[n])
+            kept = verdict[: ids.shape[1] - start]
+            ids[n, start : start + len(kept)] = torch.tensor(kept, dtype=ids.dtype)
+            length[n] += len(verdict)
+    return tokens, torch.tensor([len(v) - 1 for v in verdicts], dtype=torch.int32, device=draft.device)

@@ -1,0 +1,202 @@
+"""The one table of variants: the cases that tests run and the kernels, types and constants that compile for them.
+
+Cases are plain values; triton is imported only when one is turned into what it compiles to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+POINTERS = {F16: "*fp16", BF16: "*bf16", F32: "*fp32"}
+
+
+class DraftCase(NamedTuple):
+    """query: "one" (absolute), "two" (rotated twice by the caller), "raw" (rotated in the kernel)."""
+
+    dim: int
+    group: int
+    rows: int
+    dtype: torch.dtype
+    query: str
+    indexed: bool
+    splits: int
+
+
+class VerifyCase(NamedTuple):
+    dim: int
+    group: int
+    rows: int
+    dtype: torch.dtype
+    splits: int
+
+
+class ChunkCase(NamedTuple):
+    dim: int
+    group: int
+    dtype: torch.dtype
+    rotate: bool
+
+
+class LossCase(NamedTuple):
+    kind: str
+    dtype: torch.dtype
+
+
+class AcceptCase(NamedTuple):
+    gamma: int
+    vocab: int
+    dtype: torch.dtype  # of the target's logits; probabilities are fp32
+
+
+USUAL = 3  # the first cases of each list; the rest cross what is left, and tests mark them slow
+
+DRAFT = [
+    DraftCase(64, 1, 1, BF16, "raw", False, 1),  # llama-68m
+    DraftCase(128, 4, 1, BF16, "one", True, 3),
+    DraftCase(96, 2, 18, F16, "two", False, 2),
+    DraftCase(128, 8, 18, BF16, "raw", True, 1),
+    DraftCase(64, 3, 5, F16, "one", False, 1),
+    DraftCase(64, 4, 2, BF16, "two", True, 4),
+    DraftCase(96, 1, 3, BF16, "raw", True, 2),
+    DraftCase(128, 8, 1, F16, "raw", False, 1),
+    DraftCase(64, 4, 8, BF16, "two", False, 2),
+    DraftCase(128, 4, 8, BF16, "one", False, 2),
+]
+VERIFY = [
+    VerifyCase(128, 1, 8, BF16, 8),  # Llama-2-7B
+    VerifyCase(128, 4, 17, BF16, 8),  # Llama-3-8B
+    VerifyCase(64, 3, 1, F16, 1),
+    VerifyCase(96, 8, 17, F16, 5),
+    VerifyCase(64, 1, 17, BF16, 3),
+    VerifyCase(128, 8, 4, F16, 2),
+    VerifyCase(64, 4, 16, BF16, 4),
+    VerifyCase(64, 8, 16, BF16, 4),
+    VerifyCase(128, 4, 16, BF16, 4),
+]
+CHUNKS = [ChunkCase(64, 1, BF16, True), ChunkCase(96, 3, F16, False), ChunkCase(128, 4, BF16, True)]
+LOSSES = [LossCase(kind, dtype) for dtype in (BF16, F32) for kind in ("ce", "kl", "alpha", "lk")]
+ACCEPTS = [AcceptCase(4, 5000, BF16), AcceptCase(16, 97, F32), AcceptCase(0, 2500, F32), AcceptCase(1, 4096, F16)]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compilation. `types` maps run-time arguments to triton types, or to 1: such an integer is specialised."""
+
+    name: str
+    kernel: object
+    types: dict
+    constants: dict
+    options: dict = field(default_factory=dict)
+    dot: bool = False
+
+
+def table(usual: bool = False) -> list[Compiled]:
+    """All there is to compile, or what the usual cases need; equal compilations appear once."""
+    found = [c for make, cases in _MAKERS for case in cases[: USUAL if usual else None] for c in make(case)]
+    return list({str((c.kernel, c.types, c.constants, c.options)): c for c in found}.values())
+
+
+def _types(kernel, constants: dict, **types) -> dict:
+    """Arguments that are not named: strides and sizes, int32."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    assert set(types) <= set(names), set(types) - set(names)
+    return {name: types.get(name, "i32") for name in names}
+
+
+def _merged(name: str, splits: int, dim: int, out: str) -> list[Compiled]:
+    from bd_kernels.attend import merge_constants, merge_kernel
+
+    if splits == 1:
+        return []
+    constants = merge_constants(splits, dim)
+    types = _types(merge_kernel, constants, PART="*fp32", LSE="*fp32", OUT=out)
+    return [Compiled(f"{name} merge", merge_kernel, types, constants)]
+
+
+def _draft(case: DraftCase) -> list[Compiled]:
+    from bd_kernels.draft_attention import draft_constants, draft_kernel
+
+    x = POINTERS[case.dtype]
+    out = x if case.splits == 1 else "*fp32"
+    constants, options = draft_constants(*case[:3], case.dtype, case.query, case.indexed, case.splits)
+    types = _types(
+        draft_kernel, constants, Q=x, Q_RANK=x, K=x, V=x, OUT=out, LSE=out, POSITION="*i64", COS=x, SIN=x,
+        INDEX="*i32" if case.indexed else "*i64", scale="fp32", rows=1 if case.rows == 1 else "i32",
+    )  # fmt: skip
+    name = f"draft {case.dim} {x[1:]} group {case.group} rows {case.rows} {case.query}" + " indexed" * case.indexed
+    return [Compiled(name, draft_kernel, types, constants, options, True), *_merged(name, case.splits, case.dim, x)]
+
+
+def _verify(case: VerifyCase) -> list[Compiled]:
+    from bd_kernels.verify_attention import verify_constants, verify_kernel
+
+    x = POINTERS[case.dtype]
+    out = x if case.splits == 1 else "*fp32"
+    constants, options = verify_constants(*case[:3], case.dtype, case.splits)
+    types = _types(
+        verify_kernel, constants, Q=x, K=x, V=x, OUT=out, LSE=out, LENGTH="*i64", scale="fp32",
+        rows=1 if case.rows == 1 else "i32",
+    )  # fmt: skip
+    name = f"verify {case.dim} {x[1:]} group {case.group} rows {case.rows}"
+    return [Compiled(name, verify_kernel, types, constants, options, True), *_merged(name, case.splits, case.dim, x)]
+
+
+def _chunks(case: ChunkCase) -> list[Compiled]:
+    from bd_kernels.chunk_select import compact_constants, compact_kernel, score_constants, score_kernel
+
+    x, dim = POINTERS[case.dtype], case.dim
+    name = f"{dim} {x[1:]} group {case.group}" + " rotated" * case.rotate
+    scores = score_constants(dim, case.group, 16, 8, case.rotate, False)
+    official = score_constants(dim, 1, 1, 8, False, True)
+    pointers = {"QUERIES": x, "KEYS": x, "COS": x, "SIN": x, "SCORES": "*fp32", "scale": "fp32"}
+    kept = compact_constants(dim, case.rotate)
+    tensors = dict.fromkeys(("KEYS", "VALUES", "COS", "SIN", "KEPT_KEYS", "KEPT_VALUES"), x)
+    return [
+        Compiled(f"score {name}", score_kernel, _types(score_kernel, scores, **pointers), scores),
+        Compiled(f"official {name}", score_kernel, _types(score_kernel, official, **pointers, queries=1), official),
+        Compiled(f"compact {name}", compact_kernel, _types(compact_kernel, kept, **tensors, INDEX="*i32"), kept),
+    ]
+
+
+def _loss(case: LossCase) -> list[Compiled]:
+    from bd_kernels.head_loss import gradient_kernel, loss_constants, loss_kernel
+
+    x = POINTERS[case.dtype]
+    constants, options = loss_constants(case.kind)
+    shared = {"Z": x, "Y": x, "ALPHA": "*fp32", "SUMS": "*fp32", "BEST": "*i32", "inverse_temperature": "fp32"}
+    name = f"{case.kind} {x[1:]}"
+    forward = _types(loss_kernel, constants, **shared, LOSS="*fp32")
+    backward = _types(gradient_kernel, constants, **shared, GRAD="*fp32")
+    return [
+        Compiled(f"loss {name}", loss_kernel, forward, constants, options),
+        Compiled(f"gradient {name}", gradient_kernel, backward, constants, options),
+    ]
+
+
+def _accept(case: AcceptCase) -> list[Compiled]:
+    from bd_kernels import accept as a
+
+    x = POINTERS[case.dtype]
+    rows = a.row_constants(case.gamma)
+    decide = {"COMMIT": True, **rows, **a.block_constants(case.vocab)}
+    verdict = {"DRAFT": "*i64", "TOKENS": "*i64", "ACCEPTED": "*i32", "IDS": "*i64", "LENGTH": "*i64"}
+    verdict |= {"gamma": 1} if case.gamma == 1 else {}
+    draws = {"DRAFT": "*i64", "UNIFORM": "*fp32", "P": "*fp32", "Q": "*fp32", "MASS": "*fp32"}
+    small = {"gamma": 1} if case.gamma == 1 else {}
+    top = {"TOP": "*fp32", "BEST": "*i32"}
+    greedy, choose = a.greedy_blocks_kernel, a.greedy_commit_kernel
+    blocks, draw = a.residual_blocks_kernel, a.residual_commit_kernel
+    name = f"gamma {case.gamma} vocab {case.vocab}"
+    return [
+        Compiled(f"greedy blocks {x[1:]}", greedy, _types(greedy, {}, LOGITS=x, **top), {}),
+        Compiled(f"greedy commit {name}", choose, _types(choose, decide, **top, **verdict), decide),
+        Compiled(f"residual blocks {name}", blocks, _types(blocks, rows, **draws, **small), rows),
+        Compiled(f"residual commit {name}", draw, _types(draw, decide, **{**draws, **verdict}), decide),
+    ]
+
+
+_MAKERS = [(_draft, DRAFT), (_verify, VERIFY), (_chunks, CHUNKS), (_loss, LOSSES), (_accept, ACCEPTS)]
