@@ -34,7 +34,7 @@ from bdcli.prompts import encode, fit
 from bdcli.sampling import Sampling
 from bdcli.speculate import Reader, Speculator
 from bdcli.text import StopText, TextStream
-from bdcli.views import gamma_limit, plan_view
+from bdcli.views import View, gamma_limit, plan_view
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,30 @@ def prompt_ids(pair: Pair, options: DecodeOptions, text: str) -> list[int]:
     return ids
 
 
+def drafter_view(options: DecodeOptions, prompt: int) -> View | None:
+    """The drafter's view for a prompt of `prompt` tokens; None for a full or `official` cache.
+
+    Raises UserError when the budget is too small.
+    """
+    if options.budget is None or options.select == "official":
+        return None
+    return plan_view(options.budget, options.select, options.positions, options.gamma, prompt - 1)
+
+
 def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculator:
-    """Caches for a prompt of `prompt` tokens. Raises UserError when the budget is too small."""
+    """Models with caches for a prompt of `prompt` tokens."""
     total = prompt + options.max_new_tokens
     gamma_max = gamma_max_of(options)
     capacity = total + gamma_max + 2
     target = Reader(pair.target, FullCache(pair.target, capacity, total))
     cache: FullCache | BudgetCache
-    if options.budget is None:
-        cache = FullCache(pair.drafter, capacity, total)
-    elif options.select == "official":
+    view = drafter_view(options, prompt)
+    if view is not None:
+        cache = BudgetCache(pair.drafter, capacity, view, total)
+    elif options.budget is not None:
         cache = OfficialCache(pair.drafter, capacity, options.budget, total)
     else:
-        view = plan_view(options.budget, options.select, options.positions, options.gamma, prompt - 1)
-        cache = BudgetCache(pair.drafter, capacity, view, total)
+        cache = FullCache(pair.drafter, capacity, total)
     drafter = Reader(pair.drafter, cache, pair.target.config.vocab_size)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     return Speculator(target, drafter, sampling, options.seed, pair.target.device)

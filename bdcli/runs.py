@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bdcli.acceptance import Cell
-from bdcli.decode import Listener, Pair, decode, load_pair, make_speculator, prompt_ids
+from bdcli.decode import Listener, Pair, decode, drafter_view, load_pair, prompt_ids
 from bdcli.distill import Distillation
 from bdcli.options import DecodeOptions
 from bdcli.recipe import as_dict
@@ -33,7 +33,7 @@ def decode_run(
     """
     pair = pair or load_pair(options)
     ids = prompt_ids(pair, options, text)
-    make_speculator(pair, options, len(ids))  # refuses a budget that is too small
+    drafter_view(options, len(ids))  # refuses a budget that is too small
     dataset = "stdin" if source == "-" else Path(source).stem
     known = {"dataset": dataset, "method": method_name(options), "target": pair.names[0], "drafter": pair.names[1]}
     run_id = store.begin("decode", options.as_dict(), context=len(ids), **known)
