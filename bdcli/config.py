@@ -58,11 +58,6 @@ class ModelConfig:
     qk_norm: bool
     sliding_window: int | None
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """KV entries of one token over all layers, in elements (multiply by the element size)."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
 
 def parse_config(raw: dict, where: str) -> ModelConfig:
     """`raw` is the parsed config.json of folder `where`. Raises UserError on anything the model cannot honour."""

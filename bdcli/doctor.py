@@ -41,7 +41,7 @@ def checks(store: str | None) -> Iterator[Check]:
     yield Check("dtype", True, f"auto means {dtype} (this CPU {native} bf16 itself)")
     yield Check("attention", True, "torch (eager)")
     yield Check("stream read", True, f"{_stream_read():.1f} GB/s from memory")
-    yield _guarded("store", lambda: f"{Store(store).name}: writable, {len(Store(store).runs())} runs")
+    yield _guarded("store", lambda: _store(store))
     yield _guarded("pocket pair", _pocket)
 
 
@@ -50,6 +50,11 @@ def _guarded(name: str, work) -> Check:
         return Check(name, True, work())
     except BdcliError as error:
         return Check(name, False, str(error))
+
+
+def _store(where: str | None) -> str:
+    store = Store(where)
+    return f"{store.name}: writable, {len(store.runs())} runs"
 
 
 def _stream_read() -> float:

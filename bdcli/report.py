@@ -13,7 +13,6 @@ from bdcli.errors import UserError
 from bdcli.options import parse_context
 from bdcli.store import Evaluation, Run
 
-FORMATS = ("table", "markdown", "csv", "json")
 NEAR = 0.125  # `--ctx 8k` keeps contexts within this share of 8192
 
 
@@ -150,7 +149,7 @@ def curve_rows(evaluations: list[Evaluation]) -> list[list[str]]:
 
 
 def curves(evaluations: list[Evaluation], form: str) -> str:
-    """The grid of one run in one of `FORMATS`; csv and json hold every column, unformatted."""
+    """The grid of one run as table, markdown, csv or json; csv and json hold every column, unformatted."""
     raw = [e.model_dump(mode="json") for e in evaluations]
     if form == "json":
         return json.dumps({"evaluations": raw}, indent=2, ensure_ascii=False)
