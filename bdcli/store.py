@@ -11,8 +11,10 @@ import os
 import platform
 import secrets
 import socket
+import sqlite3
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -30,6 +32,7 @@ from bdcli import __version__
 from bdcli.errors import UserError
 
 PACKAGES = ("torch", "transformers", "safetensors")
+PATIENCE_S = 30  # how long one process waits for another that holds the store
 
 
 class NumberOrWord(TypeDecorator):
@@ -170,9 +173,9 @@ class Store:
 
     def _prepare_connection(self, connection, _record) -> None:
         cursor = connection.cursor()
-        cursor.execute("PRAGMA busy_timeout = 30000")
+        cursor.execute(f"PRAGMA busy_timeout = {1000 * PATIENCE_S}")
         if not self.readonly:
-            cursor.execute("PRAGMA journal_mode = WAL")
+            _switch_to_wal(cursor)
         cursor.close()
 
     def _create(self) -> None:
@@ -274,6 +277,19 @@ class Store:
     def close(self) -> None:
         """Drop the connections; SQLite then folds its write-ahead log into the file."""
         self._engine.dispose()
+
+
+def _switch_to_wal(cursor) -> None:
+    """SQLite changes the journal mode without waiting for other processes, whatever busy_timeout says; so wait here."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _writable(path: Path) -> bool:

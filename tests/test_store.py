@@ -46,16 +46,26 @@ def test_the_place_comes_from_flag_then_environment(tmp_path, monkeypatch):
 
 
 def test_two_processes_write_at_once(tmp_path):
+    """Both open ten new stores, each in the same moment, and fill them."""
     work = (
-        "import sys\nfrom bdcli.store import Store\ns = Store(sys.argv[1])\n"
-        "for i in range(25):\n    s.finish(s.begin('decode', {}, seed=i), 'done', context=i)\n"
+        "import sys\nfrom bdcli.store import Store\n"
+        "for n in range(10):\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
+        "    s = Store(f'{sys.argv[1]}/{n}.db')\n"
+        "    for i in range(5):\n        s.finish(s.begin('decode', {}, seed=i), 'done', context=i)\n"
     )
-    place = str(tmp_path / "r.db")
-    both = [subprocess.Popen([sys.executable, "-c", work, place]) for _ in range(2)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", work, str(tmp_path)], **pipes) for _ in range(2)]
+    for _ in range(10):
+        assert [p.stdout.readline() for p in both] == ["ready\n"] * 2
+        for process in both:
+            process.stdin.write("\n")
+            process.stdin.flush()
     assert [p.wait() for p in both] == [0, 0]
-    runs = Store(place).runs()
-    assert len(runs) == 50 == len({r.run_id for r in runs})
-    assert sqlite3.connect(place).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    for n in range(10):
+        place = str(tmp_path / f"{n}.db")
+        runs = Store(place).runs()
+        assert len(runs) == 10 == len({r.run_id for r in runs})
+        assert sqlite3.connect(place).execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_killed_process_leaves_an_interrupted_run(tmp_path):
