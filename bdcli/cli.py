@@ -140,8 +140,8 @@ def distill(
     """Train one drafter whose acceptance holds under any KV budget."""
     import time
 
-    from bdcli.distill_recipe import DistillRecipe
     from bdcli.recipe import load_recipe
+    from bdcli.train.distill_recipe import DistillRecipe
 
     deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
     settings = load_recipe(recipe, DistillRecipe, overrides or [])
@@ -150,8 +150,8 @@ def distill(
 
     store = None if dry_run else Store(db)
     with status_line("loading torch and models"):
-        from bdcli.distill import Distillation, Watcher
         from bdcli.runs import distill_run
+        from bdcli.train.distill import Distillation, Watcher
     with phases(quiet=as_json) as (progress, grid):
         job = Distillation(settings, folder, Watcher(progress, grid), deadline)
         for line in job.plan():

@@ -1,7 +1,7 @@
 """Recipes: YAML files with a strict schema. Every error of a file is reported at once, with its line and nearest name.
 
 A recipe may say `extends: other.yaml` (relative to itself) and any key may be overridden by `--set a.b=value`; the
-schema is a tree of dataclasses (`bdcli.distill_recipe` and others) whose fields carry type, default and meaning.
+schema is a tree of dataclasses (`bdcli.train.distill_recipe` and others) whose fields carry type, default and meaning.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from bdcli.acceptance import Cell
 from bdcli.decode import Listener, Pair, decode, drafter_view, load_pair, prompt_ids
-from bdcli.distill import Distillation
 from bdcli.options import DecodeOptions
 from bdcli.recipe import as_dict
 from bdcli.store import Evaluation, Figures, Prompt, Run, Store
+from bdcli.train.acceptance import Cell
+from bdcli.train.distill import Distillation
 
 
 def decode_run(

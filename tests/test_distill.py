@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
-from bdcli.acceptance import Passage, acceptance_cell, hits, replay
 from bdcli.cache import BudgetCache, FullCache
 from bdcli.checkpoint import POCKET, load_model, save_model
 from bdcli.controller import FixedGamma
-from bdcli.data import documents, held_out_prompts, training_windows
-from bdcli.distill import Distillation, Watcher
-from bdcli.distill_recipe import Data, DistillRecipe, Evaluation, Optimizer, Views
 from bdcli.errors import NonFiniteError, UserError
 from bdcli.prompts import HELD_OUT
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.speculate import Reader, Speculator
-from bdcli.trainer import Trainer
-from bdcli.view_forward import view_hidden
+from bdcli.train.acceptance import Passage, acceptance_cell, hits, replay
+from bdcli.train.data import documents, held_out_prompts, training_windows
+from bdcli.train.distill import Distillation, Watcher
+from bdcli.train.distill_recipe import Data, DistillRecipe, Evaluation, Optimizer, Views
+from bdcli.train.trainer import Trainer
+from bdcli.train.view_forward import view_hidden
 from bdcli.views import View, plan_view
 
 
@@ -35,8 +35,8 @@ def decode_logits(model, ids, view):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("rebased", "widest"), [(True, 512), (False, 512), (True, 6), (False, 13)])
 def test_training_views_equal_decoding(rebased, widest, kv_heads, monkeypatch):
-    monkeypatch.setattr("bdcli.view_forward.MIN_BLOCK", 5)
-    monkeypatch.setattr("bdcli.view_forward.MAX_BLOCK", widest)
+    monkeypatch.setattr("bdcli.train.view_forward.MIN_BLOCK", 5)
+    monkeypatch.setattr("bdcli.train.view_forward.MAX_BLOCK", widest)
     rng = random.Random(kv_heads)
     model = tiny_model(layers=2, kv_heads=kv_heads, seed=rng.randrange(99))
     ids = [rng.randrange(41) for _ in range(131)]

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdcli.errors import UserError
-from bdcli.losses import (
+from bdcli.train.losses import (
     KINDS,
     LK_DECAY,
     ArgmaxTarget,

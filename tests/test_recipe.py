@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bdcli.distill_recipe import DistillRecipe
 from bdcli.errors import UserError
 from bdcli.recipe import as_dict, explain, load_recipe
+from bdcli.train.distill_recipe import DistillRecipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bdcli.acceptance import Passage
 from bdcli.controller import FixedGamma
-from bdcli.data import held_out_prompts, training_windows
 from bdcli.decode import Pair, make_speculator
-from bdcli.distill_recipe import DistillRecipe
 from bdcli.errors import UserError
 from bdcli.metrics import looped_tokens
 from bdcli.options import DecodeOptions
+from bdcli.train.acceptance import Passage
+from bdcli.train.data import held_out_prompts, training_windows
+from bdcli.train.distill_recipe import DistillRecipe
 
 WRITING_BUDGET, WRITING_GAMMA = 512, 4  # how the undistilled drafter helps the target write
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bdcli.distill_recipe import Optimizer
 from bdcli.errors import BdcliError, NonFiniteError, UserError
 from bdcli.model import Model
+from bdcli.train.distill_recipe import Optimizer
 
 MAX_SKIPPED_IN_A_ROW = 10
 

@@ -17,21 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.acceptance import Cell, Passage, acceptance_cell
 from bdcli.checkpoint import resolve, save_model
 from bdcli.config import ModelConfig
 from bdcli.decode import load_pair
-from bdcli.distill_recipe import DistillRecipe
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
-from bdcli.losses import HiddenTarget, head_loss
 from bdcli.model import Model
 from bdcli.options import DecodeOptions
-from bdcli.prepare import Material, digest, fingerprint
 from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
-from bdcli.trainer import Trainer, check_room
-from bdcli.view_forward import view_hidden
+from bdcli.train.acceptance import Cell, Passage, acceptance_cell
+from bdcli.train.distill_recipe import DistillRecipe
+from bdcli.train.losses import HiddenTarget, head_loss
+from bdcli.train.prepare import Material, digest, fingerprint
+from bdcli.train.trainer import Trainer, check_room
+from bdcli.train.view_forward import view_hidden
 from bdcli.views import View, plan_view
 
 STATE = "state.pt"
