@@ -11,6 +11,7 @@ import math
 import time
 
 import torch
+from torch import Tensor
 
 from bdcli.controller import AutoGamma, Controller, FixedGamma
 from bdcli.speculate import Reader, Speculator, Step
@@ -18,6 +19,60 @@ from bdcli.speculate import Reader, Speculator, Step
 SAMPLES = 10  # rounds replayed in a run by mode `sample`
 TIE_FACTOR = 4.0  # a differing argmax within this many low-precision logit errors is a tie
 CALIBRATION_ROWS = (1, 2, 5, 9, 17)
+CHECK_ROWS = 8  # rows of the many-row forwards that `teacher_force` measures the logit error with
+
+
+class TieRule:
+    """Would one-row greedy decoding have chosen these tokens? In fp32 exactly, else within the error of the dtype.
+
+    One-row and many-row kernels round differently. The RMS difference of their logits on the same positions is the
+    error; a token whose one-row logit lies within TIE_FACTOR errors of the best is a tie, beyond it a difference.
+    """
+
+    def __init__(self, exact: bool):
+        self._exact = exact
+        self._gaps: list[float] = []  # best one-row logit minus that of the emitted token, where they differ
+        self._squares, self._logits = 0.0, 0
+
+    def compare(self, one_row: Tensor, many_rows: Tensor, token: int) -> None:
+        """One emitted `token` and the logits [V] of its position, from a forward over one row and over several."""
+        self._squares += float((one_row - many_rows).square().sum())
+        self._logits += one_row.shape[-1]
+        gap = float(one_row.max() - one_row[token])
+        # an exact tie is broken by index, so equal logits can still be a different argmax
+        if gap > 0 or int(one_row.argmax()) != token:
+            self._gaps.append(gap)
+
+    @property
+    def logit_error(self) -> float:
+        return math.sqrt(self._squares / self._logits) if self._logits else 0.0
+
+    @property
+    def ties(self) -> int:
+        return 0 if self._exact else sum(gap <= TIE_FACTOR * self.logit_error for gap in self._gaps)
+
+    @property
+    def equal(self) -> bool:
+        """No token differs beyond a tie."""
+        return len(self._gaps) == self.ties
+
+
+def teacher_force(target: Reader, prompt: list[int], text: list[int]) -> TieRule:
+    """Judge a greedy `text` after `prompt` by one-row decoding of `target`, which holds the prompt but its last token.
+
+    Two passes over the text, one row and several rows at a time; afterwards the target holds what it did.
+    """
+    rule, held = TieRule(target.model.dtype is torch.float32), len(prompt) - 1
+    fed = [prompt[-1], *text[:-1]]
+    target.rollback(held)
+    alone = [target.feed([token], 1)[0].clone() for token in fed]
+    target.rollback(held)
+    for start in range(0, len(fed), CHECK_ROWS):
+        block = fed[start : start + CHECK_ROWS]
+        for i, row in enumerate(target.feed(block, len(block)), start):
+            rule.compare(alone[i], row, text[i])
+    target.rollback(held)
+    return rule
 
 
 class Baseline:
@@ -28,10 +83,7 @@ class Baseline:
         self._on = self._every or mode == "sample"
         self._gap = 0 if self._every else max(1, max_new_tokens // SAMPLES)
         self._due = 0
-        self._gaps: list[float] = []  # one-row logit of the AR choice minus that of the emitted token
-        self._squares, self._logits = 0.0, 0
-        self._exact = True  # fp32: no tie rule
-        self._compared = False
+        self._rule: TieRule | None = None  # None while nothing was compared
         self.steps, self.seconds = 0, 0.0
 
     def after(self, speculator: Speculator, step: Step) -> None:
@@ -40,9 +92,8 @@ class Baseline:
         if not self._on or written < self._due:
             return
         self._due = written + self._gap
-        greedy = speculator.sampling.greedy
-        self._compared = greedy
-        self._exact = speculator.target.model.dtype is torch.float32
+        if speculator.sampling.greedy and self._rule is None:
+            self._rule = TieRule(speculator.target.model.dtype is torch.float32)
         ids, cache = speculator.ids, speculator.target.cache
         first = len(ids) - len(step.tokens)
         saved = cache.save(first - 1)
@@ -50,13 +101,8 @@ class Baseline:
         for i, token in enumerate(step.tokens):
             logits, seconds = speculator.one_row(ids[first - 1 + i : first + i])
             self.steps, self.seconds = self.steps + 1, self.seconds + seconds
-            if greedy:
-                self._squares += float((logits[0] - step.logits[i]).square().sum())
-                self._logits += logits.shape[-1]
-                gap = float(logits.max() - logits[0, token])
-                # an exact tie is broken by index, so equal logits can still be a different argmax
-                if gap > 0 or int(logits.argmax()) != token:
-                    self._gaps.append(gap)
+            if self._rule is not None:
+                self._rule.compare(logits[0], step.logits[i], token)
         cache.restore(saved)
 
     @property
@@ -66,21 +112,19 @@ class Baseline:
     @property
     def logit_error(self) -> float:
         """RMS difference between one-row and many-row logits of the same positions."""
-        return math.sqrt(self._squares / self._logits) if self._logits else 0.0
+        return self._rule.logit_error if self._rule else 0.0
 
     @property
     def ties(self) -> int | None:
         """Positions where AR would have chosen another token within the error of the dtype; None if not compared."""
-        if not self._compared:
-            return None
-        return 0 if self._exact else sum(gap <= TIE_FACTOR * self.logit_error for gap in self._gaps)
+        return self._rule.ties if self._rule else None
 
     @property
     def output_equal(self) -> bool | None:
         """True when every emitted token was compared and equal (ties aside); False on a difference; else None."""
-        if not self._compared:
+        if self._rule is None:
             return None
-        if len(self._gaps) > self.ties:
+        if not self._rule.equal:
             return False
         return True if self._every else None
 
@@ -96,7 +140,7 @@ def warm_up(speculator: Speculator, gamma: int | None, gamma_max: int) -> Contro
     auto = gamma is None and drafter is not None
     rows = [r for r in CALIBRATION_ROWS if r <= gamma_max + 1] if auto else [1, (gamma or 0) + 1]
     verify = {r: _warm_seconds(target, last * r) for r in dict.fromkeys(rows)}
-    draft = _warm_seconds(drafter, last) if drafter is not None else 0.0
+    draft = _warm_seconds(drafter, last) if isinstance(drafter, Reader) else 0.0
     return AutoGamma(gamma_max, verify, draft) if auto else FixedGamma(gamma or 0)
 
 

@@ -249,6 +249,19 @@ def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
+def fingerprint(folder: Path) -> str:
+    """Changes when the model does: config and the first and last MiB of the weights, with their sizes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
 def save_model(model: Model, like: Path, folder: Path) -> None:
     """Write `model` as a Hugging Face folder: weights in bf16, everything else copied from the folder `like`.
 

@@ -100,10 +100,21 @@ def drafter_view(options: DecodeOptions, prompt: int) -> View | None:
 
 def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculator:
     """Models with caches for a prompt of `prompt` tokens."""
+    target = target_reader(pair, options, prompt, gamma_max_of(options))
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    return Speculator(target, drafter_reader(pair, options, prompt), sampling, options.seed, pair.target.device)
+
+
+def target_reader(pair: Pair, options: DecodeOptions, prompt: int, gamma_max: int) -> Reader:
+    """The target with a cache for `prompt` tokens, the new ones, and drafts of up to `gamma_max`."""
     total = prompt + options.max_new_tokens
-    gamma_max = gamma_max_of(options)
-    capacity = total + gamma_max + 2
-    target = Reader(pair.target, FullCache(pair.target, capacity, total))
+    return Reader(pair.target, FullCache(pair.target, total + gamma_max + 2, total))
+
+
+def drafter_reader(pair: Pair, options: DecodeOptions, prompt: int) -> Reader:
+    """The drafter with the cache that the options ask for."""
+    total = prompt + options.max_new_tokens
+    capacity = total + gamma_max_of(options) + 2
     cache: FullCache | BudgetCache
     view = drafter_view(options, prompt)
     if view is not None:
@@ -112,9 +123,7 @@ def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculat
         cache = OfficialCache(pair.drafter, capacity, options.budget, total)
     else:
         cache = FullCache(pair.drafter, capacity, total)
-    drafter = Reader(pair.drafter, cache, pair.target.config.vocab_size)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    return Speculator(target, drafter, sampling, options.seed, pair.target.device)
+    return Reader(pair.drafter, cache, pair.target.config.vocab_size)
 
 
 def gamma_max_of(options: DecodeOptions) -> int:

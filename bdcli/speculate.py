@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,19 @@ class Reader:
         self.cache.length = min(self.cache.length, length)
 
 
+class Proposer(Protocol):
+    """A drafter that is no model: it names tokens outright. In place of the drafter's Reader."""
+
+    length: int
+    cache: object  # has `kv_bytes` and `peak_entries`
+
+    def prefill(self, tokens: list[int], progress=None) -> None: ...
+    def propose(self, ids: list[int], gamma: int) -> list[int]:
+        """At most `gamma` tokens that may follow `ids`; none is an answer."""
+
+    def rollback(self, length: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Step:
     """One round. `logits` [drafted + 1, V] are the target's, for checks; they live until the next round."""
@@ -73,7 +87,7 @@ class Step:
 class Speculator:
     """Generates from one prompt. Without a drafter it is the autoregressive baseline: same engine, γ = 0."""
 
-    def __init__(self, target: Reader, drafter: Reader | None, sampling: Sampling, seed: int, device="cpu"):
+    def __init__(self, target: Reader, drafter: Reader | Proposer | None, sampling: Sampling, seed: int, device="cpu"):
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.ids: list[int] = []
@@ -84,10 +98,15 @@ class Speculator:
     def new_tokens(self) -> list[int]:
         return self.ids[self.prompt_tokens :]
 
-    def prefill(self, prompt: list[int], progress=None) -> None:
-        """Read all of `prompt` but its last token, which the first round scores. `progress(who, done, total)`."""
+    def prefill(self, prompt: list[int], progress=None, target_ready: bool = False) -> None:
+        """Read all of `prompt` but its last token, which the first round scores. `progress(who, done, total)`.
+
+        `target_ready`: the target has read it already, for a generation before this one, and was rolled back to it.
+        """
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
-        for who, reader in (("target", self.target), ("drafter", self.drafter)):
+        if target_ready and self.target.length != len(prompt) - 1:
+            raise RuntimeError(f"the target holds {self.target.length} tokens, not {len(prompt) - 1}")
+        for who, reader in (("target", None if target_ready else self.target), ("drafter", self.drafter)):
             if reader is not None:
                 reader.prefill(prompt[:-1], progress and (lambda d, t, who=who: progress(who, d, t)))
 
@@ -116,8 +135,8 @@ class Speculator:
         try:
             q = self._propose(gamma)
             drafted_at = time.perf_counter()
-            logits = self.target.feed(ids[self.target.length :], gamma + 1)
             draft = ids[kept:]
+            logits = self.target.feed(ids[self.target.length :], len(draft) + 1)
         finally:
             del ids[kept:]
         if self.sampling.greedy:
@@ -130,10 +149,14 @@ class Speculator:
         if self.drafter is not None:
             self.drafter.rollback(len(ids) - 1)
         verify_s = time.perf_counter() - drafted_at
-        return Step(verdict.tokens, gamma, verdict.accepted, drafted_at - started, verify_s, logits)
+        return Step(verdict.tokens, len(draft), verdict.accepted, drafted_at - started, verify_s, logits)
 
     def _propose(self, gamma: int) -> Tensor | None:
-        """Append `gamma` draft tokens to `ids`; returns q [γ, V] when sampling."""
+        """Append `gamma` draft tokens to `ids`, or what a Proposer has; returns q [γ, V] when sampling."""
+        if hasattr(self.drafter, "propose"):
+            draft = self.drafter.propose(self.ids, gamma) if gamma else []
+            self.ids += draft
+            return None if self.sampling.greedy else _certain(draft, self.target.vocab, self.generator.device)
         rows = []
         for _ in range(gamma):
             logits = self.drafter.feed(self.ids[self.drafter.length :], 1)
@@ -153,3 +176,9 @@ class Speculator:
         if not self.sampling.greedy:
             draw(self.sampling.distribution(logits)[0], torch.Generator(logits.device).manual_seed(0))
         return logits, time.perf_counter() - started
+
+
+def _certain(draft: list[int], vocab: int, device: torch.device) -> Tensor:
+    """q [γ, V] of tokens that were not drawn: all mass on each."""
+    index = torch.tensor(draft, dtype=torch.long, device=device)
+    return torch.nn.functional.one_hot(index, vocab).float()

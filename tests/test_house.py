@@ -61,7 +61,17 @@ def test_the_readme_table_equals_its_store():
 ORDER = [
     ["errors"],
     ["config", "options", "metrics", "text", "interrupt", "views", "recipe", "terminal"],
-    ["rope", "select", "store", "prompts", "sampling", "controller", "train.distill_recipe", "train.losses"],
+    [
+        "rope",
+        "select",
+        "store",
+        "prompts",
+        "sampling",
+        "controller",
+        "train.distill_recipe",
+        "train.losses",
+        "bench.lookup",
+    ],
     ["model", "report", "train.data"],
     ["cache", "checkpoint", "train.view_forward", "train.trainer"],
     ["speculate", "train.acceptance"],

@@ -23,7 +23,7 @@ class TableReader:
 
     def __init__(self, logits):
         self.table = logits  # [V, V, V]
-        self.ids, self.length = [], 0
+        self.ids, self.length, self.vocab = [], 0, V
 
     def prefill(self, tokens, _progress=None):
         self.ids, self.length = list(tokens), len(tokens)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdcli.checkpoint import fingerprint
 from bdcli.controller import FixedGamma
 from bdcli.decode import Pair, make_speculator
 from bdcli.errors import UserError
@@ -115,19 +116,6 @@ class Material:
 
 def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def fingerprint(folder: Path) -> str:
-    """Changes when the model does: config and the first and last MiB of the weights, with their sizes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _load(path: Path, key: str) -> dict | None:
