@@ -32,21 +32,25 @@ class Faults:
             raise UserError(f"{count} in {self._name}\n  " + "\n  ".join(self._lines))
 
 
-def load_recipe(path: Path, schema: type, overrides: list[str] = ()):
-    """An instance of the dataclass `schema` from the YAML file `path`. Raises UserError with every fault found.
+def load_recipe(path: Path | None, schema: type, overrides: list[str] = ()):
+    """An instance of the dataclass `schema` from the YAML file `path`, or from defaults and `overrides` alone.
+
+    Raises UserError with every fault found.
 
     `schema` may define `problems(self) -> Iterator[tuple[str, str]]` yielding (dotted key, message) for values that
     are of the right type but do not fit together; it runs once the types are right.
     """
-    faults = Faults(str(path))
-    tree = _read(path, faults, seen=())
+    name = str(path) if path is not None else "the options"
+    faults = Faults(name)
+    tree = _read(path, faults, seen=()) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override, faults)
     where = {key: place for key, (_, place) in _leaves(tree).items()}
-    recipe = _build(schema, tree, "", faults, str(path))
+    recipe = _build(schema, tree, "", faults, name)
     faults.raise_if_any()
     for key, message in getattr(recipe, "problems", list)():
-        place = next((where[k] for k in (key, *where) if k == key or k.startswith(key + ".")), str(path))
+        inside = max((k for k in where if k == key or key.startswith(k + ".")), key=len, default=None)
+        place = name if inside is None else where[inside]
         faults.add(place, f"{key}: {message}")
     faults.raise_if_any()
     return recipe
@@ -135,7 +139,14 @@ def _apply_override(tree: dict, override: str, faults: Faults) -> None:
         child = tree.get(parent, ({}, place))[0]
         tree[parent] = (dict(child) if isinstance(child, dict) else {}, tree.get(parent, (None, place))[1])
         tree = tree[parent][0]
-    tree[last] = (value, place)
+    tree[last] = (_placed(value, place), place)
+
+
+def _placed(value: object, place: str) -> object:
+    """A parsed value in the form of `_read`: mappings carry the place of every entry."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key): (_placed(inner, place), place) for key, inner in value.items()}
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, tuple[object, str]]:
@@ -160,9 +171,10 @@ def _build(schema: type, tree: dict, prefix: str, faults: Faults, place: str):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
             faults.add(at, f"unknown key {prefix}{key}; {hint}")
-        elif is_dataclass(hints[key]):
+        elif is_dataclass(hints[key]) or typing.get_origin(hints[key]) is dict:
             if isinstance(value, dict):
-                values[key] = _build(hints[key], value, f"{prefix}{key}.", faults, at)
+                build = _build if is_dataclass(hints[key]) else _build_named
+                values[key] = build(hints[key], value, f"{prefix}{key}.", faults, at)
             else:
                 faults.add(at, f"{prefix}{key} must be a mapping, not {value!r}")
         else:
@@ -179,6 +191,21 @@ def _build(schema: type, tree: dict, prefix: str, faults: Faults, place: str):
         return schema(**values)
     except TypeError:  # a required value was wrong and is already reported
         return None
+
+
+def _build_named(hint: object, tree: dict, prefix: str, faults: Faults, _place: str) -> dict:
+    """dict[str, X]: any names, each with a value of type X, itself a schema or a plain type."""
+    inner, built = typing.get_args(hint)[1], {}
+    for name, (value, at) in tree.items():
+        if not is_dataclass(inner):
+            built[name] = _convert(value, inner)
+            if isinstance(built[name], _Wrong):
+                faults.add(at, f"{prefix}{name} must be {built[name].wanted}, not {value!r}")
+        elif isinstance(value, dict):
+            built[name] = _build(inner, value, f"{prefix}{name}.", faults, at)
+        else:
+            faults.add(at, f"{prefix}{name} must be a mapping, not {value!r}")
+    return built
 
 
 class _Wrong(typing.NamedTuple):

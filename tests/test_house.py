@@ -72,7 +72,7 @@ ORDER = [
         "train.losses",
         "bench.lookup",
     ],
-    ["model", "report", "train.data"],
+    ["model", "report", "train.data", "bench.bench_recipe"],
     ["cache", "checkpoint", "train.view_forward", "train.trainer"],
     ["speculate", "train.acceptance"],
     ["baseline"],

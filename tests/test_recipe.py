@@ -94,3 +94,27 @@ def test_broken_files(tmp_path, text, message):
 def test_every_setting_has_a_meaning():
     rows = explain(DistillRecipe)
     assert len(rows) > 25 and all(meaning for _, meaning in rows)
+
+
+def test_named_entries_are_strict_inside_and_may_be_replaced(tmp_path):
+    from bdcli.bench.bench_recipe import BenchRecipe
+
+    path = tmp_path / "bench.yaml"
+    path.write_text(
+        "datasets: {a: stdlib, b: [1]}\narms:\n  one: {method: bd, bugdet: 5}\n  two: 3\n  three: {gamma: x}\n"
+    )
+    with pytest.raises(UserError) as found:
+        load_recipe(path, BenchRecipe)
+    lines = str(found.value).splitlines()
+    assert lines[0].startswith("4 errors in")
+    wanted = ("datasets.b must be text", "arms.one.bugdet; did you mean arms.one.budget?", "arms.two must be a mapping")
+    assert all(any(want in line for line in lines) for want in (*wanted, "arms.three.gamma must be"))
+    assert f"{path}:3" in str(found.value)
+    path.write_text("arms:\n  one: {method: bd, budget: 256}\n  two: {method: official}\n")
+    with pytest.raises(UserError, match=r"yaml:3: arms\.two\.budget: official needs a budget"):
+        load_recipe(path, BenchRecipe)
+    recipe = load_recipe(path, BenchRecipe, ["arms={x: {method: lookup, gamma: 4}}"])
+    assert list(recipe.arms) == ["ar", "x"] and recipe.arms["x"].gamma == 4
+    assert load_recipe(None, BenchRecipe, ["samples=2"]).samples == 2
+    with pytest.raises(UserError, match="--set sampels=2: unknown key sampels; did you mean samples"):
+        load_recipe(None, BenchRecipe, ["sampels=2"])
