@@ -14,12 +14,13 @@ import typer
 
 from bdcli import __version__
 from bdcli.errors import BdcliError, UserError
+from bdcli.flags import INTERRUPTED, DbOption, JsonOption
 from bdcli.interrupt import interrupt
 from bdcli.options import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
-from bdcli.terminal import note, phases, prefill_meter, show_grids, status_line, summary, write
+from bdcli.terminal import note, prefill_meter, status_line, summary, write
+from bdcli.train import commands as training
 
 DEFAULT = DecodeOptions()
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="bdcli",
@@ -33,11 +34,6 @@ Select, Positions, Dtype, BaselineMode, Trim = (
     StrEnum(name.title(), list(CHOICES[name])) for name in ("select", "positions", "dtype", "baseline", "trim")
 )
 Format = StrEnum("Format", ["table", "markdown", "csv", "json"])
-
-DbOption = Annotated[
-    str, typer.Option("--db", help="Store: a file or SQLAlchemy URL. [default: BDCLI_DB or user data]")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -122,50 +118,6 @@ def decode(
         raise typer.Exit(INTERRUPTED)
     if result["output_equal"] is False:
         raise BdcliError("the text differs from plain decoding, so the run is invalid", "See bdcli doctor")
-
-
-@app.command()
-def distill(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, for example recipes/llama_4k.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/RECIPE]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop in time, final grid included.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    db: DbOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train one drafter whose acceptance holds under any KV budget."""
-    import time
-
-    from bdcli.recipe import load_recipe
-    from bdcli.train.distill_recipe import DistillRecipe
-
-    deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
-    settings = load_recipe(recipe, DistillRecipe, overrides or [])
-    folder = out or Path("runs") / recipe.stem
-    from bdcli.store import Store
-
-    store = None if dry_run else Store(db)
-    with status_line("loading torch and models"):
-        from bdcli.runs import distill_run
-        from bdcli.train.distill import Distillation, Watcher
-    with phases(quiet=as_json) as (progress, grid):
-        job = Distillation(settings, folder, Watcher(progress, grid), deadline)
-        for line in job.plan():
-            note(line)
-        if dry_run:
-            return
-        result = distill_run(store, job, resume)
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show_grids(result)
-    if result["status"] == "interrupted":
-        note(f"interrupted after step {result['steps']}; go on with: bdcli distill {recipe} --out {folder} --resume")
-        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -256,6 +208,10 @@ def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
             typer.echo(f"{'ok  ' if c.ok else 'FAIL'}  {c.name:12} {c.detail}")
     if not all(c.ok for c in found):
         raise typer.Exit(1)
+
+
+app.command()(training.pretrain)
+app.command()(training.distill)
 
 
 def main() -> None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 from bdcli.decode import Listener, Pair, decode, drafter_view, load_pair, prompt_ids
 from bdcli.options import DecodeOptions
-from bdcli.recipe import as_dict
-from bdcli.store import Evaluation, Figures, Prompt, Run, Store
-from bdcli.train.acceptance import Cell
-from bdcli.train.distill import Distillation
+from bdcli.store import Figures, Prompt, Run, Store
 
 
 def decode_run(
@@ -37,7 +33,7 @@ def decode_run(
     dataset = "stdin" if source == "-" else Path(source).stem
     known = {"dataset": dataset, "method": method_name(options), "target": pair.names[0], "drafter": pair.names[1]}
     run_id = store.begin("decode", options.as_dict(), context=len(ids), **known)
-    with _recorded(store, run_id), meter() as progress:
+    with recorded(store, run_id), meter() as progress:
         result = decode(pair, options, ids, Listener(on_text, progress))
     figures = {name: result[name] for name in Figures.model_fields}
     columns = {name: value for name, value in result.items() if name in Run.model_fields and name != "status"}
@@ -64,41 +60,8 @@ def method_name(options: DecodeOptions) -> str:
     return "official" if options.select == "official" else "bd"
 
 
-def distill_run(store: Store, job: Distillation, resume: bool) -> dict:
-    """Run `job` and store it with every grid it measures; returns the contract's fields."""
-    recipe = job.recipe
-    run_id = store.begin(
-        "distill",
-        as_dict(recipe),
-        method="distill",
-        dataset=",".join(recipe.data.sources),
-        target=recipe.target,
-        drafter=recipe.drafter,
-        context=recipe.data.context,
-        device="cpu",
-        dtype="float32",
-        seed=recipe.seed,
-        temperature=recipe.temperature,
-        gamma=recipe.evaluation.gamma,
-        select="window",
-        positions=recipe.views.positions,
-    )
-    watch = job.watcher.grid
-
-    def keep(step: int, cells: list[Cell]) -> None:
-        store.add_evaluations([Evaluation(run_id=run_id, step=step, **asdict(cell)) for cell in cells])
-        watch(step, cells)
-
-    job.watcher.grid = keep
-    with _recorded(store, run_id):
-        outcome = job.run(resume)
-    result = asdict(outcome) | {"initial": str(outcome.initial), "checkpoint": str(outcome.checkpoint)}
-    store.finish(run_id, outcome.status)
-    return {"run_id": run_id, **result}
-
-
 @contextmanager
-def _recorded(store: Store, run_id: str) -> Iterator[None]:
+def recorded(store: Store, run_id: str) -> Iterator[None]:
     """A run that raises ends as failed, or interrupted, with the reason in its row."""
     try:
         yield

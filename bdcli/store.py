@@ -131,6 +131,20 @@ class Evaluation(SQLModel, table=True):
     passages: int = 0
 
 
+class Loss(SQLModel, table=True):
+    """Held-out loss of a pretrain run at one step and context, in nats a token."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(foreign_key="run.run_id", index=True)
+    step: int
+    tokens: int = Field(description="read in training so far")
+    context: int
+    windows: int
+    nll: float = Field(description="mean over the whole window")
+    tail_nll: float = Field(description="over its last tokens, given all of the context")
+    tail_nll_short: float = Field(description="over the same tokens, given only about the last 256")
+
+
 class Store:
     """Open with `Store(where)`; `where` is a path, a SQLAlchemy URL, or None for BDCLI_DB or the user's data folder.
 
@@ -189,7 +203,7 @@ class Store:
                     raise
         known = inspect(self._engine)
         with self._engine.begin() as connection:
-            for table in (Run.__table__, Prompt.__table__, Evaluation.__table__):
+            for table in (Run.__table__, Prompt.__table__, Evaluation.__table__, Loss.__table__):
                 present = {column["name"] for column in known.get_columns(table.name)}
                 for column in table.columns:
                     if column.name not in present:
@@ -255,10 +269,14 @@ class Store:
             session.add_all(prompts)
             session.commit()
 
-    def add_evaluations(self, evaluations: list[Evaluation]) -> None:
+    def add_measurements(self, rows: list[Evaluation] | list[Loss]) -> None:
         with self._explained(), Session(self._engine) as session:
-            session.add_all(evaluations)
+            session.add_all(rows)
             session.commit()
+
+    def losses(self, run_id: str) -> list[Loss]:
+        with self._explained(), Session(self._engine) as session:
+            return list(session.exec(select(Loss).where(Loss.run_id == run_id).order_by(Loss.step, Loss.id)))
 
     def evaluations(self, run_id: str) -> list[Evaluation]:
         with self._explained(), Session(self._engine) as session:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
+
+QUIET_S = 60  # longest silence of a phase where no bar can be drawn
 
 
 def note(line: str) -> None:
@@ -66,11 +69,15 @@ def phases(quiet: bool):
         disable=not sys.stderr.isatty(),
     ) as bar:  # fmt: skip
         tasks: dict[str, int] = {}
+        told: dict[str, tuple[int, float]] = {}  # tenth and moment of the last line of a phase
 
         def progress(phase: str, done: int, total: int, said: str) -> None:
             if not sys.stderr.isatty():
-                if done == total or done % max(1, total // 10) == 0:
+                tenth, now = 10 * done // total, time.monotonic()
+                before = told.setdefault(phase, (0, now))
+                if tenth > before[0] or now - before[1] > QUIET_S:
                     note(f"{phase}: {done} of {total} {said}")
+                    told[phase] = tenth, now
                 return
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total, note="")
@@ -114,6 +121,26 @@ def show_grids(result: dict) -> None:
         f"run {result['run_id']}: {result['steps']} steps, best at {result['best_step']}, {result['skipped']} skipped"
     )
     print(f"decode with it: bdcli decode --drafter {result['checkpoint']} PROMPT_FILE")
+
+
+def show_losses(result: dict) -> None:
+    """Held-out loss before and after a pretrain run, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("context", "loss before", "after", "long context is worth", "windows"):
+        table.add_column(name, justify="right")
+    before = {m["context"]: m for m in result["before"]}
+    for m in result["after"]:
+        first = before.get(m["context"])
+        gain = f"{m['tail_nll_short'] - m['tail_nll']:+.3f} nat"
+        table.add_row(
+            str(m["context"]), f"{first['nll']:.3f}" if first else "", f"{m['nll']:.3f}", gain, str(m["windows"])
+        )
+    Console().print(table)
+    print(f"run {result['run_id']}: {result['tokens']} tokens in {result['steps']} steps, {result['skipped']} skipped")
+    print(f"model: {result['checkpoint']}")
 
 
 def summary(result: dict) -> None:

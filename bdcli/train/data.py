@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import sysconfig
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdcli.errors import UserError
 from bdcli.prompts import HELD_OUT, encode, stdlib_text
+from bdcli.train.recall import recall_documents
 
 HELD_OUT_SHARE = 0.08  # of the documents of a file or folder; stdlib has a list of its own
+_TARS = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2")
+KINDS = (".txt", ".jsonl", ".parquet", *_TARS)
 TEXT_FIELDS = ("text", "context", "document_text", "content")
 _SKIPPED = ("test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__")
 
@@ -26,15 +31,18 @@ class Document:
 
 
 def documents(source: str) -> Iterator[Document]:
-    """Documents of a source: `stdlib`, a .txt, .jsonl or .parquet file, a folder of those, or a hub data set."""
+    """Documents of a source: `stdlib`, `recall`, a file or a folder of KINDS, or a hub data set."""
     if source == "stdlib":
         yield from _stdlib()
         return
+    if source == "recall":
+        yield from (Document(name, text, _chosen_for_measuring(name)) for name, text in recall_documents())
+        return
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet"))
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS))
         if not files:
-            raise UserError(f"data source {source} holds no .txt, .jsonl or .parquet file", "Point at a folder of text")
+            raise UserError(f"data source {source} holds no file of {', '.join(KINDS)}", "Point at a folder of text")
         for file in files:
             yield from _file(file)
     elif path.is_file():
@@ -59,7 +67,11 @@ def _stdlib() -> Iterator[Document]:
 
 
 def _file(path: Path) -> Iterator[Document]:
-    if path.suffix == ".txt":
+    if not path.name.endswith(KINDS):
+        raise UserError(f"data source {path} is of no kind that is read", f"Kinds: {', '.join(KINDS)}")
+    if path.name.endswith(_TARS):
+        rows = _tar_rows(path)
+    elif path.suffix == ".txt":
         rows = [(path.stem, path.read_text("utf-8", errors="strict"))]
     elif path.suffix == ".jsonl":
         rows = _json_rows(path)
@@ -68,6 +80,16 @@ def _file(path: Path) -> Iterator[Document]:
     for name, text in rows:
         if text:
             yield Document(name, text, _chosen_for_measuring(name))
+
+
+def _tar_rows(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile():
+                    yield Path(member.name).stem, archive.extractfile(member).read().decode("utf-8")
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error})", "Give a tar of UTF-8 texts") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str]]:
@@ -158,3 +180,28 @@ def held_out_prompts(tokenizer, sources: Sequence[str], length: int, count: int)
             f"no held-out document of {', '.join(sources)} has {length} tokens", "Lower evaluation.contexts"
         )
     return found
+
+
+def measured_windows(tokenizer, sources: Sequence[str], length: int, count: int, everything: bool) -> list[list[int]]:
+    """Up to `count` windows of `length` ids from the middles of documents, in turn from each source.
+
+    `everything` takes any document (a source kept for measuring), else only held-out ones.
+    """
+    pools = []
+    for source in sources:
+        pool = []
+        for doc in documents(source):
+            if doc.held_out or everything:
+                ids = encode(tokenizer, doc.text)
+                if len(ids) >= length:
+                    start = (len(ids) - length) // 2
+                    pool.append(ids[start : start + length])
+            if len(pool) == count:
+                break
+        pools.append(pool)
+    found = [window for row in itertools.zip_longest(*pools) for window in row if window is not None]
+    if not found:
+        raise UserError(
+            f"no held-out document of {', '.join(sources)} has {length} tokens", "Lower held_out.contexts or add text"
+        )
+    return found[:count]

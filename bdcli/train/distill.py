@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.checkpoint import resolve, save_model
+from bdcli.checkpoint import fingerprint, resolve, save_model
 from bdcli.config import ModelConfig
 from bdcli.decode import load_pair
 from bdcli.errors import UserError
@@ -28,9 +28,11 @@ from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.train.acceptance import Cell, Passage, acceptance_cell
 from bdcli.train.distill_recipe import DistillRecipe
+from bdcli.train.files import check_room, digest
 from bdcli.train.losses import HiddenTarget, head_loss
-from bdcli.train.prepare import Material, digest, fingerprint
-from bdcli.train.trainer import Trainer, check_room
+from bdcli.train.optimizers import warm_cosine
+from bdcli.train.prepare import Material
+from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import view_hidden
 from bdcli.views import View, plan_view
 
@@ -148,7 +150,7 @@ class Distillation:
         with deferred_interrupt() as interrupted:
             while p.step < o.steps and not stopped:
                 began = time.monotonic()
-                loss = trainer.step(self._micro_batches(windows, p.step))
+                loss = trainer.step(self._micro_batches(windows, p.step), warm_cosine(p.step, o.warmup, o.steps))
                 step_s = time.monotonic() - began
                 trained_s += step_s
                 self.watcher.progress("distil", p.step, o.steps, f"loss {loss:.3f}")

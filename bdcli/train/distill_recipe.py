@@ -6,71 +6,65 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bdcli.train.settings import Updates, setting
 from bdcli.views import GAMMA_MAX, SINKS
-
-
-def _setting(default, meaning: str):
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
 class Data:
-    sources: tuple[str, ...] = _setting(
+    sources: tuple[str, ...] = setting(
         ("stdlib",), "stdlib, a text file, a folder of them, a .jsonl, or a hub data set"
     )
-    context: int = _setting(4096, "tokens of a training window")
-    windows: int = _setting(64, "training windows; steps beyond them start another pass in another order")
-    written: float = _setting(0.5, "share of windows whose end is written by the target at the serving temperature")
-    written_tokens: int = _setting(256, "length of that end")
-    written_temperature: float | None = _setting(None, "temperature it is written at; none is the serving temperature")
-    max_loop_rate: float = _setting(0.25, "a written end that loops more is dropped for the corpus text")
+    context: int = setting(4096, "tokens of a training window")
+    windows: int = setting(64, "training windows; steps beyond them start another pass in another order")
+    written: float = setting(0.5, "share of windows whose end is written by the target at the serving temperature")
+    written_tokens: int = setting(256, "length of that end")
+    written_temperature: float | None = setting(None, "temperature it is written at; none is the serving temperature")
+    max_loop_rate: float = setting(0.25, "a written end that loops more is dropped for the corpus text")
 
 
 @dataclass(frozen=True)
 class Views:
-    mode: Literal["sandwich", "sampled", "full"] = _setting(
+    mode: Literal["sandwich", "sampled", "full"] = setting(
         "sandwich", "sandwich: full + smallest + largest + one log-uniform budget; sampled: full + one; full: full only"
     )
-    budgets: tuple[int, ...] = _setting((256, 512, 1024, 2048), "KV budgets; sandwich draws between the outermost")
-    weights: tuple[float, ...] = _setting((), "probabilities of the budgets in `sampled`; empty is uniform")
-    positions: Literal["rebased", "absolute"] = _setting("rebased", "places of kept keys, as in decode")
+    budgets: tuple[int, ...] = setting((256, 512, 1024, 2048), "KV budgets; sandwich draws between the outermost")
+    weights: tuple[float, ...] = setting((), "probabilities of the budgets in `sampled`; empty is uniform")
+    positions: Literal["rebased", "absolute"] = setting("rebased", "places of kept keys, as in decode")
 
 
 @dataclass(frozen=True)
 class Loss:
-    kind: Literal["ce", "kl", "log_alpha", "lk"] = _setting(
+    kind: Literal["ce", "kl", "log_alpha", "lk"] = setting(
         "kl", "ce on the target's argmax, forward KL, -log acceptance, LK hybrid"
     )
-    sparse_weight: float = _setting(1.0, "λ in L = L_A + λ·L_C; the full branch has weight 1")
-    temperature: float = _setting(1.0, "softmax temperature of both sides in the loss")
+    sparse_weight: float = setting(1.0, "λ in L = L_A + λ·L_C; the full branch has weight 1")
+    temperature: float = setting(1.0, "softmax temperature of both sides in the loss")
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    steps: int = _setting(150, "optimizer steps")
-    windows_per_step: int = _setting(1, "windows whose gradients make one step")
-    lr: float = _setting(1e-3, "peak learning rate of AdamW")
-    weight_decay: float = _setting(0.01, "decoupled weight decay, matrices only")
-    clip: float = _setting(1.0, "gradient norm above which gradients are scaled down")
-    warmup: int = _setting(10, "linear warm-up steps; a cosine to zero follows")
+class Optimizer(Updates):
+    steps: int = setting(150, "optimizer steps")
+    windows_per_step: int = setting(1, "windows whose gradients make one step")
+    warmup: int = setting(10, "linear warm-up steps; a cosine to zero follows")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    every: int = _setting(50, "steps between measurements of the acceptance grid")
-    contexts: tuple[int, ...] = _setting((1024, 4096), "prompt lengths of the held-out passages")
-    budgets: tuple[int | Literal["full"], ...] = _setting((256, 512, 1024, 2048, "full"), "budgets of the grid")
-    gamma: int = _setting(5, "draft length of the replay")
-    passages: int = _setting(6, "held-out passages per context")
-    new_tokens: int = _setting(128, "tokens the target writes after each")
+    every: int = setting(50, "steps between measurements of the acceptance grid")
+    contexts: tuple[int, ...] = setting((1024, 4096), "prompt lengths of the held-out passages")
+    budgets: tuple[int | Literal["full"], ...] = setting((256, 512, 1024, 2048, "full"), "budgets of the grid")
+    gamma: int = setting(5, "draft length of the replay")
+    passages: int = setting(6, "held-out passages per context")
+    new_tokens: int = setting(128, "tokens the target writes after each")
 
 
 @dataclass(frozen=True)
 class DistillRecipe:
-    target: str = _setting("pocket", "folder, hub name, or pocket")
-    drafter: str = _setting("pocket", "the undistilled drafter to start from: folder, hub name, or pocket")
-    seed: int = _setting(0, "seed of data order, views and sampling")
-    temperature: float = _setting(0.0, "serving temperature: what the target writes is written at it")
+    target: str = setting("pocket", "folder, hub name, or pocket")
+    drafter: str = setting("pocket", "the undistilled drafter to start from: folder, hub name, or pocket")
+    seed: int = setting(0, "seed of data order, views and sampling")
+    temperature: float = setting(0.0, "serving temperature: what the target writes is written at it")
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)
     loss: Loss = field(default_factory=Loss)
@@ -81,6 +75,7 @@ class DistillRecipe:
         """(key, message) of values that cannot work, all of them."""
         smallest = SINKS + GAMMA_MAX + 2
         d, v, o, e = self.data, self.views, self.optimizer, self.evaluation
+        yield from o.problems()
         for key, budgets in (("views.budgets", v.budgets), ("evaluation.budgets", e.budgets)):
             numbers = [b for b in budgets if b != "full"]
             if not budgets:
@@ -108,8 +103,6 @@ class DistillRecipe:
             "data.windows": d.windows,
             "optimizer.steps": o.steps,
             "optimizer.windows_per_step": o.windows_per_step,
-            "optimizer.lr": o.lr,
-            "optimizer.clip": o.clip,
             "evaluation.every": e.every,
             "evaluation.gamma": e.gamma,
             "evaluation.passages": e.passages,
@@ -118,7 +111,5 @@ class DistillRecipe:
         for key, value in positive.items():
             if value <= 0:
                 yield key, "must be above 0"
-        if o.weight_decay < 0:
-            yield "optimizer.weight_decay", "must not be negative"
         if not e.contexts or min(e.contexts) < 32:
             yield "evaluation.contexts", "must be at least 32 tokens each"

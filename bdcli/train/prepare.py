@@ -5,7 +5,6 @@ Both are made once, kept in the run's folder under a key of everything they depe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -18,12 +17,12 @@ from torch import Tensor
 from bdcli.checkpoint import fingerprint
 from bdcli.controller import FixedGamma
 from bdcli.decode import Pair, make_speculator
-from bdcli.errors import UserError
 from bdcli.metrics import looped_tokens
 from bdcli.options import DecodeOptions
 from bdcli.train.acceptance import Passage
 from bdcli.train.data import held_out_prompts, training_windows
 from bdcli.train.distill_recipe import DistillRecipe
+from bdcli.train.files import digest, read_state, write_state, write_text
 
 WRITING_BUDGET, WRITING_GAMMA = 512, 4  # how the undistilled drafter helps the target write
 
@@ -46,10 +45,10 @@ class Material:
         path = self._out / "windows.pt"
         d = self._recipe.data
         key = digest(asdict(d), self._recipe.seed, self._recipe.temperature, *map(fingerprint, self._folders))
-        saved = _load(path, key)
+        saved = read_state(path, key) if path.exists() else None
         if saved is None:
             rows = training_windows(self._pair.tokenizer, d.sources, d.context, d.windows, self._recipe.seed)
-            saved = {"key": key, "rows": torch.tensor(rows, dtype=torch.int32), "done": 0, "loops": 0, "short": 0}
+            saved = {"rows": torch.tensor(rows, dtype=torch.int32), "done": 0, "loops": 0, "short": 0}
         rng = random.Random(self._recipe.seed)
         warmth = self._recipe.temperature if d.written_temperature is None else d.written_temperature
         chosen = sorted(rng.sample(range(d.windows), round(d.written * d.windows)))
@@ -66,9 +65,9 @@ class Material:
             saved["done"] += 1
             self._progress("the target writes", saved["done"], len(chosen), f"{saved['loops']} looped")
             if saved["done"] % 8 == 0 or saved["done"] == len(chosen):
-                _save(saved, path)
+                write_state(path, key, saved)
         if not path.exists():
-            _save(saved, path)
+            write_state(path, key, saved)
         return saved["rows"], {
             "read": d.windows,
             "written": len(chosen),
@@ -94,7 +93,7 @@ class Material:
                 text = self._write(ids[longest - context :], e.new_tokens, self._recipe.temperature, seed=n)
                 found.append(Passage(dataset, tuple(ids[longest - context :]), tuple(text), e.new_tokens))
                 self._progress("held-out passages", len(found), total, "")
-        _write_text(path, json.dumps({"key": key, "passages": [asdict(p) for p in found]}))
+        write_text(path, json.dumps({"key": key, "passages": [asdict(p) for p in found]}))
         return found
 
     def _write(self, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int]:
@@ -112,31 +111,3 @@ class Material:
         for _ in engine.rounds(tokens, self._pair.eos, FixedGamma(WRITING_GAMMA)):
             pass
         return engine.new_tokens
-
-
-def digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _load(path: Path, key: str) -> dict | None:
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own
-        raise UserError(f"{path} is damaged ({type(error).__name__})", "Remove it to make it again") from None
-    if saved["key"] != key:
-        raise UserError(f"{path} was made for another recipe or model", "Give another --out")
-    return saved
-
-
-def _save(saved: dict, path: Path) -> None:
-    fresh = path.with_suffix(".new")
-    torch.save(saved, fresh)
-    fresh.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text, "utf-8")
-    fresh.replace(path)

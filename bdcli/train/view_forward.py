@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.model import Model
+from bdcli.model import Layer, Model
 from bdcli.rope import RopeTable
 from bdcli.views import View
 
@@ -38,6 +38,29 @@ def view_hidden(model: Model, rope: RopeTable, ids: Tensor, views: Sequence[View
             attended = torch.stack([attend(rope, *row) for row in rows])
         x = model.mix(layer, x.reshape(-1, c.hidden_size), attended.flatten(0, 1)).view(len(views), length, -1)
     return x
+
+
+def causal_hidden(model: Model, rope: RopeTable, ids: Tensor, block=None) -> Tensor:
+    """Residual rows before the final norm, [N, T, hidden], of N texts ids [N, T], each seeing its whole past.
+
+    `block` may be a compiled `causal_block`.
+    """
+    cos, sin = rope.rows(slice(0, ids.shape[1]))
+    x = F.embedding(ids.flatten(), model.embedding)
+    for layer in model.layers:
+        x = (block or causal_block)(model, layer, x, cos, sin, ids.shape[0])
+    return x.view(*ids.shape, -1)
+
+
+def causal_block(model: Model, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, texts: int) -> Tensor:
+    """One layer on x [N·T, hidden] of N texts of equal length; cos and sin [T, 1, D] as `RopeTable` makes them."""
+    c, half = model.config, model.config.head_dim // 2
+    qk, v = model.project(layer, x)
+    qk, v = qk.unflatten(0, (texts, -1)), v.unflatten(0, (texts, -1))
+    qk = qk * cos + torch.cat((qk[..., half:], qk[..., :half]), -1) * sin
+    q, k, v = (t.transpose(1, 2) for t in (qk[:, :, : c.heads], qk[:, :, c.heads :], v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
+    return model.mix(layer, x, out.transpose(1, 2).reshape(x.shape[0], -1))
 
 
 def attend(rope: RopeTable, qk: Tensor, v: Tensor, view: View | None) -> Tensor:

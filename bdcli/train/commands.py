@@ -1,0 +1,107 @@
+"""Commands that train: options in, text and tables out. Heavy imports wait inside them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bdcli.flags import INTERRUPTED, DbOption, JsonOption
+from bdcli.terminal import note, phases, show_grids, show_losses, status_line
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+]
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/RECIPE]")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+
+
+def pretrain(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="YAML file, for example recipes/pocket_target.yaml.")
+    ],
+    overrides: SetOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop in time, last measurement included.")] = None,
+    dry_run: DryRunOption = False,
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small language model from nothing, or on from a checkpoint."""
+    from bdcli.recipe import load_recipe
+    from bdcli.train.pretrain_recipe import PretrainRecipe
+
+    settings = load_recipe(recipe, PretrainRecipe, overrides or [])
+    folder = out or Path("runs") / recipe.stem
+    from bdcli.store import Store
+
+    store = None if dry_run else Store(db)
+    with status_line("loading torch"):
+        from bdcli.train.pretrain import Pretraining
+        from bdcli.train.runs import pretrain_run
+
+    def measured(_step: int, tokens: int, found: list) -> None:
+        for m in found:
+            gain = m.tail_nll_short - m.tail_nll
+            note(f"{tokens} tokens: held-out loss {m.nll:.3f} at {m.context}, long context is worth {gain:+.3f} nat")
+
+    with phases(quiet=as_json) as (progress, _):
+        job = Pretraining(settings, folder, progress, measured, max_minutes)
+        for line in job.plan():
+            note(line)
+        if dry_run:
+            return
+        result = pretrain_run(store, job, resume)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show_losses(result)
+    _end(result, f"bdcli pretrain {recipe} --out {folder} --resume")
+
+
+def distill(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, for example recipes/llama_4k.yaml.")],
+    overrides: SetOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop in time, final grid included.")] = None,
+    dry_run: DryRunOption = False,
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one drafter whose acceptance holds under any KV budget."""
+    from bdcli.recipe import load_recipe
+    from bdcli.train.distill_recipe import DistillRecipe
+
+    deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
+    settings = load_recipe(recipe, DistillRecipe, overrides or [])
+    folder = out or Path("runs") / recipe.stem
+    from bdcli.store import Store
+
+    store = None if dry_run else Store(db)
+    with status_line("loading torch and models"):
+        from bdcli.train.distill import Distillation, Watcher
+        from bdcli.train.runs import distill_run
+    with phases(quiet=as_json) as (progress, grid):
+        job = Distillation(settings, folder, Watcher(progress, grid), deadline)
+        for line in job.plan():
+            note(line)
+        if dry_run:
+            return
+        result = distill_run(store, job, resume)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show_grids(result)
+    _end(result, f"bdcli distill {recipe} --out {folder} --resume")
+
+
+def _end(result: dict, go_on: str) -> None:
+    if result["status"] == "interrupted":
+        note(f"interrupted after step {result['steps']}; go on with: {go_on}")
+        raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,313 @@
+"""Pretrain a small Llama-architecture model: token streams -> windows -> next-token loss -> steps, in stages of length.
+
+For people whose model has no small sibling: the pocket target, and a drafter to start distilling from, are made so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdcli.checkpoint import cpu_has_bfloat16, fingerprint, load_model, load_tokenizer, pick_device, read_config, resolve, save_model
+from bdcli.errors import UserError
+from bdcli.interrupt import deferred_interrupt
+from bdcli.recipe import as_dict
+from bdcli.rope import RopeTable
+from bdcli.train.corpus import Corpus, make_corpus
+from bdcli.train.data import documents, measured_windows
+from bdcli.train.files import check_room, digest
+from bdcli.train.losses import ArgmaxTarget, head_loss
+from bdcli.train.optimizers import trapezoid
+from bdcli.train.pretrain_recipe import PretrainRecipe
+from bdcli.train.scratch import copy_tokenizer, random_model, write_config, write_tokenizer
+from bdcli.train.trainer import Trainer
+from bdcli.train.view_forward import causal_block, causal_hidden
+
+STATE = "state.pt"
+SHORT = 256  # what "no long context" means: tokens seen by the first of SHORT_ROWS predicted together
+SHORT_ROWS = 64
+TAIL = 1024  # last tokens of a window, over which the worth of a long context is measured
+TOKENIZER_TEXT = 20_000_000  # characters a tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out loss at one context, nats a token: whole window; its tail given everything; given the last ~256."""
+
+    context: int
+    windows: int
+    nll: float
+    tail_nll: float
+    tail_nll_short: float
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """`status` is done or interrupted; `stopped` says why training ended before its last token, if it did."""
+
+    status: str
+    stopped: str | None
+    checkpoint: Path
+    before: list[Measured]
+    after: list[Measured]
+    steps: int
+    tokens: int
+    skipped: int
+    tokens_per_second: float
+
+
+class Pretraining:
+    """One run in the folder `out`. `progress(phase, done, total, note)`, `measured(step, tokens, list)` are told."""
+
+    def __init__(
+        self,
+        recipe: PretrainRecipe,
+        out: Path,
+        progress: Callable[[str, int, int, str], None] = lambda *_: None,
+        measured: Callable[[int, int, list[Measured]], None] = lambda *_: None,
+        minutes: float | None = None,
+    ):
+        self.recipe, self.out, self.progress, self.measured = recipe, out, progress, measured
+        self.began, self.limit_s = time.monotonic(), math.inf if minutes is None else 60 * minutes
+        self.device = pick_device(recipe.device)
+        self.dtype = _precision(recipe.precision, self.device)
+        self.init = None if recipe.init is None else resolve(recipe.init, "target")
+        self.shape = recipe.shape if self.init is None else read_config(self.init)
+        if recipe.schedule.follow == "time" and minutes is None:
+            raise UserError("schedule.follow: time needs a limit", "Give --max-minutes, or follow tokens")
+        for source in {*recipe.corpus.sources, *recipe.held_out.sources}:
+            next(documents(source))  # a missing source is told before anything is made
+
+    def plan(self) -> Iterator[str]:
+        """What the run will do and what it needs, in lines."""
+        r, s, weights = self.recipe, self.recipe.schedule, self.weights
+        stages = ", ".join(f"{share:.0%} at {c}" for share, c in zip(_normed(s.shares), s.contexts))
+        yield f"{'from nothing' if self.init is None else f'from {r.init}'}; {', '.join(r.corpus.sources)}"
+        yield f"at most {s.tokens / 1e6:.1f} M tokens, {s.tokens_per_step} a step: {stages}; {s.follow} set the rate"
+        rows = max(s.micro_tokens, *s.contexts)
+        activations = rows * self.shape.layers * (40 * self.shape.hidden_size + 16 * self.shape.intermediate_size)
+        memory, kind = 16 * weights + activations, str(self.dtype).removeprefix("torch.")
+        yield f"{weights / 1e6:.1f} M parameters on {self.device} in {kind}, memory about {memory / 1e9:.1f} GB"
+        yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
+
+    @property
+    def weights(self) -> int:
+        """Parameters, biases and norms left out."""
+        c = self.shape
+        heads = 2 * (c.heads + c.kv_heads) * (c.hidden_size // c.heads)
+        return c.hidden_size * (c.vocab_size + c.layers * (heads + 3 * c.intermediate_size))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Token streams, and the state with optimizer moments."""
+        return 4 * self.recipe.schedule.tokens + 18 * self.weights
+
+    def run(self, resume: bool) -> Pretrained:
+        """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
+        state = self.out / STATE
+        if state.exists() and not resume:
+            raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        check_room(self.out, self.disk_bytes)
+        start = self._start()
+        tokenizer = load_tokenizer(start)
+        vocabulary = digest(sorted(tokenizer.get_vocab().items()))
+        self.model = load_model(start, torch.float32, self.device)
+        self._check_positions()
+        corpus = make_corpus(self.recipe, tokenizer, vocabulary, self.out / "tokens.pt", self.progress)
+        self._held = self._held_out(tokenizer)
+        trainer = Trainer(self.model, self.recipe.optimizer)
+        kept = as_dict(replace(self.recipe, checkpoint_minutes=0))
+        key = digest(kept, fingerprint(start))
+        if state.exists():
+            trainer.load(state, key)
+        stopped, rate = self._train(trainer, corpus, start, key)
+        p = trainer.progress
+        measured = [[Measured(**m) for m in entry["measured"]] for entry in p.history]
+        return Pretrained(
+            status="interrupted" if stopped == "interrupted" else "done",
+            stopped=stopped,
+            checkpoint=self.out / "model",
+            before=measured[0],
+            after=measured[-1],
+            steps=p.step,
+            tokens=p.tokens,
+            skipped=p.skipped,
+            tokens_per_second=rate,
+        )
+
+    def _start(self) -> Path:
+        """Folder of the model that training starts from: `init`, or one made from nothing."""
+        if self.init is not None:
+            return self.init
+        folder = self.out / "start"
+        if folder.exists():
+            return folder
+        r, half = self.recipe, self.out / "start.like"
+        half.mkdir(exist_ok=True)
+        if r.tokenizer is not None:
+            copy_tokenizer(resolve(r.tokenizer, "target"), half)
+        else:
+            write_tokenizer(half, _some_text(r.corpus.sources), r.shape.vocab_size)
+        tokenizer = load_tokenizer(half)
+        config = write_config(half, r.shape, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+        save_model(random_model(config, r.seed), half, folder)
+        return folder
+
+    def _check_positions(self) -> None:
+        longest, held = (
+            max(self.recipe.schedule.contexts + self.recipe.held_out.contexts),
+            self.model.config.max_position,
+        )
+        if longest > held:
+            raise UserError(f"the recipe needs {longest} positions, the model has {held}", "Lower the contexts")
+
+    def _held_out(self, tokenizer) -> Tensor:
+        h = self.recipe.held_out
+        sources = h.sources or self.recipe.corpus.sources
+        found = measured_windows(tokenizer, sources, max(h.contexts), h.documents, bool(h.sources))
+        return torch.tensor(found)
+
+    # -- training
+
+    def _train(self, trainer: Trainer, corpus: Corpus, start: Path, key: str) -> tuple[str | None, float]:
+        """Steps until the tokens are read. Returns why it stopped early, or None, and tokens a second of steps."""
+        p, s, r = trainer.progress, self.recipe.schedule, self.recipe
+        p.cursor = p.cursor or [0] * len(corpus.streams)
+        earlier_s, first = p.elapsed_s, p.tokens
+        trained_s, stopped, saved_at = 0.0, None, time.monotonic()
+        final_s = self._measure(trainer, r.held_out.contexts) if not p.history else 0.0
+        block = torch.compile(causal_block, dynamic=False) if r.compile else causal_block
+        with deferred_interrupt() as interrupted:
+            while p.tokens < s.tokens and not stopped:
+                began = time.monotonic()
+                p.elapsed_s = earlier_s + began - self.began
+                done = self.share(p.tokens, p.elapsed_s, earlier_s + self.limit_s - 1.5 * final_s)
+                if done >= 1:
+                    stopped = "out of time"
+                    break
+                context = self.stage(done)
+                windows = corpus.take(p.cursor, context, max(1, s.tokens_per_step // context)).to(self.device)
+                rows = max(1, s.micro_tokens // context)
+                parts = [partial(self.loss, w, windows.shape[0], block) for w in windows.split(rows)]
+                loss = trainer.step(parts, trapezoid(done, s.warmup, s.decay))
+                p.tokens += windows.numel()
+                step_s = time.monotonic() - began
+                trained_s += step_s
+                left = f", {(1 - done) * p.elapsed_s / done / 60:.0f} min left" if done > 0 else ""
+                said = f"loss {loss:.3f}, context {context}, {windows.numel() / step_s:.0f} tok/s{left}"
+                self.progress("pretrain", min(p.tokens, s.tokens), s.tokens, said)
+                if interrupted:
+                    stopped = "interrupted"
+                elif time.monotonic() - self.began + 1.5 * step_s + 1.2 * final_s > self.limit_s:
+                    stopped = "out of time"
+                elif p.step % r.held_out.every == 0:
+                    self._measure(trainer, (min(r.held_out.contexts),))
+                if time.monotonic() - saved_at > 60 * r.checkpoint_minutes and not stopped:
+                    self._save(trainer, start, key)
+                    saved_at = time.monotonic()
+            if stopped != "interrupted":
+                self._measure(trainer, r.held_out.contexts)
+            self._save(trainer, start, key)
+        return stopped, (p.tokens - first) / trained_s if trained_s else 0.0
+
+    def share(self, tokens: int, elapsed_s: float, horizon_s: float) -> float:
+        """Share of the run that is done: by tokens, or by the clock where that is further and the recipe says so."""
+        s, done = self.recipe.schedule, tokens / self.recipe.schedule.tokens
+        return max(done, elapsed_s / max(1.0, horizon_s)) if s.follow == "time" else done
+
+    def stage(self, done: float) -> int:
+        """Window length when `done` of the run is behind."""
+        ends, s = 0.0, self.recipe.schedule
+        for share, context in zip(_normed(s.shares), s.contexts):
+            ends += share
+            if done < ends:
+                return context
+        return s.contexts[-1]
+
+    def _save(self, trainer: Trainer, start: Path, key: str) -> None:
+        trainer.save(self.out / STATE, key)
+        save_model(self.model, start, self.out / "model")
+
+    def loss(self, windows: Tensor, of: int, block=causal_block) -> Tensor:
+        """Share of windows [N, T] in the mean next-token cross-entropy of `of` windows."""
+        x, following = self._rows(windows, block)
+        share = of * (windows.shape[1] - 1)
+        return head_loss(x, self.model.head, ArgmaxTarget(following), "ce", denominator=float(share))[0]
+
+    def _rows(self, windows: Tensor, block=causal_block) -> tuple[Tensor, Tensor]:
+        """Normed last hidden states [N·(T - 1), hidden] of all positions but the last, and the tokens that follow."""
+        c = self.model.config
+        rope = RopeTable(c.rope, windows.shape[1], windows.shape[1], self.dtype, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            x = causal_hidden(self.model, rope, windows, block)
+        x = F.rms_norm(x, (c.hidden_size,), self.model.norm, c.norm_eps).to(self.dtype)
+        return x[:, :-1].reshape(-1, c.hidden_size), windows[:, 1:].reshape(-1)
+
+    # -- measuring
+
+    @torch.no_grad()
+    def losses(self, windows: Tensor) -> Tensor:
+        """Loss [N, T - 1] of each token of windows [N, T] but the first."""
+        x, following = self._rows(windows)
+        return head_loss(x, self.model.head, ArgmaxTarget(following), "ce")[1].losses.view(len(windows), -1)
+
+    def measure(self, context: int) -> Measured:
+        """Held-out loss of windows of `context` tokens; those of all contexts end at the same tokens."""
+        whole, tails, short = [], [], []
+        tail = min(TAIL, context - SHORT) // SHORT_ROWS * SHORT_ROWS
+        for window in self._held[:, -context:].to(self.device):
+            losses = self.losses(window[None])[0]
+            whole.append(losses.mean())
+            tails.append(losses[-tail:].mean())
+            pieces = window[-tail - SHORT :].unfold(0, SHORT + SHORT_ROWS, SHORT_ROWS)
+            short.append(self.losses(pieces)[:, -SHORT_ROWS:].mean())
+        nll, tail_nll, tail_short = (float(torch.stack(x).mean()) for x in (whole, tails, short))
+        return Measured(context, len(whole), nll, tail_nll, tail_short)
+
+    def _measure(self, trainer: Trainer, contexts: tuple[int, ...]) -> float:
+        """Add held-out losses of this step to the history. Returns seconds taken."""
+        p, began = trainer.progress, time.monotonic()
+        if p.history and p.history[-1]["step"] == p.step:
+            if len(p.history[-1]["measured"]) == len(contexts):
+                return 0.0
+            p.history.pop()
+        found = []
+        for n, context in enumerate(contexts):
+            found.append(self.measure(context))
+            self.progress("held-out loss", n + 1, len(contexts), f"{found[-1].nll:.3f} at {context}")
+        p.history.append({"step": p.step, "tokens": p.tokens, "measured": [asdict(m) for m in found]})
+        self.measured(p.step, p.tokens, found)
+        return time.monotonic() - began
+
+
+def _precision(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
+    return torch.bfloat16 if able else torch.float32
+
+
+def _normed(shares: tuple[float, ...]) -> list[float]:
+    return [share / sum(shares) for share in shares]
+
+
+def _some_text(sources: tuple[str, ...]) -> Iterator[str]:
+    """About TOKENIZER_TEXT characters of training documents, the same amount of each source."""
+    for source in sources:
+        room = TOKENIZER_TEXT // len(sources)
+        for doc in documents(source):
+            if doc.held_out:
+                continue
+            yield doc.text[:room]
+            room -= len(doc.text)
+            if room <= 0:
+                break

@@ -1,0 +1,72 @@
+"""Training runs that leave a row: what they are, and everything they measure on the way."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from bdcli.recipe import as_dict
+from bdcli.runs import recorded
+from bdcli.store import Evaluation, Loss, Store
+from bdcli.train.acceptance import Cell
+from bdcli.train.distill import Distillation
+from bdcli.train.pretrain import Measured, Pretraining
+
+
+def pretrain_run(store: Store, job: Pretraining, resume: bool) -> dict:
+    """Run `job` and store it with every held-out loss it measures."""
+    recipe = job.recipe
+    run_id = store.begin(
+        "pretrain",
+        as_dict(recipe),
+        method="pretrain",
+        dataset=",".join(recipe.corpus.sources),
+        target=recipe.init,
+        context=max(recipe.schedule.contexts),
+        device=str(job.device),
+        dtype=str(job.dtype).removeprefix("torch."),
+        seed=recipe.seed,
+    )
+    watch = job.measured
+
+    def keep(step: int, tokens: int, found: list[Measured]) -> None:
+        store.add_measurements([Loss(run_id=run_id, step=step, tokens=tokens, **asdict(m)) for m in found])
+        watch(step, tokens, found)
+
+    job.measured = keep
+    with recorded(store, run_id):
+        outcome = job.run(resume)
+    store.finish(run_id, outcome.status)
+    return {"run_id": run_id, **asdict(outcome), "checkpoint": str(outcome.checkpoint)}
+
+
+def distill_run(store: Store, job: Distillation, resume: bool) -> dict:
+    """Run `job` and store it with every grid it measures; returns the contract's fields."""
+    recipe = job.recipe
+    run_id = store.begin(
+        "distill",
+        as_dict(recipe),
+        method="distill",
+        dataset=",".join(recipe.data.sources),
+        target=recipe.target,
+        drafter=recipe.drafter,
+        context=recipe.data.context,
+        device="cpu",
+        dtype="float32",
+        seed=recipe.seed,
+        temperature=recipe.temperature,
+        gamma=recipe.evaluation.gamma,
+        select="window",
+        positions=recipe.views.positions,
+    )
+    watch = job.watcher.grid
+
+    def keep(step: int, cells: list[Cell]) -> None:
+        store.add_measurements([Evaluation(run_id=run_id, step=step, **asdict(cell)) for cell in cells])
+        watch(step, cells)
+
+    job.watcher.grid = keep
+    with recorded(store, run_id):
+        outcome = job.run(resume)
+    result = asdict(outcome) | {"initial": str(outcome.initial), "checkpoint": str(outcome.checkpoint)}
+    store.finish(run_id, outcome.status)
+    return {"run_id": run_id, **result}
