@@ -1,5 +1,6 @@
 """Recipes: all of ours load, and a bad one gets every error at once with its line and the nearest name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,31 @@ import pytest
 from bdcli.errors import UserError
 from bdcli.recipe import as_dict, explain, load_recipe
 from bdcli.train.distill_recipe import DistillRecipe
+from bdcli.train.pretrain_recipe import PretrainRecipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+ROOT = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(ROOT.rglob("*.yaml"))
+SCHEMAS = {"distill": DistillRecipe, "pretrain": PretrainRecipe}
+ELSEWHERE = {  # settings that name what is not on every machine
+    "pocket_target": ["corpus.sources=[stdlib, recall]", "corpus.weights=[]", "held_out.sources=[]"],
+}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_recipe_loads_and_opens_with_its_command(path):
-    load_recipe(path, DistillRecipe)
-    head = path.read_text("utf-8").split("\n\n")[0]
-    assert head.startswith("#") and f"bdcli distill recipes/{path.relative_to(path.parents[0])}" in path.read_text(
-        "utf-8"
-    )
+def command_of(path):
+    """The command that a recipe's head tells to run it with."""
+    head = path.read_text("utf-8").partition("\n\n")[0]
+    assert head.startswith("#")
+    return re.search(rf"bdcli (\w+) recipes/{path.relative_to(ROOT)}", path.read_text("utf-8"))[1]
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if command_of(p) in SCHEMAS], ids=lambda p: p.stem)
+def test_every_recipe_loads_and_prints_its_plan(path, cli, tmp_path):
+    assert load_recipe(path, SCHEMAS[command_of(path)])
+    words = [word for setting in ELSEWHERE.get(path.stem, []) for word in ("--set", setting)]
+    if command_of(path) == "pretrain":
+        words += ["--max-minutes", 1]
+    plan = cli(command_of(path), path, "--dry-run", "--out", tmp_path / "run", *words)
+    assert plan.code == 0 and "memory about" in plan.err, plan.err
 
 
 def write(folder, text, name="r.yaml"):
@@ -92,8 +107,9 @@ def test_broken_files(tmp_path, text, message):
 
 
 def test_every_setting_has_a_meaning():
-    rows = explain(DistillRecipe)
-    assert len(rows) > 25 and all(meaning for _, meaning in rows)
+    for schema in SCHEMAS.values():
+        rows = explain(schema)
+        assert len(rows) > 25 and all(meaning for _, meaning in rows)
 
 
 def test_named_entries_are_strict_inside_and_may_be_replaced(tmp_path):

@@ -1,0 +1,271 @@
+"""Pretraining: the model learns what it reads, never what is measured, and goes on bit for bit after a stop."""
+
+import itertools
+import math
+import tarfile
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+
+from bdcli.cache import FullCache
+from bdcli.checkpoint import POCKET, load_model, load_tokenizer
+from bdcli.errors import UserError
+from bdcli.rope import RopeTable
+from bdcli.train.corpus import Corpus
+from bdcli.train.data import documents, measured_windows
+from bdcli.train.optimizers import Muon, make_optimizers, orthogonal, trapezoid
+from bdcli.train.pretrain import Pretraining
+from bdcli.train.pretrain_recipe import Corpus as Mix
+from bdcli.train.pretrain_recipe import HeldOut, MuonUpdates, PretrainRecipe, Schedule, Shape
+from bdcli.train.recall import recall_documents
+from bdcli.train.settings import Updates
+from bdcli.train.view_forward import causal_hidden
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of small texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, body in recall_documents(12, 6000):
+        (folder / f"{name.replace(':', '')}.txt").write_text(body, "utf-8")
+    return folder
+
+
+def small(text, **changes):
+    recipe = PretrainRecipe(
+        corpus=Mix((str(text),)),
+        shape=Shape(
+            layers=2, hidden_size=32, intermediate_size=64, heads=2, kv_heads=1, max_position=1024, vocab_size=300
+        ),
+        schedule=Schedule(tokens=8192, contexts=(128, 512), shares=(0.5, 0.5), tokens_per_step=512, micro_tokens=256),
+        optimizer=MuonUpdates(lr=1e-2, vector_lr=1e-2),
+        held_out=HeldOut((str(text),), (512,), 2, every=6),
+        precision="float32",
+    )
+    return replace(recipe, **changes)
+
+
+def weights(folder):
+    return load_model(folder, torch.float32, torch.device("cpu")).tensors()
+
+
+def test_a_model_from_nothing_learns_and_transformers_reads_it(tmp_path, text):
+    from transformers import AutoModelForCausalLM
+
+    told = []
+    job = Pretraining(small(text), tmp_path / "run", measured=lambda *said: told.append(said[:2]))
+    assert any("from nothing" in line for line in job.plan())
+    done = job.run(resume=False)
+    assert (done.status, done.steps, done.tokens, done.skipped) == ("done", 16, 8192, 0)
+    assert told == [(0, 0), (6, 3072), (12, 6144), (16, 8192)]
+    before, after = done.before[0], done.after[0]
+    assert before.nll == pytest.approx(math.log(300), rel=0.05)
+    assert after.nll < before.nll - 0.5
+    ids = torch.arange(2, 60)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)(ids).logits[0]
+    ours = load_model(done.checkpoint, torch.float32, torch.device("cpu"))
+    assert torch.allclose(ours.forward(ids[0].tolist(), FullCache(ours, 60), 58), theirs, atol=1e-3)
+    assert (
+        load_tokenizer(done.checkpoint).decode(load_tokenizer(done.checkpoint)("The blue ring")["input_ids"])
+        == "The blue ring"
+    )
+    with pytest.raises(UserError, match="--resume"):
+        job.run(resume=False)
+
+
+def test_stopping_and_resuming_gives_the_same_weights(tmp_path, text):
+    whole = Pretraining(small(text), tmp_path / "whole").run(resume=False)
+    job = Pretraining(small(text), tmp_path / "parts", minutes=0)
+    first = job.run(resume=False)
+    assert first.stopped == "out of time" and 0 < first.steps < 4
+    rest = Pretraining(small(text), tmp_path / "parts").run(resume=True)
+    assert rest.steps == whole.steps and rest.after == whole.after
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole.checkpoint), weights(rest.checkpoint), strict=True))
+    other = small(text, seed=1)
+    with pytest.raises(UserError, match="another recipe"):
+        Pretraining(other, tmp_path / "parts").run(resume=True)
+    (tmp_path / "parts" / "state.pt").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"state\.pt is damaged"):
+        Pretraining(small(text), tmp_path / "parts").run(resume=True)
+    assert (tmp_path / "parts" / "state.pt").read_bytes() == b"torn"
+
+
+def test_going_on_from_a_checkpoint_keeps_its_tokenizer(tmp_path, text):
+    schedule = Schedule(tokens=512, contexts=(512,), shares=(1.0,), tokens_per_step=512)
+    job = Pretraining(small(text, init=str(POCKET / "drafter"), schedule=schedule), tmp_path / "run")
+    done = job.run(resume=False)
+    assert (done.checkpoint / "tokenizer.json").read_bytes() == (POCKET / "drafter" / "tokenizer.json").read_bytes()
+    assert done.before[0].nll < 9
+
+
+def test_loss_is_the_mean_over_following_tokens_whatever_the_micro_batches(tmp_path, text):
+    job = Pretraining(small(text), tmp_path / "run")
+    job.model = tiny_model(vocab=300)
+    windows = torch.randint(0, 300, (4, 50))
+    parts = sum(float(job.loss(w, 4)) for w in windows.split(1))
+    logits = torch.stack([job.model.forward(w.tolist(), FullCache(job.model, 50), 50) for w in windows])
+    want = F.cross_entropy(logits[:, :-1].reshape(-1, 300), windows[:, 1:].reshape(-1))
+    assert parts == pytest.approx(float(want), rel=1e-4) and float(job.loss(windows, 4)) == pytest.approx(
+        parts, rel=1e-5
+    )
+
+
+def test_the_worth_of_a_long_context_is_that_of_a_cut_one(tmp_path, text):
+    """The short figure must equal the loss of texts cut to their last tokens, each cut text read alone."""
+    job = Pretraining(small(text), tmp_path / "run")
+    job.model, job._held = tiny_model(vocab=300), torch.randint(0, 300, (1, 512))
+    got = job.measure(512)
+    short = []
+    for start in range(512 - 256, 512, 64):  # tail of 256 tokens, predicted 64 at a time
+        cut = job._held[0, start - 256 : start + 64].tolist()
+        logits = job.model.forward(cut, FullCache(job.model, 320), 320)
+        short.append(F.cross_entropy(logits[-65:-1], torch.tensor(cut[-64:])))
+    assert got.tail_nll_short == pytest.approx(float(torch.stack(short).mean()), rel=1e-4)
+    assert got.tail_nll != pytest.approx(got.tail_nll_short, rel=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_batched_rows_equal_decoding(kv_heads):
+    model = tiny_model(kv_heads=kv_heads)
+    ids = torch.randint(0, 41, (3, 37), generator=torch.Generator().manual_seed(kv_heads))
+    table = RopeTable(model.config.rope, 37, 37, torch.float32, "cpu")
+    for row, x in zip(ids, causal_hidden(model, table, ids)):
+        want = model.forward(row.tolist(), FullCache(model, 37), 37)
+        assert (model.logits(x) - want).abs().max() < 2e-4 * want.abs().max()
+
+
+# -- data
+
+
+def test_the_mix_keeps_its_shares_and_every_stream_moves_on():
+    recipe = PretrainRecipe(corpus=Mix(("a", "b", "c"), (0.5, 0.3, 0.2)))
+    streams = [torch.arange(k * 10_000, k * 10_000 + size, dtype=torch.int32) for k, size in enumerate((900, 400, 90))]
+    corpus, cursor, seen = Corpus(recipe, streams), [0, 0, 0], []
+    for context in (10, 20, 40) * 20:
+        seen += corpus.take(cursor, context, 3).flatten().tolist()
+    shares = [sum(k * 10_000 <= t < (k + 1) * 10_000 for t in seen) / len(seen) for k in range(3)]
+    assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.01) and sum(cursor) == len(seen)
+    assert seen[:10] == list(range(10)) and set(seen) >= set(range(900 - 40))
+
+
+def test_recall_texts_repeat_near_and_far():
+    (name, text), again = next(recall_documents(1)), next(recall_documents(1))
+    assert (name, text) == again and len(text) >= 48_000
+    sources = {line: [] for line in text.splitlines() if len(line) > 20}
+    for at, line in enumerate(text.splitlines()):
+        if line in sources:
+            sources[line].append(at)
+    gaps = [b - a for places in sources.values() for a, b in itertools.pairwise(places)]
+    assert min(gaps) <= 2 and max(gaps) > 100 and len(gaps) > 0.3 * len(text.splitlines()) / 2
+
+
+def test_tars_of_texts_are_read_and_broken_ones_named(tmp_path, text):
+    with tarfile.open(tmp_path / "books.tar.xz", "w:xz") as archive:
+        for path in sorted(text.iterdir()):
+            archive.add(path, path.name)
+    names = {d.name for d in documents(str(tmp_path / "books.tar.xz"))}
+    assert names == {p.stem for p in text.iterdir()}
+    torn = tmp_path / "torn.tar.xz"
+    torn.write_bytes((tmp_path / "books.tar.xz").read_bytes()[:500])
+    with pytest.raises(UserError, match=r"torn\.tar\.xz cannot be read"):
+        list(documents(str(torn)))
+    (tmp_path / "x.pdf").write_bytes(b"%PDF")
+    with pytest.raises(UserError, match="of no kind"):
+        list(documents(str(tmp_path / "x.pdf")))
+
+
+def test_measured_windows_come_from_held_out_documents_only(text, pocket):
+    held = {d.name for d in documents(str(text)) if d.held_out}
+    bodies = {d.name: pocket[2](d.text)["input_ids"] for d in documents(str(text))}
+    try:
+        found = measured_windows(pocket[2], [str(text)], 512, 20, everything=False)
+    except UserError:
+        found = []
+    inside = [{n for n, ids in bodies.items() if w[:40] == ids[(len(ids) - 512) // 2 :][:40]} for w in found]
+    assert all(names <= held for names in inside) and len(found) == len(held)
+    assert len(measured_windows(pocket[2], [str(text)], 512, 20, everything=True)) == len(bodies)
+
+
+# -- optimizers
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 19), (16, 48)])
+def test_orthogonal_keeps_singular_vectors_and_levels_singular_values(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(shape[1]))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    got = u.mT @ orthogonal(x) @ vh.mT  # diagonal where the singular vectors are kept
+    off = got - torch.diag_embed(got.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < 0.08
+    assert float(got.diagonal(dim1=1, dim2=2).min()) > 0.5 and float(got.diagonal(dim1=1, dim2=2).max()) < 1.3
+
+
+def test_muon_takes_stacked_matrices_apart():
+    """q, k, v stacked in one tensor must move as three tensors of their own would."""
+    g = torch.Generator().manual_seed(0)
+    stacked = torch.randn(20, 8, generator=g)
+    grad = torch.randn(20, 8, generator=g)
+    apart = [t.clone() for t in stacked.split((8, 4, 8))]
+    for t, gradient in zip((stacked, *apart), (grad, *grad.split((8, 4, 8))), strict=True):
+        t.grad = gradient.clone()
+    Muon([(stacked, (8, 4, 8))], 0.1, 0.01).step()
+    for t in apart:
+        Muon([(t, (t.shape[0],))], 0.1, 0.01).step()
+    assert torch.allclose(stacked, torch.cat(apart), atol=2e-3)
+    assert not torch.allclose(stacked, torch.cat(apart) * 0, atol=1)
+
+
+def test_every_trainable_weight_has_exactly_one_optimizer():
+    for method in ("adamw", "muon"):
+        model = tiny_model()
+        for t in model.tensors():
+            t.requires_grad_()
+        made = make_optimizers(model, Updates(method=method))
+        owned = [id(t) for optimizer in made for group in optimizer.param_groups for t in group["params"]]
+        assert sorted(owned) == sorted(map(id, model.tensors())) and len(made) == (2 if method == "muon" else 1)
+
+
+def test_the_rate_rises_stays_and_falls_to_zero():
+    rates = [trapezoid(n / 100, 0.1, 0.5) for n in range(101)]
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == rates[50] == 1
+    assert rates[75] == pytest.approx(0.5) and rates[100] == 0 and rates == [max(0, r) for r in rates]
+
+
+def test_the_rate_follows_the_clock_where_the_recipe_says_so(tmp_path, text):
+    timed = small(text, schedule=replace(small(text).schedule, follow="time"))
+    with pytest.raises(UserError, match="--max-minutes"):
+        Pretraining(timed, tmp_path / "x")
+    job = Pretraining(timed, tmp_path / "x", minutes=1)
+    assert job.share(0, 30, 60) == 0.5 and job.share(8192, 30, 60) == 1
+    assert Pretraining(small(text), tmp_path / "x", minutes=1).share(0, 30, 60) == 0
+    assert [job.stage(s) for s in (0, 0.49, 0.51, 1.0)] == [128, 128, 512, 512]
+
+
+def test_the_command(tmp_path, cli, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"corpus: {{sources: ['{text}']}}\n"
+        "shape: {layers: 1, hidden_size: 32, intermediate_size: 48, vocab_size: 300}\n"
+        "schedule: {tokens: 2048, contexts: [512], shares: [1], tokens_per_step: 1024}\nheld_out: {contexts: [512]}\n"
+        "precision: float32\n"
+    )
+    assert cli("pretrain", path, "--dry-run").code == 0
+    done = cli("pretrain", path, "--out", tmp_path / "run", "--set", f"held_out.sources=['{text}']", "--json")
+    assert done.code == 0 and done.json["tokens"] == 2048
+    row = cli("report", "--format", "json", "--command", "pretrain").json["runs"][0]
+    assert row["run_id"] == done.json["run_id"] and row["status"] == "done"
+    from bdcli.store import Store
+
+    assert [x.step for x in Store().losses(row["run_id"])] == [0, 2]
+    bad = cli(
+        "pretrain", path, "--set", "schedule.tokenz=3", "--set", "optimizer.lr=-1", "--set", "corpus.weights=[1, 2]"
+    )
+    assert bad.code == 2 and "did you mean schedule.tokens?" in bad.err
+    many = cli(
+        "pretrain", path, "--set", "optimizer.lr=-1", "--set", "corpus.weights=[1, 2]", "--set", "schedule.contexts=[3]"
+    )
+    assert many.code == 2 and all(key in many.err for key in ("optimizer.lr", "corpus.weights", "schedule.contexts"))
+    gone = cli("pretrain", path, "--set", "corpus.sources=[nowhere.txt]")
+    assert gone.code == 2 and "nowhere.txt does not exist" in gone.err
