@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.checkpoint import cpu_has_bfloat16, fingerprint, load_model, load_tokenizer, pick_device, read_config, resolve, save_model
+from bdcli.checkpoint import (
+    cpu_has_bfloat16,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    read_config,
+    resolve,
+    save_model,
+)
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.recipe import as_dict
