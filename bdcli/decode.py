@@ -27,7 +27,7 @@ from bdcli.checkpoint import (
 )
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
-from bdcli.metrics import Round, measure
+from bdcli.metrics import Round, mark_loops, measure
 from bdcli.model import Model
 from bdcli.options import DecodeOptions
 from bdcli.prompts import encode, fit
@@ -213,7 +213,7 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         "output_equal": baseline.output_equal,
         "ties": baseline.ties,
         "logit_error": baseline.logit_error if baseline.steps and options.temperature == 0 else None,
-        "rounds": [[r.drafted, r.accepted] for r in rounds],
+        "rounds": [r.row() for r in mark_loops(prompt, new, rounds)],
     }
 
 

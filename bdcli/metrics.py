@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LOOP_GRAM = 8
 LOOP_REACH = 1024
+RESAMPLES = 1000
 
 
 def looped_tokens(prompt: Sequence[int], new: Sequence[int]) -> list[bool]:
@@ -31,9 +37,23 @@ class Round:
     """What the metrics need of one engine step."""
 
     tokens: int
-    drafted: int
+    drafted: int | None  # None: a tool that does not tell
     accepted: int
     seconds: float
+    looped: bool = False  # begins inside a loop; see `mark_loops`
+
+    def row(self) -> list[int | None]:
+        """As the store keeps it."""
+        return [self.tokens, self.drafted, self.accepted, round(1e6 * self.seconds), int(self.looped)]
+
+
+def mark_loops(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[Round]) -> list[Round]:
+    """Rounds that know whether they begin inside a loop: that does not depend on how the round went."""
+    looped, marked, position = looped_tokens(prompt, new), [], 0
+    for r in rounds:
+        marked.append(replace(r, looped=looped[position]))
+        position += r.tokens
+    return marked
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Metrics:
     """Figures of one generation; a rate is None where its denominator is 0."""
 
     new_tokens: int
-    drafted: int
+    drafted: int | None
     accepted: int
     acceptance_rate: float | None
     acceptance_rate_no_loops: float | None
@@ -51,26 +71,43 @@ class Metrics:
 
 
 def measure(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[Round]) -> Metrics:
-    """A round counts as outside loops when its first token is: that does not depend on how the round went."""
-    looped = looped_tokens(prompt, new)
-    drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
-    clean_drafted = clean_accepted = position = 0
-    for r in rounds:
-        if not looped[position]:
-            clean_drafted, clean_accepted = clean_drafted + r.drafted, clean_accepted + r.accepted
-        position += r.tokens
-    seconds = sum(r.seconds for r in rounds)
+    """Figures of one generation; acceptance and speed outside loops leave out the rounds that begin in one."""
+    rounds = mark_loops(prompt, new, rounds)
+    clean = [r for r in rounds if not r.looped]
+    tells = all(r.drafted is not None for r in rounds)
+    drafted = sum(r.drafted for r in rounds) if tells else None
+    accepted = sum(r.accepted for r in rounds)
     return Metrics(
         new_tokens=len(new),
         drafted=drafted,
         accepted=accepted,
         acceptance_rate=_ratio(accepted, drafted),
-        acceptance_rate_no_loops=_ratio(clean_accepted, clean_drafted),
+        acceptance_rate_no_loops=_ratio(sum(r.accepted for r in clean), sum(r.drafted for r in clean))
+        if tells
+        else None,
         mean_accepted_length=_ratio(len(new), len(rounds)),
-        tokens_per_second=_ratio(len(new), seconds),
-        loop_rate=_ratio(sum(looped), len(new)),
+        tokens_per_second=_ratio(len(new), sum(r.seconds for r in rounds)),
+        loop_rate=_ratio(sum(looped_tokens(prompt, new)), len(new)),
     )
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def bootstrap(
+    items: Sequence[T], statistic: Callable[[Sequence[T]], float | None], resamples: int = RESAMPLES
+) -> tuple[float | None, float | None]:
+    """95 % percentile bootstrap interval of `statistic` over items drawn with replacement (Efron 1979).
+
+    None with fewer than two items, or where the statistic has no value.
+    """
+    rng = random.Random(0)
+    values = (
+        sorted(v for _ in range(resamples) if (v := statistic(rng.choices(items, k=len(items)))) is not None)
+        if len(items) > 1
+        else []
+    )
+    if not values:
+        return None, None
+    return values[int(0.025 * len(values))], values[min(len(values) - 1, math.ceil(0.975 * len(values)) - 1)]
+
+
+def _ratio(part: float, whole: float | None) -> float | None:
     return part / whole if whole else None

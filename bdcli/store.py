@@ -64,6 +64,9 @@ class Figures(SQLModel):
     speedup: float | None = None
     loop_rate: float | None = None
     max_drafter_entries: int | None = None
+    drafter_kv_bytes: int | None = None
+    target_kv_bytes: int | None = None
+    peak_memory_bytes: int | None = None
     output_equal: bool | None = None
     ties: int | None = None
     finish_reason: str | None = None
@@ -91,9 +94,18 @@ class Run(Figures, table=True):
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
-    drafter_kv_bytes: int | None = None
-    target_kv_bytes: int | None = None
-    peak_memory_bytes: int | None = None
+    experiment: str | None = Field(default=None, index=True, description="key of a sweep, by which it goes on")
+    arm: str | None = Field(default=None, description="name of a bench cell's arm")
+    ar_run_id: str | None = Field(default=None, description="the AR cell that a bench cell is compared with")
+    acceptance_low: float | None = Field(default=None, description="95 % bootstrap interval over prompts")
+    acceptance_high: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    speedup_no_loops: float | None = None
+    ar_variation: float | None = Field(default=None, description="AR tok/s over prompts: standard deviation / mean")
+    valid: bool | None = Field(default=None, description="no gate of bench objects")
+    invalid_reason: str | None = None
+    seal: str | None = Field(default=None, description="digest of a bench cell's row and prompts when measured")
     machine: str | None = None
     host: str | None = None
     pid: int | None = None
@@ -111,7 +123,12 @@ class Prompt(Figures, table=True):
     sha256: str
     text: str = Field(description="what was generated")
     tokens: list[int] = Field(default_factory=list, sa_type=JSON)
-    rounds: list[list[int]] = Field(default_factory=list, sa_type=JSON, description="[drafted, accepted] a round")
+    rounds: list[list[int | None]] = Field(
+        default_factory=list,
+        sa_type=JSON,
+        description="[tokens, drafted, accepted, microseconds, 1 if it begins in a loop] a round",
+    )
+    error: str | None = None
 
 
 class Evaluation(SQLModel, table=True):
@@ -162,7 +179,7 @@ class Store:
                 raise UserError(f"there is no store at {where}", "Runs are stored by: bdcli decode PROMPT_FILE")
             place, self.path = "sqlite://", None  # nothing was ever stored: show an empty one, make no file
         with self._explained():
-            self._engine = create_engine(self._url(place), json_serializer=json.dumps)
+            self._engine = create_engine(self._url(place), json_serializer=_compact)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", self._prepare_connection)
         if not self.readonly:
@@ -235,16 +252,13 @@ class Store:
         """Write a row with status running; returns its run_id."""
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        process = psutil.Process()
         run = Run(
             run_id=run_id,
             started_at=now,
             command=command,
             status="running",
             config=config,
-            host=socket.gethostname(),
-            pid=process.pid,
-            process_started=process.create_time(),
+            **_process(),
             machine=machine(),
             git_revision=git_revision(),
             versions=versions(),
@@ -269,6 +283,27 @@ class Store:
             session.add_all(prompts)
             session.commit()
 
+    def update(self, run_id: str, **fields) -> None:
+        """Change columns of a row that goes on. Unknown keys are a programming error and raise."""
+        with self._explained(), Session(self._engine) as session:
+            run = session.get(Run, run_id)
+            for name, value in fields.items():
+                if name not in Run.model_fields:
+                    raise AttributeError(f"the store has no column {name}")
+                setattr(run, name, value)
+            session.add(run)
+            session.commit()
+
+    def reopen(self, run_id: str) -> None:
+        """An interrupted row goes on in this process."""
+        self.update(run_id, status="running", finished_at=None, **_process())
+
+    def put_prompt(self, prompt: Prompt) -> None:
+        """Add a prompt's row, or change it when it has an id."""
+        with self._explained(), Session(self._engine) as session:
+            session.merge(prompt)
+            session.commit()
+
     def add_measurements(self, rows: list[Evaluation] | list[Loss]) -> None:
         with self._explained(), Session(self._engine) as session:
             session.add_all(rows)
@@ -283,14 +318,15 @@ class Store:
             chosen = select(Evaluation).where(Evaluation.run_id == run_id)
             return list(session.exec(chosen.order_by(Evaluation.step, Evaluation.id)))
 
-    def runs(self) -> list[Run]:
-        """All runs, newest first."""
+    def runs(self, experiment: str | None = None) -> list[Run]:
+        """All runs, or those of one experiment, newest first."""
+        chosen = select(Run) if experiment is None else select(Run).where(Run.experiment == experiment)
         with self._explained(), Session(self._engine) as session:
-            return list(session.exec(select(Run).order_by(Run.started_at.desc(), Run.run_id.desc())))
+            return list(session.exec(chosen.order_by(Run.started_at.desc(), Run.run_id.desc())))
 
     def prompts(self, run_id: str) -> list[Prompt]:
         with self._explained(), Session(self._engine) as session:
-            return list(session.exec(select(Prompt).where(Prompt.run_id == run_id).order_by(Prompt.index)))
+            return list(session.exec(select(Prompt).where(Prompt.run_id == run_id).order_by(Prompt.index, Prompt.id)))
 
     def close(self) -> None:
         """Drop the connections; SQLite then folds its write-ahead log into the file."""
@@ -316,6 +352,16 @@ def _writable(path: Path) -> bool:
     if not place.exists():
         return True
     return bool(place.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(place, os.W_OK)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _process() -> dict:
+    """Who computes: by this a row that was left running is recognised."""
+    process = psutil.Process()
+    return {"host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
 
 
 def _alive(pid: int | None, started: float | None) -> bool:

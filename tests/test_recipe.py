@@ -117,13 +117,17 @@ def test_named_entries_are_strict_inside_and_may_be_replaced(tmp_path):
 
     path = tmp_path / "bench.yaml"
     path.write_text(
-        "datasets: {a: stdlib, b: [1]}\narms:\n  one: {method: bd, bugdet: 5}\n  two: 3\n  three: {gamma: x}\n"
+        "datasets: {a: stdlib, b: {c: 1}}\narms:\n  one: {method: bd, bugdet: 5}\n  two: 3\n  three: {gamma: x}\n"
     )
     with pytest.raises(UserError) as found:
         load_recipe(path, BenchRecipe)
     lines = str(found.value).splitlines()
     assert lines[0].startswith("4 errors in")
-    wanted = ("datasets.b must be text", "arms.one.bugdet; did you mean arms.one.budget?", "arms.two must be a mapping")
+    wanted = (
+        "datasets.b must be a list of text",
+        "arms.one.bugdet; did you mean arms.one.budget?",
+        "arms.two must be a mapping",
+    )
     assert all(any(want in line for line in lines) for want in (*wanted, "arms.three.gamma must be"))
     assert f"{path}:3" in str(found.value)
     path.write_text("arms:\n  one: {method: bd, budget: 256}\n  two: {method: official}\n")

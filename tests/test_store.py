@@ -27,13 +27,13 @@ def test_a_run_and_its_prompt_come_back(tmp_path):
     store = Store(str(tmp_path / "new" / "r.db"))
     run_id = store.begin("decode", {"a": [1]}, budget="full", gamma=None)
     assert store.runs()[0].status == "running"
-    prompt = Prompt(run_id=run_id, source="p.txt", sha256="ab", text="héllo", tokens=[3, 4], rounds=[[2, 1]])
+    prompt = Prompt(run_id=run_id, source="p.txt", sha256="ab", text="héllo", tokens=[3, 4], rounds=[[2, 2, 1, 900, 0]])
     store.finish(run_id, "done", [prompt], budget=512, gamma="auto", speedup=1.5, output_equal=True)
     run = Store(str(tmp_path / "new" / "r.db")).runs()[0]
     assert (run.run_id, run.status, run.budget, run.gamma, run.speedup) == (run_id, "done", 512, "auto", 1.5)
     assert run.config == {"a": [1]} and run.prompts == 1 and run.versions["python"] and run.machine and run.finished_at
     kept = store.prompts(run_id)[0]
-    assert (kept.text, kept.tokens, kept.rounds) == ("héllo", [3, 4], [[2, 1]])
+    assert (kept.text, kept.tokens, kept.rounds) == ("héllo", [3, 4], [[2, 2, 1, 900, 0]])
     with pytest.raises(AttributeError, match="no column spedup"):
         store.finish(run_id, "done", spedup=2.0)
 

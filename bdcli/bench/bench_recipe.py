@@ -39,9 +39,9 @@ class BenchRecipe:
     target: str = _setting("pocket", "folder, hub name, or pocket")
     drafter: str = _setting("pocket", "the drafter that is measured: folder, hub name, or pocket")
     naive: str | None = _setting(None, "an undistilled drafter, for the arms window and chunk and `drafter: naive`")
-    datasets: dict[str, str] = field(
-        default_factory=lambda: {"stdlib": "stdlib"},
-        metadata={"help": "name: stdlib, a text file, a folder, .jsonl, .parquet or a hub data set"},
+    datasets: dict[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"stdlib": ("stdlib",)},
+        metadata={"help": "name: stdlib, text files, a folder, .jsonl, .parquet or a hub data set"},
     )
     contexts: tuple[int, ...] = _setting((4096,), "prompt tokens; all contexts of a sample end at the same token")
     samples: int = _setting(4, "prompts of each data set")
