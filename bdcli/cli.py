@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from bdcli import __version__
+from bdcli.bench.commands import bench
 from bdcli.errors import BdcliError, UserError
 from bdcli.flags import INTERRUPTED, DbOption, JsonOption
 from bdcli.interrupt import interrupt
@@ -120,13 +121,21 @@ def decode(
         raise BdcliError("the text differs from plain decoding, so the run is invalid", "See bdcli doctor")
 
 
+app.command()(bench)
+
+
 @app.command()
 def report(
     ctx: Annotated[str | None, typer.Option(help="8k: within 12.5 % of 8192; 8192: exactly that.")] = None,
     budget: Annotated[str | None, typer.Option(help="A budget, or full.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set or prompt name.")] = None,
     method: Annotated[str | None, typer.Option(help="bd, full, official, ...")] = None,
-    command: Annotated[str | None, typer.Option(help="decode, ...")] = None,
+    command: Annotated[str | None, typer.Option(help="decode, bench, ...")] = None,
+    arm: Annotated[str | None, typer.Option(help="A bench arm by name.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="One bench sweep by its key.")] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of each data set, context, method and budget the fastest valid cell.")
+    ] = False,
     status: Annotated[str | None, typer.Option(help="done, failed, interrupted or running.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Newest runs to show; 0 shows all.")] = 0,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = "table",
@@ -135,6 +144,7 @@ def report(
     db: DbOption = None,
 ) -> None:
     """Show stored runs, or with --run the curves of one."""
+    from bdcli import plots
     from bdcli import report as shown
     from bdcli.store import Store
 
@@ -146,25 +156,24 @@ def report(
         if not evaluations:
             raise UserError(f"run {run} has no acceptance grid", "See bdcli report --command distill")
         if plot is not None:
-            shown.plot_curves(evaluations, plot)
+            plots.plot_curves(evaluations, plot)
             note(f"wrote {plot}")
         typer.echo(shown.curves(evaluations, str(form)))
         return
-    keep = shown.Filter(ctx, budget, dataset, method, command, status)
+    keep = shown.Filter(ctx, budget, dataset, method, command, status, arm, experiment)
     runs = [each for each in store.runs() if keep(each)]
-    runs = runs[:limit] if limit else runs
+    runs = shown.checked(runs[:limit] if limit else runs, store)
+    for line in shown.refused(runs):
+        note(line)
+    if best:
+        runs = shown.best_cells(runs)
     if plot is not None:
-        shown.plot(runs, plot)
+        plots.plot(runs, plot)
         note(f"wrote {plot}")
     if not runs and form == "table":
         note(f"no run in {store.name} fits; make one with: bdcli decode PROMPT_FILE")
     if form == "table":
-        from rich.console import Console
-
-        console = Console()
-        if not console.is_terminal:
-            console.width = 220  # a pipe has no width; do not cut columns
-        console.print(shown.as_table(runs)) if runs else None
+        shown.print_table(shown.arranged(runs)) if runs else None
     else:
         typer.echo({"json": shown.as_json, "csv": shown.as_csv, "markdown": shown.as_markdown}[str(form)](runs))
 

@@ -11,7 +11,8 @@ import torch
 
 from bdcli.checkpoint import POCKET, cpu_has_bfloat16, load_model, load_tokenizer, pick_device, pick_dtype
 from bdcli.errors import BdcliError
-from bdcli.store import Store, git_revision, machine, versions
+from bdcli.provenance import git_revision, machine, versions
+from bdcli.store import Store
 
 
 @dataclass(frozen=True)

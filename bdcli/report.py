@@ -1,4 +1,4 @@
-"""Read runs from the store, filter them, show them as table, markdown, csv, json or a plot. Never imports torch."""
+"""Read runs from the store, check and filter them, show them as table, markdown, csv or json. Never imports torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from bdcli.errors import UserError
+from bdcli.bench.cells import best
+from bdcli.bench.gates import join_objections, seal_objections
 from bdcli.options import parse_context
-from bdcli.store import Evaluation, Run
+from bdcli.store import Evaluation, Run, Store
 
 NEAR = 0.125  # `--ctx 8k` keeps contexts within this share of 8192
 
@@ -26,11 +26,13 @@ class Filter:
     method: str | None = None
     command: str | None = None
     status: str | None = None
+    arm: str | None = None
+    experiment: str | None = None
 
     def __call__(self, run: Run) -> bool:
         if self.ctx is not None and not _context_fits(run.context, self.ctx):
             return False
-        named = ("budget", "dataset", "method", "command", "status")
+        named = ("budget", "dataset", "method", "command", "status", "arm", "experiment")
         return all(getattr(self, n) is None or str(getattr(run, n)) == getattr(self, n) for n in named)
 
 
@@ -40,6 +42,54 @@ def _context_fits(context: int | None, wanted: str) -> bool:
     if context is None:
         return False
     return abs(context - tokens) <= NEAR * tokens if wanted.strip().lower().endswith("k") else context == tokens
+
+
+JOINED = ("ar_tokens_per_second", "ar_variation", "speedup", "speedup_low", "speedup_high", "speedup_no_loops")
+
+
+def checked(runs: list[Run], store: Store) -> list[Run]:
+    """The runs, bench cells among them held against their baseline and their seal; what fails loses its speedup.
+
+    No speed is ever joined with AR of another context, data set, machine or target, whatever the rows say.
+    """
+    known = {run.run_id: run for run in store.runs()}
+    for run in runs:
+        if run.command != "bench" or run.status == "running":
+            continue
+        ar = known.get(run.ar_run_id)
+        mine, theirs = store.prompts(run.run_id), store.prompts(ar.run_id) if ar is not None else []
+        why = [*join_objections(run, mine, ar, theirs), *seal_objections(run, mine, ar, theirs)]
+        if why:
+            run.valid, run.invalid_reason = False, "; ".join(why)
+            for name in JOINED:
+                setattr(run, name, None)
+    return runs
+
+
+def refused(runs: list[Run]) -> list[str]:
+    """A line for every cell that is shown but may not be believed."""
+    bad = [run for run in runs if run.valid is False]
+    return [f"refused: {r.dataset} {r.context} {r.arm} ({r.run_id}): {r.invalid_reason}" for r in bad]
+
+
+def arranged(runs: list[Run]) -> list[Run]:
+    """Newest first, but the cells of one sweep together, by data set, context and the order of its arms."""
+    place: dict[str, int] = {}
+    for i, run in enumerate(runs):
+        place.setdefault(run.experiment or run.run_id, i)
+    return sorted(
+        runs,
+        key=lambda r: (
+            (place[r.experiment or r.run_id], r.dataset or "", r.context or 0, r.started_at)
+            if r.experiment
+            else (place[r.run_id],)
+        ),
+    )
+
+
+def best_cells(runs: list[Run]) -> list[Run]:
+    """Of each data set, context, method and budget the fastest valid cell."""
+    return best(runs, lambda r: (r.experiment, r.dataset, r.context, r.method, r.budget, r.drafter))
 
 
 def _number(digits: int) -> Callable[[object], str]:
@@ -62,33 +112,46 @@ def _short(value: str | None) -> str:
     return "" if value is None else value.rstrip("/").rsplit("/", 1)[-1]
 
 
+def _interval(run: Run) -> str:
+    return "" if run.speedup_low is None else f"{run.speedup_low:.2f}–{run.speedup_high:.2f}"
+
+
+def _mb(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.0f} MB"
+
+
+# What a reader wants first. A field is a column of the store, or "" for a function of the whole row.
 COLUMNS: dict[str, tuple[str, Callable]] = {
-    "run": ("run_id", _plain),
-    "status": ("status", _plain),
-    "method": ("method", _plain),
     "dataset": ("dataset", _short),
-    "target": ("target", _short),
-    "dtype": ("dtype", _plain),
     "ctx": ("context", _plain),
+    "arm": ("", lambda run: run.arm or run.method or ""),
     "budget": ("budget", _plain),
-    "select": ("select", _plain),
     "γ": ("gamma", _plain),
-    "new": ("new_tokens", _plain),
     "acceptance": ("acceptance_rate", _percent),
     "outside loops": ("acceptance_rate_no_loops", _percent),
     "mean length": ("mean_accepted_length", _number(2)),
-    "AR tok/s": ("ar_tokens_per_second", _number(1)),
     "tok/s": ("tokens_per_second", _number(1)),
+    "AR tok/s": ("ar_tokens_per_second", _number(1)),
     "speedup": ("speedup", lambda value: "" if value is None else f"{value:.2f}×"),
-    "entries": ("max_drafter_entries", _plain),
+    "95 %": ("", _interval),
+    "memory": ("peak_memory_bytes", _mb),
     "loops": ("loop_rate", _percent),
     "equal": ("output_equal", _yes_no),
+    "valid": ("valid", _yes_no),
+    "entries": ("max_drafter_entries", _plain),
+    "select": ("select", _plain),
+    "dtype": ("dtype", _plain),
+    "target": ("target", _short),
+    "new": ("new_tokens", _plain),
+    "status": ("status", _plain),
+    "run": ("run_id", _plain),
 }
+LEFT = ("dataset", "arm", "select", "dtype", "target", "status", "run")
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
     """Cells of `COLUMNS` for each run."""
-    return [[show(getattr(run, field)) for field, show in COLUMNS.values()] for run in runs]
+    return [[show(getattr(run, field) if field else run) for field, show in COLUMNS.values()] for run in runs]
 
 
 def as_json(runs: list[Run]) -> str:
@@ -101,7 +164,7 @@ def as_csv(runs: list[Run]) -> str:
 
 
 def as_markdown(runs: list[Run]) -> str:
-    return _markdown(list(COLUMNS), rows(runs))
+    return _markdown(list(COLUMNS), rows(arranged(runs)))
 
 
 def _csv(names: list[str], records: list[dict]) -> str:
@@ -127,14 +190,28 @@ def as_table(runs: list[Run]):
     keep = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
     for i in keep:
         name = list(COLUMNS)[i]
-        table.add_column(name, justify="left" if i < 6 else "right", no_wrap=name in ("run", "ctx", "speedup"))
+        table.add_column(
+            name, justify="left" if name in LEFT else "right", no_wrap=name in ("run", "ctx", "speedup", "arm")
+        )
     for row in cells:
         table.add_row(*(row[i] for i in keep))
     return table
 
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
-MARKERS = "osD^vPX"
+def print_table(runs: list[Run]) -> None:
+    """The table on stdout."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # a pipe has no width; do not cut columns
+    console.print(as_table(runs))
+
+
+def brief(runs: list[Run]) -> str:
+    """One line on where a sweep stands: the fastest valid arm so far."""
+    top = max((r for r in runs if r.valid and r.speedup is not None), key=lambda r: r.speedup, default=None)
+    return f"{len(runs)} cells" + (f", best {top.arm} {top.speedup:.2f}× at {top.context}" if top else "")
 
 
 def curve_rows(evaluations: list[Evaluation]) -> list[list[str]]:
@@ -160,116 +237,3 @@ def curves(evaluations: list[Evaluation], form: str) -> str:
         return _markdown(head, body)
     widths = [max(map(len, column)) for column in zip(head, *body)]
     return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)) for row in (head, *body))
-
-
-def plot_curves(evaluations: list[Evaluation], path: Path) -> None:
-    """Acceptance against training step, one panel a context, one line a budget, with 95 % intervals."""
-    pyplot = _pyplot(path)
-    groups = list(dict.fromkeys((e.dataset, e.context) for e in evaluations))
-    figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(4.6 * len(groups), 3.6), layout="constrained", sharey=True, squeeze=False
-    )
-    for axis, (dataset, context) in zip(axes[0], groups):
-        here = [e for e in evaluations if (e.dataset, e.context) == (dataset, context)]
-        for i, budget in enumerate(dict.fromkeys(e.budget for e in here)):
-            line = [e for e in here if e.budget == budget and e.acceptance_rate is not None]
-            style = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7]}
-            steps = [e.step for e in line]
-            axis.plot(steps, [100 * e.acceptance_rate for e in line], label=f"budget {budget}", **style)
-            if all(e.low is not None for e in line):
-                low, high = ([100 * getattr(e, end) for e in line] for end in ("low", "high"))
-                axis.fill_between(steps, low, high, color=PALETTE[i % 7], alpha=0.1, linewidth=0)
-        axis.set(title=f"{dataset}, {_k(context)} context", xlabel="training step", ylim=(0, 100))
-        _tidy(axis)
-    axes[0][0].set_ylabel("acceptance rate (%)")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    _write_figure(pyplot, figure, path)
-
-
-def plot(runs: list[Run], path: Path) -> None:
-    """Acceptance against budget and speedup against context, as medians, to a .png, .svg or .pdf file.
-
-    Only runs that may be compared with the newest one are drawn: same pair, machine, dtype and sampling.
-    """
-    pyplot = _pyplot(path)
-    done = [r for r in runs if r.status == "done" and r.acceptance_rate is not None and r.budget is not None]
-    if not done:
-        raise UserError("no finished run with acceptance fits the filters", "Run bdcli decode first")
-    done = [r for r in done if _comparable(r) == _comparable(done[0])]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    budgets = sorted({r.budget for r in done}, key=_budget_order)
-    contexts = sorted({_nominal(r.context) for r in done})
-    for i, context in enumerate(contexts):
-        style = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7]}
-        at = [(j, _median(done, context, b, "acceptance_rate")) for j, b in enumerate(budgets)]
-        left.plot(*zip(*[(x, 100 * y) for x, y in at if y is not None]), label=f"{_k(context)} context", **style)
-    for i, budget in enumerate(budgets):
-        style = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7]}
-        at = [(c, _median(done, c, budget, "speedup")) for c in contexts]
-        points = [(c, y) for c, y in at if y is not None]
-        if points:
-            right.plot(*zip(*points), label=f"budget {budget}", **style)
-    left.set(xlabel="drafter KV budget (entries per layer and head)", ylabel="acceptance rate (%)", ylim=(0, 100))
-    left.set_xticks(range(len(budgets)), [str(b) for b in budgets])
-    right.set_xscale("log", base=2)
-    right.set_xticks(contexts, [_k(c) for c in contexts])
-    right.minorticks_off()
-    right.axhline(1, color="0.6", linewidth=1)
-    right.set(xlabel="context (prompt tokens)", ylabel="speedup over AR (×)")
-    right.set_ylim(bottom=0)
-    for axis in (left, right):
-        _tidy(axis)
-        axis.legend(frameon=False, fontsize=8)
-    _write_figure(pyplot, figure, path)
-
-
-def _pyplot(path: Path):
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot {path}: unknown picture format", "Use a name that ends in .png, .svg or .pdf")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _tidy(axis) -> None:
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _write_figure(pyplot, figure, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"--plot {path}: {error.strerror}", "Give a path in an existing folder") from None
-    finally:
-        pyplot.close(figure)
-
-
-def _comparable(run: Run) -> tuple:
-    return run.target, run.drafter, run.machine, run.device, run.dtype, run.temperature, run.select == "official"
-
-
-def _budget_order(budget: int | str) -> float:
-    return float("inf") if budget == "full" else float(budget)
-
-
-def _nominal(context: int) -> int:
-    """The nearest power of two when the context is within 12.5 % of it, else the context itself."""
-    power = 1 << max(0, round(context - 1).bit_length() - 1)
-    near = min((power, 2 * power), key=lambda c: abs(c - context))
-    return near if abs(near - context) <= NEAR * near else context
-
-
-def _k(context: int) -> str:
-    return f"{context // 1024}k" if context % 1024 == 0 else str(context)
-
-
-def _median(runs: list[Run], context: int, budget: int | str, field: str) -> float | None:
-    from statistics import median
-
-    values = [getattr(r, field) for r in runs if _nominal(r.context) == context and r.budget == budget]
-    values = [v for v in values if v is not None]
-    return median(values) if values else None

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import secrets
 import socket
 import sqlite3
 import stat
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -28,10 +25,9 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, Oper
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, Session, SQLModel, create_engine, select
 
-from bdcli import __version__
 from bdcli.errors import UserError
+from bdcli.provenance import git_revision, machine, versions
 
-PACKAGES = ("torch", "transformers", "safetensors")
 PATIENCE_S = 30  # how long one process waits for another that holds the store
 
 
@@ -299,10 +295,11 @@ class Store:
         self.update(run_id, status="running", finished_at=None, **_process())
 
     def put_prompt(self, prompt: Prompt) -> None:
-        """Add a prompt's row, or change it when it has an id."""
+        """Add a prompt's row and give it its id, or change it when it has one."""
         with self._explained(), Session(self._engine) as session:
-            session.merge(prompt)
+            kept = session.merge(prompt)
             session.commit()
+            prompt.id = kept.id
 
     def add_measurements(self, rows: list[Evaluation] | list[Loss]) -> None:
         with self._explained(), Session(self._engine) as session:
@@ -364,45 +361,14 @@ def _process() -> dict:
     return {"host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
 
 
+def running(run: Run) -> bool:
+    """Is the process that computes this row still there, and not this one?"""
+    here = run.host == socket.gethostname() and run.pid != os.getpid()
+    return run.status == "running" and here and _alive(run.pid, run.process_started)
+
+
 def _alive(pid: int | None, started: float | None) -> bool:
     try:
         return pid is not None and abs(psutil.Process(pid).create_time() - (started or 0)) < 2
     except psutil.Error:
         return False
-
-
-def machine() -> str:
-    """Processor, cores and memory, the way a person would name the machine."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line)
-        name = next(lines, name)
-    return f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}"
-
-
-def versions() -> dict[str, str]:
-    found = {"bdcli": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_revision() -> str | None:
-    """Commit of the checkout this package runs from, with + when it has changes; None outside one."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
-        return done.stdout.strip()
-
-    try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        return (revision + ("+" if git("status", "--porcelain", "-uno") else "")) or None
-    except (OSError, subprocess.SubprocessError):
-        return None

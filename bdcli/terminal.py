@@ -172,3 +172,33 @@ def summary(result: dict) -> None:
         table.add_row(name, value)
     print()
     Console().print(table)
+
+
+@contextlib.contextmanager
+def sweep_meter(table, brief):
+    """Yields (arm(what, done, total), cells(runs)): a live table with a bar and an ETA on an interactive stderr.
+
+    Elsewhere a line after every prompt. `table(runs)` makes a rich table, `brief(runs)` a line.
+    """
+    if not sys.stderr.isatty():
+        progress: dict[str, object] = {"share": 0.0, "what": ""}
+
+        def arm(what: str, done: float, total: float) -> None:
+            progress.update(share=done / total, what=what)
+
+        yield arm, lambda runs: note(f"{progress['share']:.0%} done, {progress['what']}: {brief(runs)}")
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn(), TextColumn("{task.description}")
+    )
+    task = bar.add_task("", total=1.0)
+    with Live(bar, console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
+
+        def arm(what: str, done: float, total: float) -> None:
+            bar.update(task, completed=done / total, description=what)
+
+        yield arm, lambda runs: live.update(Group(table(runs), bar))

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from bdcli.report import plot
+from bdcli.plots import plot
 from bdcli.store import Run, Store
 
 ROOT = Path(__file__).parent.parent

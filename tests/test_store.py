@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bdcli import report
+from bdcli import plots
 from bdcli.errors import UserError
 from bdcli.report import Filter
 from bdcli.store import Prompt, Run, Store
@@ -149,10 +149,10 @@ def test_plot(tmp_path, suffix):
             run_id = add(store, context=context, budget=budget)
             store.finish(run_id, "done", acceptance_rate=0.4, speedup=1.5)
     path = tmp_path / f"plot.{suffix}"
-    report.plot(store.runs(), path)
+    plots.plot(store.runs(), path)
     assert path.stat().st_size > 5000
     with pytest.raises(UserError, match="picture format"):
-        report.plot(store.runs(), tmp_path / "plot.gif")
+        plots.plot(store.runs(), tmp_path / "plot.gif")
 
 
 def test_report_on_nothing(cli):

@@ -1,0 +1,145 @@
+"""Ways to write on from a prompt, one small class each, in one table. To measure another tool, add a class to it.
+
+A method is made once for an arm and then run on every prompt: `prepare` reads the prompt where that is the method's own
+affair, `generate` writes. The engine's methods differ in their drafter alone and share the target's cache.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from bdcli.baseline import warm_up
+from bdcli.bench import peers
+from bdcli.bench.bench_recipe import Arm, BenchRecipe
+from bdcli.bench.lookup import Lookup
+from bdcli.bench.outcome import Held, Method, Outcome
+from bdcli.checkpoint import check_vocabulary, load_model, resolve
+from bdcli.decode import Pair, drafter_reader, effective_positions, gamma_max_of, load_pair
+from bdcli.metrics import Round
+from bdcli.options import DecodeOptions
+from bdcli.sampling import Sampling
+from bdcli.speculate import Proposer, Reader, Speculator
+
+
+@dataclass
+class Models:
+    """Every model that the arms of a recipe need, each loaded once, when first asked for."""
+
+    recipe: BenchRecipe
+    _pairs: dict[str | None, Pair] = field(default_factory=dict)
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The target and the measured drafter."""
+        r = self.recipe
+        return load_pair(DecodeOptions(target=r.target, drafter=r.drafter, dtype=r.dtype, device=r.device))
+
+    def with_drafter(self, name: str | None) -> Pair:
+        """The target with the drafter `name`; None means that none is used."""
+        if name is None or name == self.recipe.drafter:
+            return self.pair
+        if name not in self._pairs:
+            folder, target = resolve(name, "drafter"), resolve(self.recipe.target, "target")
+            check_vocabulary(target, folder, self.pair.tokenizer)
+            drafter = load_model(folder, self.pair.target.dtype, self.pair.target.device)
+            self._pairs[name] = replace(self.pair, drafter=drafter, names=(self.pair.names[0], name))
+        return self._pairs[name]
+
+    @cached_property
+    def transformers(self) -> peers.Transformers:
+        """The same weights as `transformers` models."""
+        return peers.Transformers(self.recipe, self.pair)
+
+
+class EngineMethod(Method):
+    """Decoding in our engine with the drafter that the arm asks for."""
+
+    def __init__(self, models: Models, arm: Arm):
+        self.arm, r = arm, models.recipe
+        self.pair = models.with_drafter(r.drafter_of(arm))
+        self.options = DecodeOptions(
+            target=r.target,
+            drafter=r.drafter_of(arm) or r.drafter,
+            budget=arm.budget if isinstance(arm.budget, int) else None,
+            gamma=None if arm.gamma == "auto" else arm.gamma,
+            select=self.select(arm),
+            positions=arm.positions,
+            temperature=r.temperature,
+            top_k=r.top_k,
+            top_p=r.top_p,
+            seed=r.seed,
+            max_new_tokens=r.max_new_tokens,
+            baseline="off",
+        )
+        self.gamma_max = gamma_max_of(self.options)
+
+    def select(self, arm: Arm) -> str:
+        return arm.method if arm.method in ("window", "chunk", "official") else arm.select
+
+    def drafter(self, prompt: int) -> Reader | Proposer | None:
+        return drafter_reader(self.pair, self.options, prompt)
+
+    def columns(self) -> dict:
+        o = self.options
+        return {"select": "full" if o.budget is None else o.select, "positions": effective_positions(o)}
+
+    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:
+        target, o = held.target, self.options
+        drafter = self.drafter(len(prompt))
+        engine = Speculator(target, drafter, Sampling(o.temperature, o.top_k, o.top_p), seed, target.model.device)
+        target.rollback(len(prompt) - 1)
+        started = time.perf_counter()
+        engine.prefill(prompt, target_ready=True)
+        prefill_s = time.perf_counter() - started
+        controller = warm_up(engine, o.gamma if drafter is not None else 0, self.gamma_max)
+        rounds = [
+            Round(len(step.tokens), step.drafted, step.accepted, step.seconds)
+            for step in engine.rounds(o.max_new_tokens, self.pair.eos, controller)
+        ]
+        weights = target.model.weight_bytes + (drafter.model.weight_bytes if isinstance(drafter, Reader) else 0)
+        return Outcome(
+            tokens=engine.new_tokens,
+            rounds=rounds,
+            ttft_s=held.prefill_s + prefill_s + rounds[0].seconds,
+            finish_reason=engine.finish_reason,
+            entries=drafter.cache.peak_entries if drafter is not None else None,
+            drafter_kv_bytes=drafter.cache.kv_bytes if drafter is not None else 0,
+            target_kv_bytes=target.cache.kv_bytes,
+            weight_bytes=weights,
+        )
+
+
+class Autoregressive(EngineMethod):
+    """No drafter: what every speedup is measured against."""
+
+    def drafter(self, prompt: int) -> None:  # noqa: ARG002
+        return None
+
+    def columns(self) -> dict:
+        return {}
+
+
+class PromptLookup(EngineMethod):
+    """Drafts are looked up in the text so far."""
+
+    def drafter(self, prompt: int) -> Lookup:  # noqa: ARG002
+        return Lookup()
+
+    def columns(self) -> dict:
+        return {}
+
+
+METHODS: dict[str, type[Method]] = {
+    "ar": Autoregressive,
+    "bd": EngineMethod,
+    "full": EngineMethod,
+    "window": EngineMethod,
+    "chunk": EngineMethod,
+    "official": EngineMethod,
+    "lookup": PromptLookup,
+    "hf-ar": peers.HfAutoregressive,
+    "hf-assisted": peers.HfAssisted,
+    "hf-lookup": peers.HfLookup,
+}

@@ -1,0 +1,86 @@
+"""What a method of the benchmark is given and what it hands back, and the memory it took meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bdcli.bench.bench_recipe import Arm
+from bdcli.decode import peak_memory
+from bdcli.metrics import Round
+from bdcli.speculate import Reader
+
+
+@dataclass(frozen=True)
+class Held:
+    """The target with the prompt read but for its last token, and the seconds that took; shared by all arms."""
+
+    target: Reader
+    prefill_s: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One text and what it cost. `rounds` hold decode time only; `ttft_s` is both prefills and the first round."""
+
+    tokens: list[int]
+    rounds: list[Round]
+    ttft_s: float
+    finish_reason: str | None
+    entries: int | None
+    drafter_kv_bytes: int
+    target_kv_bytes: int
+    weight_bytes: int
+
+
+class Method:
+    """One arm's way to write. `peer`: not our engine, so its text may differ from AR's without being a fault."""
+
+    peer = False
+    gamma_max = 0  # longest draft, for which the shared target needs room
+
+    def __init__(self, models, arm: Arm):
+        raise NotImplementedError
+
+    def columns(self) -> dict:
+        """What the store's row says about the arm besides method, budget and γ."""
+        return {}
+
+    def prepare(self, prompt: list[int]) -> None:
+        """Read the prompt, where the method cannot share the engine's target. Not timed, not counted as memory."""
+
+    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:
+        raise NotImplementedError
+
+
+class MemoryMeter:
+    """Bytes by which a piece of work grew the process (Linux), or the device (CUDA), above where it began."""
+
+    growth: int | None = None
+
+    @contextlib.contextmanager
+    def watch(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            yield
+            self.growth = peak_memory(device) - before
+            return
+        reset = Path("/proc/self/clear_refs")
+        try:
+            reset.write_text("5")  # the kernel forgets the process's peak
+        except OSError:  # no such kernel, or not allowed here
+            yield
+            return
+        before = _status("VmRSS")
+        yield
+        self.growth = max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -1,0 +1,251 @@
+"""Peers: the same weights, prompt ids, dtype and stop rules in `transformers`, as its users would run it.
+
+What is timed. The prompt is read once into a dynamic cache, outside the clock, and rolled back (`crop`) before each
+peer. A streamer notes when each block of tokens arrives; the decode speed is that of all tokens after the first block,
+over the time from its arrival to the last. So the assistant's reading of the prompt, which happens before the first
+block, is not counted either. Time to first token is the reading of the prompt and the wait for the first block.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from bdcli.bench.bench_recipe import Arm, BenchRecipe
+from bdcli.bench.outcome import Held, Method, Outcome
+from bdcli.checkpoint import resolve
+from bdcli.decode import Pair
+from bdcli.metrics import Round
+
+PREFILL_ROWS = 512
+
+
+class Clock:
+    """A streamer, as `generate` calls it: notes the moment and the size of every block of new tokens."""
+
+    def __init__(self):
+        self.blocks: list[tuple[float, int]] = []
+        self._prompt_seen = False
+
+    def put(self, ids: torch.Tensor) -> None:
+        if not self._prompt_seen:  # generate hands over the prompt first
+            self._prompt_seen = True
+            return
+        self.blocks.append((time.perf_counter(), ids.numel()))
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass
+class Transformers:
+    """The pair as `transformers` models, and the prompt that was read last."""
+
+    recipe: BenchRecipe
+    pair: Pair
+    _prompt: list[int] | None = None
+    _cache: object = None
+    _drafters: dict[str, object] = field(default_factory=dict)
+    prefill_s: float = 0.0
+
+    def load(self, name: str, role: str):
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        folder, like = resolve(name, role), self.pair.target
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=like.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        return model.to(like.device).eval()
+
+    @cached_property
+    def target(self):
+        model = self.load(self.recipe.target, "target")
+        prepare = model.prepare_inputs_for_generation
+
+        def behind_the_cache(input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+            """Assisted generation (seen in transformers 5.23) would read what a cache it is given holds once more."""
+            held = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if next_sequence_length is None and held:
+                next_sequence_length = input_ids.shape[1] - held
+            return prepare(input_ids, next_sequence_length, past_key_values, **kwargs)
+
+        model.prepare_inputs_for_generation = behind_the_cache
+        return model
+
+    def drafter(self, name: str):
+        if name not in self._drafters:
+            self._drafters[name] = self.load(name, "drafter")
+        return self._drafters[name]
+
+    @torch.inference_mode()
+    def read(self, prompt: list[int]) -> None:
+        """Fill the dynamic cache with the prompt but its last token, unless it is there."""
+        if self._prompt == prompt:
+            return
+        from transformers import DynamicCache
+
+        self._prompt, self._cache = None, None
+        self._cache = DynamicCache(config=self.target.config)
+        started = time.perf_counter()
+        fill(self.target, prompt[:-1], self._cache)
+        self.prefill_s, self._prompt = time.perf_counter() - started, prompt
+
+    def rolled_back(self):
+        """The dynamic cache, holding the prompt but its last token."""
+        beyond = self._cache.get_seq_length() - len(self._prompt) + 1
+        if beyond:
+            self._cache.crop(-beyond)
+        return self._cache
+
+
+def fill(model, ids: list[int], cache) -> None:
+    """Read ids in blocks, without logits but the last row's."""
+    for start in range(0, len(ids), PREFILL_ROWS):
+        block = torch.tensor([ids[start : start + PREFILL_ROWS]], device=model.device)
+        model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+class HfMethod(Method):
+    """Shared by the peers: settings, the run under the clock, and what it yields."""
+
+    peer = True
+
+    def __init__(self, models, arm: Arm):
+        self.models, self.arm, self.recipe = models, arm, models.recipe
+        self._warm = False
+
+    def prepare(self, prompt: list[int]) -> None:
+        self.models.transformers.read(prompt)
+        if not self._warm:
+            self._write(prompt, seed=0, limit=3)
+            self._warm = True
+
+    def extra(self) -> dict:
+        """What `generate` is asked for besides the common settings."""
+        return {}
+
+    def weights(self) -> int:
+        return _bytes(self.models.transformers.target.parameters())
+
+    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:  # noqa: ARG002
+        return self._write(prompt, seed, self.recipe.max_new_tokens)
+
+    def _write(self, prompt: list[int], seed: int, limit: int) -> Outcome:
+        hf = self.models.transformers
+        return self._timed(prompt, hf.rolled_back(), seed, limit, hf.prefill_s)
+
+    @torch.inference_mode()
+    def _timed(self, prompt: list[int], cache, seed: int, limit: int, prefill_s: float) -> Outcome:
+        hf, r, eos = self.models.transformers, self.recipe, sorted(self.models.pair.eos)
+        clock, widths = Clock(), []
+        hook = hf.target.register_forward_pre_hook(
+            lambda _module, _args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        torch.manual_seed(seed)
+        sampling = {"do_sample": False}
+        if r.temperature > 0:
+            sampling = {"do_sample": True, "temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p}
+        ids = torch.tensor([prompt], device=hf.target.device)
+        try:
+            started = time.perf_counter()
+            out = hf.target.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=limit,
+                eos_token_id=eos or None,
+                pad_token_id=eos[0] if eos else 0,
+                streamer=clock,
+                **sampling,
+                **self.extra(),
+            )
+        finally:
+            hook.remove()
+        tokens = out[0, len(prompt) :].tolist()
+        return Outcome(
+            tokens=tokens,
+            rounds=_rounds(clock.blocks, widths),
+            ttft_s=prefill_s + clock.blocks[0][0] - started,
+            finish_reason="stop" if tokens and tokens[-1] in eos else "length",
+            entries=None,
+            drafter_kv_bytes=0,
+            target_kv_bytes=_cache_bytes(cache),
+            weight_bytes=self.weights(),
+        )
+
+
+def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[Round]:
+    """Rounds from the arrival of blocks; a forward over w tokens verified w - 1 drafted ones.
+
+    The first block's time holds the assistant's prefill, so it is given the mean seconds per token of the others.
+    """
+    first, last = blocks[0][0], blocks[-1][0]
+    later = sum(n for _, n in blocks[1:])
+    per_token = (last - first) / later if later else 0.0
+    seconds = [per_token * blocks[0][1], *(b[0] - a[0] for a, b in pairwise(blocks))]
+    return [Round(n, w - 1, n - 1, s) for (_, n), w, s in zip(blocks, widths, seconds, strict=True)]
+
+
+class HfAutoregressive(HfMethod):
+    """Plain `generate`, with a dynamic and with a static cache; the faster of the two is reported."""
+
+    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:  # noqa: ARG002
+        limit = self.recipe.max_new_tokens
+        dynamic = self._write(prompt, seed, limit)
+        static = self._timed(prompt, self._static(prompt, limit), seed, limit, self.models.transformers.prefill_s)
+        return min(dynamic, static, key=lambda o: sum(r.seconds for r in o.rounds) / len(o.tokens))
+
+    def _static(self, prompt: list[int], limit: int):
+        """A static cache with the entries of the dynamic one."""
+        from transformers import StaticCache
+
+        hf = self.models.transformers
+        source = hf.rolled_back()
+        cache = StaticCache(config=hf.target.config, max_cache_len=len(prompt) + limit)
+        for i, layer in enumerate(source.layers):
+            cache.update(layer.keys, layer.values, i)
+        return cache
+
+
+class HfAssisted(HfMethod):
+    """`generate` with the drafter as assistant model, its full cache; γ auto is the library's own schedule.
+
+    The library refuses static caches here.
+    """
+
+    def extra(self) -> dict:
+        model = self.models.transformers.drafter(self.recipe.drafter_of(self.arm))
+        config = model.generation_config
+        if self.arm.gamma == "auto":
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = None, None  # the library's defaults
+            config.assistant_confidence_threshold = None
+        else:
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = self.arm.gamma, "constant"
+            config.assistant_confidence_threshold = 0.0
+        return {"assistant_model": model}
+
+    def weights(self) -> int:
+        model = self.models.transformers.drafter(self.recipe.drafter_of(self.arm))
+        return super().weights() + _bytes(model.parameters())
+
+
+class HfLookup(HfMethod):
+    """`generate` with prompt lookup; γ auto is the library's default of ten tokens. Static caches are refused."""
+
+    def extra(self) -> dict:
+        return {"prompt_lookup_num_tokens": 10 if self.arm.gamma == "auto" else self.arm.gamma}
+
+
+def _bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _cache_bytes(cache) -> int:
+    return _bytes(t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
