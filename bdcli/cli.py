@@ -121,9 +121,6 @@ def decode(
         raise BdcliError("the text differs from plain decoding, so the run is invalid", "See bdcli doctor")
 
 
-app.command()(bench)
-
-
 @app.command()
 def report(
     ctx: Annotated[str | None, typer.Option(help="8k: within 12.5 % of 8192; 8192: exactly that.")] = None,
@@ -219,6 +216,7 @@ def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
+app.command()(bench)
 app.command()(training.pretrain)
 app.command()(training.distill)
 

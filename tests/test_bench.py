@@ -25,30 +25,28 @@ from bdcli.options import DecodeOptions
 from bdcli.sampling import Verdict, best_tokens
 from bdcli.store import Store
 
-CONTRACT = set(
-    [
-        "dataset",
-        "context",
-        "budget",
-        "gamma",
-        "method",
-        "samples",
-        "acceptance_rate",
-        "acceptance_rate_no_loops",
-        "mean_accepted_length",
-        "tokens_per_second",
-        "ar_tokens_per_second",
-        "speedup",
-        "speedup_low",
-        "speedup_high",
-        "loop_rate",
-        "output_equal",
-        "max_drafter_entries",
-        "peak_memory_bytes",
-        "valid",
-        "invalid_reason",
-    ]
-)
+CONTRACT = {
+    "dataset",
+    "context",
+    "budget",
+    "gamma",
+    "method",
+    "samples",
+    "acceptance_rate",
+    "acceptance_rate_no_loops",
+    "mean_accepted_length",
+    "tokens_per_second",
+    "ar_tokens_per_second",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "loop_rate",
+    "output_equal",
+    "max_drafter_entries",
+    "peak_memory_bytes",
+    "valid",
+    "invalid_reason",
+}
 SMALL = ["bench", "--ctx", "200", "--samples", 2, "--max-new-tokens", 12, "--dtype", "float32"]
 BD = ["--methods", "bd", "--budgets", 64, "--gamma", 3]
 
