@@ -93,6 +93,14 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
 
 
+def training_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the products of a training forward run in; weights stay fp32. `auto`: bf16 where it is multiplied."""
+    if precision != "auto":
+        return DTYPES[precision]
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
+    return torch.bfloat16 if able else torch.float32
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
     """Weights from safetensors (one file or shards with an index), cast to `dtype` on `device`.
 

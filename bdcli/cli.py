@@ -217,6 +217,7 @@ def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
 
 
 app.command()(bench)
+app.command()(training.prepare)
 app.command()(training.pretrain)
 app.command()(training.distill)
 

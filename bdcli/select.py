@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bdcli.views import CHUNK
+
+SCORING_QUERIES = 16  # last prompt queries whose mean scores the chunks
+
 
 def chunk_scores(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
     """Scores [Hkv, C] of C whole chunks: mean of the last queries · mean key of the chunk / √D, summed over the group.
@@ -22,6 +26,21 @@ def choose_chunks(scores: Tensor, count: int, chunk: int) -> Tensor:
     """Entry indices [Hkv, count·chunk] of the best `count` chunks per head, in text order."""
     best = scores.topk(count, dim=1).indices.sort(dim=1).values
     return (best[:, :, None] * chunk + torch.arange(chunk, device=scores.device)).flatten(1)
+
+
+def prompt_chunks(rope, view, queries: Tensor, keys: Tensor, raw_keys: Tensor) -> Tensor:
+    """Positions [Hkv, view.chosen] that a `chunk` view keeps of a prompt of n tokens, between its sinks and its window.
+
+    queries [m, H, D]: the prompt's last, rotated as they will look at chosen chunks; keys [n, Hkv, D] rotated at their
+    positions, raw_keys unrotated. With rebased positions each chunk is scored as if it stood amid the chosen ones.
+    """
+    end = keys.shape[0] - view.window
+    first = view.sinks + (end - view.sinks) % CHUNK  # whole chunks, aligned to where the window starts
+    candidates = keys[first:end]
+    if view.rebased:
+        rank = torch.arange(CHUNK, device=keys.device) + view.sinks + (view.chosen - CHUNK) // 2
+        candidates = rope.rotate(raw_keys[first:end], rope.rows(rank.repeat((end - first) // CHUNK)))
+    return choose_chunks(chunk_scores(queries, candidates, CHUNK), view.chosen // CHUNK, CHUNK) + first
 
 
 def official_chunks(keys: Tensor, budget: int, chunk: int) -> Tensor:

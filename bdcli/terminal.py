@@ -123,6 +123,16 @@ def show_grids(result: dict) -> None:
     print(f"decode with it: bdcli decode --drafter {result['checkpoint']} PROMPT_FILE")
 
 
+def show_accounts(result: dict) -> None:
+    """What a prepare run read and what became of it, on stdout."""
+    for what in ("documents", "windows"):
+        a = result[what]
+        dropped = ", ".join(f"{count} {why}" for why, count in a["dropped"].items() if count) or "none"
+        print(f"{what}: {a['read']} read, {a['kept']} kept, dropped: {dropped}, {a['failed']} failed")
+    print(f"{result['shards']} shards, {result['bytes'] / 1e6:.1f} MB, {result['passages']} held-out passages")
+    print(f"run {result['run_id']}: {result['folder']}")
+
+
 def show_losses(result: dict) -> None:
     """Held-out loss before and after a pretrain run, on stdout."""
     from rich.console import Console

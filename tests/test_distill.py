@@ -1,6 +1,8 @@
 """Distilling: training sees what decoding sees, the grid is what decoding does, and a run survives being stopped."""
 
+import itertools
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -17,12 +19,14 @@ from bdcli.prompts import HELD_OUT
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.speculate import Reader, Speculator
-from bdcli.train.acceptance import Passage, acceptance_cell, hits, replay
-from bdcli.train.data import documents, held_out_prompts, training_windows
+from bdcli.train.acceptance import Passage, acceptance_cell, chances, drafter_cache, replay, text_probs
+from bdcli.train.data import Documents, documents, held_out_prompts
 from bdcli.train.distill import Distillation, Watcher
 from bdcli.train.distill_recipe import Data, DistillRecipe, Evaluation, Optimizer, Views
+from bdcli.train.losses import HiddenTarget
+from bdcli.train.prepare import bytes_per_token
 from bdcli.train.trainer import Trainer
-from bdcli.train.view_forward import view_hidden
+from bdcli.train.view_forward import anchored_hidden, final_rows, view_hidden
 from bdcli.views import View, plan_view
 
 
@@ -50,6 +54,51 @@ def test_training_views_equal_decoding(rebased, widest, kv_heads, monkeypatch):
     assert min(apart) > 1e-2, "the views would be the same even if the budget were ignored"
 
 
+def anchored_case(select, positions, budget, kv_heads, start):
+    model = tiny_model(layers=2, kv_heads=kv_heads, seed=budget)
+    ids = random.Random(budget).choices(range(41), k=start + 30)
+    table = RopeTable(model.config.rope, len(ids), len(ids), torch.float32, "cpu")
+    view = budget if select == "official" else plan_view(budget, select, positions, 5, start)
+    return model, ids, table, view
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("budget", [40, 64, 104])
+@pytest.mark.parametrize(
+    ("select", "positions"), [("chunk", "rebased"), ("chunk", "absolute"), ("official", "absolute")]
+)
+def test_chosen_chunks_in_training_equal_decoding(select, positions, budget, kv_heads):
+    start = 150
+    model, ids, table, view = anchored_case(select, positions, budget, kv_heads, start)
+    cache = drafter_cache(model, start + 1, len(ids), budget, select, positions, 5)
+    model.prefill(ids[:start], cache)
+    want = torch.cat([model.forward([token], cache, 1) for token in ids[start:]])
+    got = model.logits(anchored_hidden(model, table, torch.tensor(ids), start, view))
+    assert (got - want).abs().max() < 2e-4 * want.abs().max()
+    full = model.logits(view_hidden(model, table, torch.tensor(ids), [None])[0, start:])
+    assert (got - full).abs().max() > 1e-2, "the view would be the same even if the budget were ignored"
+
+
+def test_what_the_prefix_learns():
+    """none: only what comes after the prefix learns; selected: kept keys too, one layer deep; full: all of it."""
+    grads = {}
+    for mode in ("none", "selected", "full"):
+        model, ids, table, view = anchored_case("chunk", "rebased", 64, 2, 150)
+        ids = torch.arange(180)
+        model.embedding = torch.randn(180, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        anchored_hidden(model, table, ids, 150, view, mode).square().sum().backward()
+        grads[mode] = model.embedding.grad
+    assert not grads["none"][:150].any() and grads["none"][150:].any()
+    assert not grads["selected"][:150].any() and grads["full"][:150].any()
+    model, ids, table, view = anchored_case("chunk", "rebased", 64, 2, 150)
+    learned = {}
+    for mode in ("none", "selected"):
+        model.layers[1].qkv = model.layers[1].qkv.detach().requires_grad_()
+        anchored_hidden(model, table, torch.tensor(ids), 150, view, mode).square().sum().backward()
+        learned[mode] = model.layers[1].qkv.grad
+    assert (learned["none"] - learned["selected"]).abs().max() > 1e-3
+
+
 def test_all_weights_get_gradients_through_every_view():
     model = tiny_model(layers=2)
     trainer = Trainer(model, Optimizer())
@@ -75,7 +124,7 @@ def test_the_replayed_grid_is_what_decoding_does(gamma, budget, pocket, text_ids
     engine.prefill(prompt)
     steps = list(engine.rounds(new, frozenset(), FixedGamma(gamma)))
     passage = Passage("x", tuple(prompt), tuple(engine.new_tokens), new)
-    found = hits(drafter, passage, budget, "window", "rebased", gamma)
+    found = chances(drafter, passage, budget, "window", "rebased", gamma)
     played = replay(found, gamma, new)
     assert (played.drafted, played.accepted, played.rounds) == (
         sum(s.drafted for s in steps),
@@ -86,9 +135,48 @@ def test_the_replayed_grid_is_what_decoding_does(gamma, budget, pocket, text_ids
 
 
 def test_replay_by_hand():
-    played = replay([True, True, False, True, False, True], gamma=2, limit=6)
+    played = replay([1, 1, 0, 1, 0, 1], gamma=2, limit=6)
     # rounds: TT + one more (at 2), T + recovered (at 4), the last token alone
     assert (played.rounds, played.drafted, played.accepted) == (3, 2 + 2 + 0, 2 + 1)
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_expected_counts_are_the_mean_over_outcomes(gamma):
+    """Chances c: the replay must give the average over all 2^n outcomes, each weighted by its probability."""
+    odds, limit = [0.9, 0.2, 0.5, 0.7, 0.0, 1.0, 0.4], 9
+    mean = dict.fromkeys(("rounds", "drafted", "accepted"), 0.0)
+    for outcome in itertools.product((0, 1), repeat=len(odds)):
+        weight = math.prod(c if o else 1 - c for c, o in zip(odds, outcome))
+        played = replay(outcome, gamma, limit)
+        for name in mean:
+            mean[name] += weight * getattr(played, name)
+    expected = replay(odds, gamma, limit)
+    assert {name: getattr(expected, name) for name in mean} == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("budget", [None, 64])
+def test_the_sampled_grid_is_what_sampling_does(budget):
+    """Acceptance of many sampled decodings lies around what replaying their own texts expects."""
+    target, drafter, limit, warm = (
+        tiny_model(seed=1, spread=0.2),
+        tiny_model(layers=1, seed=2, spread=0.2),
+        24,
+        Sampling(0.9),
+    )
+    prompt = [i * 7 % 41 for i in range(90)]
+    drafted = accepted = expected = squares = 0.0
+    for seed in range(150):
+        cache = drafter_cache(drafter, len(prompt), 130, budget, "window", "rebased", 3)
+        engine = Speculator(Reader(target, FullCache(target, 130)), Reader(drafter, cache), warm, seed)
+        engine.prefill(prompt)
+        steps = list(engine.rounds(limit, frozenset(), FixedGamma(3)))
+        text = engine.new_tokens
+        passage = Passage("x", tuple(prompt), tuple(text), limit, tuple(text_probs(target, prompt, text, warm)))
+        played = replay(chances(drafter, passage, budget, "window", "rebased", 3, warm), 3, limit)
+        drafted, accepted = drafted + sum(s.drafted for s in steps), accepted + sum(s.accepted for s in steps)
+        gap = sum(s.accepted for s in steps) - played.accepted
+        expected, squares = expected + played.accepted, squares + gap * gap
+    assert abs(accepted - expected) < 3.5 * squares**0.5 and 0.1 < accepted / drafted < 0.9
 
 
 def test_interval_covers_the_rate(pocket, text_ids):
@@ -121,9 +209,12 @@ def test_training_text_never_holds_measured_text(pocket):
     tokenizer = pocket[2]
     names = {d.name for d in documents("stdlib") if not d.held_out}
     assert len(names) > 100 and not names & {*HELD_OUT, "held out"}
-    windows = training_windows(tokenizer, ["stdlib"], 512, 5, seed=3)
+    source = Documents(["stdlib"])
+    windows = list(itertools.islice(source.windows(tokenizer, 512, seed=3), 5))
     assert [len(w) for w in windows] == [512] * 5
-    assert windows != training_windows(tokenizer, ["stdlib"], 512, 5, seed=4)
+    assert windows[0] != next(source.windows(tokenizer, 512, seed=4))
+    read, kept, dropped, failed = source.accounts
+    assert read == kept + sum(dropped.values()) + failed and dropped["held out"] == 1
 
 
 def test_sources_from_files(tmp_path, pocket):
@@ -134,8 +225,6 @@ def test_sources_from_files(tmp_path, pocket):
     assert len(docs) == 41 and 0 < sum(d.held_out for d in docs) < 12
     prompts = held_out_prompts(pocket[2], [str(tmp_path / "b.jsonl")], 200, 3)
     assert [len(ids) for _, ids in prompts] == [200] * 3 and prompts[0][0] == "b"
-    with pytest.raises(UserError, match="not 4000"):
-        training_windows(pocket[2], [str(tmp_path)], 4096, 4000, 0)
     for bad in ("nowhere.txt", str(tmp_path / "empty")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError):
@@ -151,12 +240,24 @@ SMALL = DistillRecipe(
     data=Data(context=192, windows=5, written=0.4, written_tokens=32),
     views=Views(budgets=(40, 100)),
     optimizer=Optimizer(steps=6, lr=2e-3, warmup=2),
+    precision="float32",
     evaluation=Evaluation(every=3, contexts=(64, 128), budgets=(40, 100, "full"), passages=3, new_tokens=24),
 )
 
 
 def weights_of(folder):
     return load_model(folder, torch.float32, torch.device("cpu")).tensors()
+
+
+def adds_up(a):
+    return a["read"] == a["kept"] + sum(a["dropped"].values()) + a["failed"] > 0
+
+
+def stopped_after_one_step(folder):
+    """A run whose time is over once its material is made."""
+    Distillation(SMALL, folder, Watcher()).material().passages()
+    Distillation(SMALL, folder, Watcher()).material().windows()
+    return Distillation(SMALL, folder, Watcher(), deadline=0.0).run(resume=False)
 
 
 def test_a_run_measures_before_and_after_and_writes_a_drafter(tmp_path):
@@ -167,7 +268,7 @@ def test_a_run_measures_before_and_after_and_writes_a_drafter(tmp_path):
     assert outcome.status == "done" and outcome.steps == 6 and outcome.skipped == 0
     assert [step for step, _ in grids] == [0, 3, 6]
     assert {(c.context, c.budget) for c in outcome.before} == {(c, b) for c in (64, 128) for b in (40, 100, "full")}
-    assert outcome.dropped["read"] == 5 and outcome.dropped["written"] == 2
+    assert outcome.windows["kept"] == 5 and adds_up(outcome.windows) and adds_up(outcome.documents)
     changed = zip(weights_of(outcome.initial), job.drafter.tensors(), strict=True)
     assert not all(torch.equal(a, b) for a, b in changed)
     assert outcome.positions_per_target_token == 4
@@ -197,14 +298,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
 
 
 def test_out_of_time_still_measures(tmp_path):
-    outcome = Distillation(SMALL, tmp_path / "run", Watcher(), deadline=0.0).run(resume=False)
+    outcome = stopped_after_one_step(tmp_path / "run")
     assert outcome.stopped == "out of time" and outcome.steps == 1 and outcome.after
 
 
 def test_damaged_and_foreign_states_are_refused_and_kept(tmp_path):
-    Distillation(SMALL, tmp_path / "run", Watcher(), deadline=0.0).run(resume=False)
+    stopped_after_one_step(tmp_path / "run")
     state = tmp_path / "run" / "state.pt"
-    other = replace(SMALL, optimizer=replace(SMALL.optimizer, lr=1e-5))
+    other = replace(SMALL, optimizer=replace(SMALL.optimizer, lr=1e-5))  # the material fits, the state does not
     with pytest.raises(UserError, match="belongs to another recipe"):
         Distillation(other, tmp_path / "run", Watcher()).run(resume=True)
     broken = state.read_bytes()[:5000]
@@ -218,10 +319,10 @@ def test_views_and_order_depend_on_seed_and_step_alone(tmp_path):
     job = Distillation(SMALL, tmp_path / "a", Watcher())
     twin = Distillation(SMALL, tmp_path / "b", Watcher())
     for step in range(7):
-        assert job.draw_views(step) == twin.draw_views(step) and job.order(step) == twin.order(step)
+        assert job.draw_views(step) == twin.draw_views(step) and job.order(step, 5) == twin.order(step, 5)
         budgets = [v.budget for v in job.draw_views(step)[1:]]
         assert budgets[:2] == [40, 100] and 40 <= budgets[2] <= 100
-    assert sorted(w for step in range(5) for w in job.order(step)) == list(range(5))
+    assert sorted(w for step in range(5) for w in job.order(step, 5)) == list(range(5))
     assert len({v[3].budget for v in map(job.draw_views, range(40))}) > 10
 
 
@@ -232,11 +333,127 @@ def test_lambda_weighs_the_sparse_branch(tmp_path):
         recipe = replace(SMALL, loss=replace(SMALL.loss, sparse_weight=sparse_weight))
         job = Distillation(recipe, tmp_path / str(sparse_weight), Watcher())
         ids = torch.arange(192) * 7 % 4096
-        return job, float(job.loss(ids, 0, job.draw_views(0), 1)), float(job.loss(ids, 0, [None], 1))
+        target = HiddenTarget(final_rows(job.target, ids).detach(), job.target.head)
+        return job, float(job.loss(ids, target, job.draw_views(0), 1)), float(job.loss(ids, target, [None], 1))
 
     (_, zero, full), (_, one, _), (_, three, _) = map(loss, (0.0, 1.0, 3.0))
     assert zero == pytest.approx(full, rel=1e-5)
     assert three - zero == pytest.approx(3 * (one - zero), rel=1e-4) and one > zero
+
+
+@pytest.mark.parametrize("select", ["chunk", "official"])
+@pytest.mark.parametrize("teach", ["all", "anchored"])
+def test_views_with_chosen_chunks_teach_what_follows_the_anchors(tmp_path, select, teach):
+    """The loss is made of exactly the rows that follow an anchor, as decoding with the chosen view has them."""
+    views = Views(
+        budgets=(64, 104), select=select, positions="absolute", anchors=(120, 160), anchor_tokens=20, teach=teach
+    )
+    job = Distillation(replace(SMALL, views=views), tmp_path, Watcher())
+    ids = torch.arange(192) * 11 % 4096
+    target = HiddenTarget(final_rows(job.target, ids).detach(), job.target.head)
+    got = float(job.loss(ids, target, [None, 64], 1))
+
+    def mean(start, stop, budget, first):
+        cache = drafter_cache(job.drafter, first, 192, budget, select, "absolute", None)
+        job.drafter.prefill(ids[: first - 1].tolist(), cache)
+        rows = torch.cat([job.drafter.forward([t], cache, 1) for t in ids[first - 1 : stop].tolist()])[
+            start - first + 1 :
+        ]
+        p = F.linear(target.hidden[start:stop], target.head).softmax(-1)
+        return float(F.kl_div(rows.log_softmax(-1), p, reduction="none").sum(-1).mean())
+
+    spans = [(119, 139), (159, 179)]
+    full = sum(mean(a, b, None, 1) for a, b in spans) / 2 if teach == "anchored" else mean(0, 192, None, 1)
+    sparse = sum(mean(a, b, 64, a + 1) for a, b in spans) / 2
+    assert got == pytest.approx(full + SMALL.loss.sparse_weight * sparse, rel=1e-4)
+
+
+def test_accepted_length_weights_change_the_loss_and_keep_its_scale(tmp_path):
+    ids = torch.arange(192) * 11 % 4096
+    losses = {}
+    for weights in ("uniform", "accepted_length"):
+        job = Distillation(replace(SMALL, loss=replace(SMALL.loss, weights=weights)), tmp_path, Watcher())
+        target = HiddenTarget(final_rows(job.target, ids).detach(), job.target.head)
+        losses[weights] = float(job.loss(ids, target, [None], 1))
+    assert losses["uniform"] != pytest.approx(losses["accepted_length"], rel=1e-3)
+    assert losses["accepted_length"] < losses["uniform"], "accepted positions weigh more and have the smaller loss"
+
+
+# -- prepared material
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in sorted((folder / "data").iterdir())}
+
+
+def test_preparing_goes_on_at_the_missing_shard(tmp_path):
+    recipe = replace(
+        SMALL, data=replace(SMALL.data, shard_windows=2, cache="argmax"), loss=replace(SMALL.loss, kind="ce")
+    )
+    whole = Distillation(recipe, tmp_path / "whole", Watcher()).material().windows()
+    assert whole.shards == 3 and len(whole) == 5 and adds_up(vars(whole.accounts)) and adds_up(vars(whole.documents))
+
+    class Stop(Exception):
+        pass
+
+    def raise_at(_phase, done, _total, _note):
+        if done == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        Distillation(recipe, tmp_path / "stopped", Watcher(progress=raise_at)).material().windows()
+    (tmp_path / "stopped" / "data" / "windows-00001.safetensors.new").write_bytes(b"half")  # as after kill -9
+    assert len(json.loads((tmp_path / "stopped" / "data" / "manifest.json").read_text())["shards"]) == 1
+    again = Distillation(recipe, tmp_path / "stopped", Watcher()).material().windows()
+    assert again.accounts == whole.accounts and files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+    shard = tmp_path / "whole" / "data" / "windows-00001.safetensors"
+    torn = shard.read_bytes()[:-7]
+    shard.write_bytes(torn)
+    with pytest.raises(UserError, match=r"windows-00001\.safetensors is damaged"):
+        Distillation(recipe, tmp_path / "whole", Watcher()).material().windows()
+    assert shard.read_bytes() == torn
+
+
+def test_cached_answers_teach_what_the_target_would(tmp_path):
+    losses = {}
+    for cache in ("none", "hidden", "topk"):
+        data = replace(SMALL.data, cache=cache, top_k=512, written=0)
+        job = Distillation(replace(SMALL, data=data), tmp_path / cache, Watcher())
+        windows = job.material().windows()
+        assert windows.bytes >= bytes_per_token(job.recipe, 256) * 5 * 192
+        losses[cache] = [float(job.window_loss(windows, w, job.draw_views(0), 1)) for w in range(3)]
+    assert losses["hidden"] == pytest.approx(losses["none"], rel=2e-2)
+    assert losses["topk"] == pytest.approx(losses["none"], rel=5e-2)
+
+
+def test_material_of_another_target_is_refused(tmp_path):
+    Distillation(SMALL, tmp_path / "run", Watcher()).material().windows()
+    save_model(Distillation(SMALL, tmp_path / "x", Watcher()).drafter, POCKET / "drafter", tmp_path / "other")
+    with pytest.raises(UserError, match="made for another target"):
+        Distillation(replace(SMALL, target=str(tmp_path / "other")), tmp_path / "run", Watcher()).material().windows()
+    with pytest.raises(UserError, match="made for another data"):
+        other = replace(SMALL, data=replace(SMALL.data, windows=4))
+        Distillation(other, tmp_path / "run", Watcher()).material().windows()
+    (tmp_path / "run" / "data" / "manifest.json").write_text('{"parts": ')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Distillation(SMALL, tmp_path / "run", Watcher()).material().windows()
+
+
+def test_windows_the_target_loops_in_are_dropped_and_counted(tmp_path):
+    recipe = replace(SMALL, data=replace(SMALL.data, written=1.0, max_loop_rate=0.0, windows=3))
+    windows = Distillation(recipe, tmp_path, Watcher()).material().windows()
+    assert len(windows) == 3 and windows.accounts.dropped["loops"] > 0 and adds_up(vars(windows.accounts))
+    assert bool(windows._row(0)["written"]) and float(windows._row(0)["loop_rate"]) == 0
+
+
+def test_files_that_are_not_text_are_counted(tmp_path):
+    (tmp_path / "good.txt").write_text("word " * 50)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    read, kept, dropped, failed = Documents([str(tmp_path)]).accounts
+    assert (read, failed) == (3, 1) and read == kept + sum(dropped.values()) + failed
+    with pytest.raises(UserError, match="bad is not UTF-8"):
+        list(documents(str(tmp_path)))
 
 
 def test_steps_without_a_finite_gradient_are_counted_and_end_the_run():
@@ -294,6 +511,8 @@ def test_the_command(tmp_path, cli):
     cli("prompt", "--ctx", 128, "--out", prompt)
     decoded = cli("decode", prompt, "--drafter", result["checkpoint"], "--max-new-tokens", 8, "--json").json
     assert decoded["drafted"] > 0
+    made = cli("prepare", path, "--out", tmp_path / "made", "--json").json
+    assert adds_up(made["windows"]) and adds_up(made["documents"]) and made["shards"] == 1 and made["passages"] == 3
     again = cli("distill", path, "--out", tmp_path / "run")
     assert again.code == 2 and "--resume" in again.err
     bad = cli("distill", path, "--set", "optimizer.stepz=3", "--out", tmp_path / "x")

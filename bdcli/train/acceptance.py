@@ -1,7 +1,9 @@
 """Acceptance without a rollout: teacher-force a text the target wrote and replay what decoding would have done.
 
-Greedy decoding emits the target's own text whatever the drafter, so the drafter's hits along that text determine
-every round: for a fixed γ the replay gives drafted and accepted tokens of real decoding exactly (fp32).
+Whatever the drafter, decoding emits text of the target's own law. Given that it emitted y, its drafter's proposal was
+accepted there with chance min(1, q(y) / p(y)), independently of the rest: it proposes y and keeps it with probability
+min(p, q), and y is emitted with probability p. Greedy is the case where chances are 0 or 1, the drafter's hits; then
+the replay gives drafted and accepted tokens of real decoding exactly (fp32), else their expectation.
 """
 
 from __future__ import annotations
@@ -10,30 +12,39 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bdcli.cache import BudgetCache, FullCache
+import torch
+from torch import Tensor
+
+from bdcli.cache import BudgetCache, FullCache, OfficialCache
 from bdcli.model import Model
+from bdcli.sampling import Sampling
 from bdcli.views import plan_view
 
 RESAMPLES = 1000
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A prompt and what the target wrote after it; `limit` is the max_new_tokens it was written under."""
+    """A prompt and what the target wrote after it; `limit` is the max_new_tokens it was written under.
+
+    `probs` are the target's serving probabilities of the text's tokens; empty where it was written greedily.
+    """
 
     dataset: str
     prompt: tuple[int, ...]
     text: tuple[int, ...]
     limit: int
+    probs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Counts of one decoding of one passage."""
+    """Counts of one decoding of one passage; expected counts when sampling."""
 
-    rounds: int
-    drafted: int
-    accepted: int
+    rounds: float
+    drafted: float
+    accepted: float
     tokens: int
 
 
@@ -52,42 +63,95 @@ class Cell:
     passages: int
 
 
-def hits(drafter: Model, passage: Passage, budget: int | None, select: str, positions: str, gamma: int) -> list[bool]:
-    """For each token of the text: would the drafter, reading everything before it in its view, have proposed it?"""
+def chances(
+    drafter: Model,
+    passage: Passage,
+    budget: int | None,
+    select: str,
+    positions: str,
+    gamma: int,
+    sampling: Sampling = GREEDY,
+) -> list[float]:
+    """For each token of the text: the chance that decoding accepts it, the drafter reading all before it in its view.
+
+    Greedy: 1 where the token is the drafter's choice, else 0.
+    """
     prompt, text = list(passage.prompt), list(passage.text)
-    total = len(prompt) + passage.limit
-    cache: FullCache | BudgetCache
-    if budget is None:
-        cache = FullCache(drafter, total)
-    else:
-        cache = BudgetCache(drafter, total, plan_view(budget, select, positions, gamma, len(prompt) - 1), total)
+    cache = drafter_cache(drafter, len(prompt), len(prompt) + passage.limit, budget, select, positions, gamma)
     drafter.prefill(prompt[:-1], cache)
     fed, found = [prompt[-1], *text[:-1]], []
     while len(found) < len(text):
         block = fed[len(found) : len(found) + min(cache.max_rows, 64)]
-        best = drafter.forward(block, cache, len(block)).argmax(-1).tolist()
-        found += [b == t for b, t in zip(best, text[len(found) :])]
+        logits, wanted = drafter.forward(block, cache, len(block)), text[len(found) : len(found) + len(block)]
+        if sampling.greedy:
+            found += [float(b == t) for b, t in zip(logits.argmax(-1).tolist(), wanted)]
+        else:
+            q = chosen(sampling.distribution(logits), wanted)
+            found += [min(1.0, a / p) for a, p in zip(q, passage.probs[len(found) :])]
     return found
 
 
-def replay(found: Sequence[bool], gamma: int, limit: int) -> Replay:
-    """Rounds of greedy decoding with fixed `gamma`, as `Speculator.rounds` plays them."""
-    at = rounds = drafted = accepted = 0
-    while at < len(found):
+def text_probs(target: Model, prompt: Sequence[int], text: Sequence[int], sampling: Sampling) -> list[float]:
+    """The target's serving probability of each token of `text`, written after `prompt`."""
+    cache = FullCache(target, len(prompt) + len(text))
+    target.prefill(list(prompt[:-1]), cache)
+    fed, found = [prompt[-1], *text[:-1]], []
+    for at in range(0, len(text), 64):
+        logits = target.forward(fed[at : at + 64], cache, len(fed[at : at + 64]))
+        found += chosen(sampling.distribution(logits), text[at : at + 64])
+    return found
+
+
+def drafter_cache(
+    drafter: Model, prompt: int, total: int, budget: int | None, select: str, positions: str, gamma: int
+) -> FullCache | BudgetCache:
+    """The cache decoding would give the drafter for `prompt` tokens and `total` with those written."""
+    if budget is None:
+        return FullCache(drafter, total)
+    if select == "official":
+        return OfficialCache(drafter, total, budget, total)
+    return BudgetCache(drafter, total, plan_view(budget, select, positions, gamma, prompt - 1), total)
+
+
+def chosen(probs: Tensor, tokens: Sequence[int]) -> list[float]:
+    """Probabilities of `tokens`, one of each row of probs [T, V]."""
+    return probs.gather(1, torch.tensor(tokens, device=probs.device)[:, None])[:, 0].tolist()
+
+
+def replay(accepts: Sequence[float], gamma: int, limit: int) -> Replay:
+    """Rounds of decoding with fixed `gamma`, as `Speculator.rounds` plays them, from each token's chance.
+
+    starts[t] is the probability that a round begins at token t; a round that accepts k tokens ends k + 1 further on.
+    """
+    size = len(accepts)
+    starts = [1.0] + [0.0] * (size + gamma)
+    rounds = drafted = accepted = 0.0
+    for at in range(size):
+        begins = starts[at]
+        if begins == 0.0:
+            continue
         proposed = min(gamma, limit - at - 1)
-        kept = 0
-        while kept < proposed and at + kept < len(found) and found[at + kept]:
-            kept += 1
-        rounds, drafted, accepted = rounds + 1, drafted + proposed, accepted + kept
-        at += kept + 1
-    return Replay(rounds, drafted, accepted, len(found))
+        rounds, drafted = rounds + begins, drafted + begins * proposed
+        for k in range(proposed):
+            chance = accepts[at + k] if at + k < size else 0.0
+            starts[at + k + 1] += begins * (1 - chance)
+            begins *= chance
+            accepted += begins
+        starts[at + proposed + 1] += begins
+    return Replay(rounds, drafted, accepted, size)
 
 
 def acceptance_cell(
-    drafter: Model, passages: Sequence[Passage], budget: int | None, select: str, positions: str, gamma: int
+    drafter: Model,
+    passages: Sequence[Passage],
+    budget: int | None,
+    select: str,
+    positions: str,
+    gamma: int,
+    sampling: Sampling = GREEDY,
 ) -> Cell:
     """Pooled acceptance over passages of one data set and context."""
-    played = [replay(hits(drafter, p, budget, select, positions, gamma), gamma, p.limit) for p in passages]
+    played = [replay(chances(drafter, p, budget, select, positions, gamma, sampling), gamma, p.limit) for p in passages]
     low, high = _interval(played)
     drafted = sum(p.drafted for p in played)
     return Cell(

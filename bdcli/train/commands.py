@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bdcli.flags import INTERRUPTED, DbOption, JsonOption
-from bdcli.terminal import note, phases, show_grids, show_losses, status_line
+from bdcli.terminal import note, phases, show_accounts, show_grids, show_losses, status_line
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
@@ -64,6 +64,30 @@ def pretrain(
     _end(result, f"bdcli pretrain {recipe} --out {folder} --resume")
 
 
+def prepare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A distil recipe.")],
+    overrides: SetOption = None,
+    out: OutOption = None,
+    max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop in time with what was made.")] = None,
+    dry_run: DryRunOption = False,
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make what a distil run learns from, in shards, and what it is measured on. Goes on where it was stopped."""
+    job, store, folder = _distillation(recipe, overrides, out, max_minutes, dry_run, db)
+    if dry_run:
+        return
+    from bdcli.train.runs import prepare_run
+
+    with phases(quiet=as_json) as (job.watcher.progress, _):
+        result = prepare_run(store, job)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show_accounts(result)
+    note(f"learn from it with: bdcli distill {recipe} --out {folder}")
+
+
 def distill(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, for example recipes/llama_4k.yaml.")],
     overrides: SetOption = None,
@@ -75,10 +99,26 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Train one drafter whose acceptance holds under any KV budget."""
+    job, store, folder = _distillation(recipe, overrides, out, max_minutes, dry_run, db)
+    if dry_run:
+        return
+    from bdcli.train.runs import distill_run
+
+    with phases(quiet=as_json) as (job.watcher.progress, job.watcher.grid):
+        result = distill_run(store, job, resume)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show_grids(result)
+    _end(result, f"bdcli distill {recipe} --out {folder} --resume")
+
+
+def _distillation(recipe: Path, overrides, out: Path | None, max_minutes: float | None, dry_run: bool, db: str | None):
+    """(job, store, folder) of a distil recipe, its plan told; the store is None on a dry run."""
+    deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
     from bdcli.recipe import load_recipe
     from bdcli.train.distill_recipe import DistillRecipe
 
-    deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
     settings = load_recipe(recipe, DistillRecipe, overrides or [])
     folder = out or Path("runs") / recipe.stem
     from bdcli.store import Store
@@ -86,19 +126,10 @@ def distill(
     store = None if dry_run else Store(db)
     with status_line("loading torch and models"):
         from bdcli.train.distill import Distillation, Watcher
-        from bdcli.train.runs import distill_run
-    with phases(quiet=as_json) as (progress, grid):
-        job = Distillation(settings, folder, Watcher(progress, grid), deadline)
-        for line in job.plan():
-            note(line)
-        if dry_run:
-            return
-        result = distill_run(store, job, resume)
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show_grids(result)
-    _end(result, f"bdcli distill {recipe} --out {folder} --resume")
+    job = Distillation(settings, folder, Watcher(), deadline)
+    for line in job.plan():
+        note(line)
+    return job, store, folder
 
 
 def _end(result: dict, go_on: str) -> None:

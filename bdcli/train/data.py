@@ -30,8 +30,11 @@ class Document:
     held_out: bool
 
 
-def documents(source: str) -> Iterator[Document]:
-    """Documents of a source: `stdlib`, `recall`, a file or a folder of KINDS, or a hub data set."""
+def documents(source: str, broken: list[str] | None = None) -> Iterator[Document]:
+    """Documents of a source: `stdlib`, `recall`, a file or a folder of KINDS, or a hub data set.
+
+    Files of a folder and members of a tar that are not UTF-8 go into `broken` by name; without it they are errors.
+    """
     if source == "stdlib":
         yield from _stdlib()
         return
@@ -44,9 +47,9 @@ def documents(source: str) -> Iterator[Document]:
         if not files:
             raise UserError(f"data source {source} holds no file of {', '.join(KINDS)}", "Point at a folder of text")
         for file in files:
-            yield from _file(file)
+            yield from _file(file, broken)
     elif path.is_file():
-        yield from _file(path)
+        yield from _file(path, broken)
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         yield from _hub(source)
     else:
@@ -66,29 +69,36 @@ def _stdlib() -> Iterator[Document]:
     yield Document("held out", stdlib_text(), True)
 
 
-def _file(path: Path) -> Iterator[Document]:
+def _file(path: Path, broken: list[str] | None) -> Iterator[Document]:
     if not path.name.endswith(KINDS):
         raise UserError(f"data source {path} is of no kind that is read", f"Kinds: {', '.join(KINDS)}")
     if path.name.endswith(_TARS):
         rows = _tar_rows(path)
     elif path.suffix == ".txt":
-        rows = [(path.stem, path.read_text("utf-8", errors="strict"))]
+        rows = [(path.stem, path.read_bytes())]
     elif path.suffix == ".jsonl":
         rows = _json_rows(path)
     else:
         rows = _parquet_rows(path)
     for name, text in rows:
-        if text:
-            yield Document(name, text, _chosen_for_measuring(name))
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if broken is None:
+                    raise UserError(f"{path}: {name} is not UTF-8 (byte {error.start})", "Convert it first") from None
+                broken.append(name)
+                continue
+        yield Document(name, text, _chosen_for_measuring(name))
 
 
-def _tar_rows(path: Path) -> Iterator[tuple[str, str]]:
+def _tar_rows(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.isfile():
-                    yield Path(member.name).stem, archive.extractfile(member).read().decode("utf-8")
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
+                    yield Path(member.name).stem, archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})", "Give a tar of UTF-8 texts") from None
 
 
@@ -133,38 +143,40 @@ def _chosen_for_measuring(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < HELD_OUT_SHARE * 2**32
 
 
-def training_windows(tokenizer, sources: Sequence[str], length: int, count: int, seed: int) -> list[list[int]]:
-    """`count` windows of `length` ids from training documents in random order, joined by EOS.
+class Documents:
+    """Training documents of several sources. accounts: (read, kept, dropped by reason, failed), which add up."""
 
-    Raises UserError when the sources are too small.
-    """
-    docs = [d for source in sources for d in documents(source) if not d.held_out]
-    random.Random(seed).shuffle(docs)
-    windows: list[list[int]] = []
-    rest: list[int] = []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for doc in docs:
-        rest += encode(tokenizer, doc.text) + end
-        while len(rest) >= length and len(windows) < count:
-            windows.append(rest[:length])
-            rest = rest[length:]
-        if len(windows) == count:
-            return windows
-    raise UserError(
-        f"{', '.join(sources)} holds {len(windows)} windows of {length} tokens, not {count}",
-        "Lower data.windows or add sources",
-    )
+    def __init__(self, sources: Sequence[str]):
+        broken: list[str] = []
+        found = [d for source in sources for d in documents(source, broken)]
+        self._texts = [d.text for d in found if d.text and not d.held_out]
+        dropped = {"held out": sum(d.held_out for d in found), "empty": sum(not (d.text or d.held_out) for d in found)}
+        self.accounts = len(found) + len(broken), len(self._texts), dropped, len(broken)
+
+    def windows(self, tokenizer, length: int, seed: int) -> Iterator[list[int]]:
+        """Windows of `length` ids, one after another, of the documents in random order, joined by EOS."""
+        texts = list(self._texts)
+        random.Random(seed).shuffle(texts)
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        rest: list[int] = []
+        for text in texts:
+            rest += encode(tokenizer, text) + end
+            whole = len(rest) // length * length
+            yield from (rest[at : at + length] for at in range(0, whole, length))
+            del rest[:whole]
 
 
-def held_out_prompts(tokenizer, sources: Sequence[str], length: int, count: int) -> list[tuple[str, list[int]]]:
-    """(source, ids) of `count` prompts of `length` tokens from held-out documents.
+def held_out_prompts(
+    tokenizer, sources: Sequence[str], length: int, count: int, everything: bool = False
+) -> list[tuple[str, list[int]]]:
+    """(source, ids) of `count` prompts of `length` tokens from held-out documents, or from any with `everything`.
 
     The prompts end at places that depend on `count` only: prompts of several lengths end at the same tokens.
     """
     found: list[tuple[str, list[int]]] = []
     for source in sources:
         name = Path(source).stem
-        ids = [encode(tokenizer, d.text) for d in documents(source) if d.held_out]
+        ids = [encode(tokenizer, d.text) for d in documents(source) if d.held_out or everything]
         ids = [i for i in ids if len(i) > length]
         if not ids:
             continue

@@ -11,29 +11,29 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.checkpoint import fingerprint, resolve, save_model
-from bdcli.config import ModelConfig
+from bdcli.checkpoint import fingerprint, load_model, pick_device, resolve, save_model, training_dtype
 from bdcli.decode import load_pair
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
-from bdcli.model import Model
 from bdcli.options import DecodeOptions
 from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
+from bdcli.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_cell
 from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.files import check_room, digest
-from bdcli.train.losses import HiddenTarget, head_loss
+from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
 from bdcli.train.optimizers import warm_cosine
-from bdcli.train.prepare import Material
+from bdcli.train.prepare import Material, Windows, bytes_per_token
 from bdcli.train.trainer import Trainer
-from bdcli.train.view_forward import view_hidden
+from bdcli.train.view_forward import anchored_hidden, final_rows, view_hidden
 from bdcli.views import View, plan_view
 
 STATE = "state.pt"
@@ -61,20 +61,24 @@ class Outcome:
     steps: int
     best_step: int
     skipped: int
-    dropped: dict[str, int]
-    positions_per_target_token: int
+    documents: dict
+    windows: dict
+    positions_per_target_token: float
     tokens_per_second: float
 
 
 class Distillation:
-    """One run in the folder `out`; every phase leaves a file there and is not done twice."""
+    """One run in the folder `out`; every phase leaves files there and is not done twice."""
 
     def __init__(self, recipe: DistillRecipe, out: Path, watcher: Watcher, deadline: float = math.inf):
         self.recipe, self.out, self.watcher, self.deadline = recipe, out, watcher, deadline
         self.folders = resolve(recipe.target, "target"), resolve(recipe.drafter, "drafter")
-        options = DecodeOptions(target=recipe.target, drafter=recipe.drafter, dtype="float32", device="cpu")
+        self.device = pick_device(recipe.device)
+        self.dtype = training_dtype(recipe.precision, self.device)
+        kind = str(self.dtype).removeprefix("torch.")
+        options = DecodeOptions(target=recipe.target, drafter=recipe.drafter, dtype=kind, device=str(self.device))
         self.pair = load_pair(options)
-        self.target, self.drafter = self.pair.target, self.pair.drafter
+        self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
         longest = max(recipe.data.context, *recipe.evaluation.contexts) + recipe.evaluation.new_tokens
         for role, model in (("target", self.target), ("drafter", self.drafter)):
             if longest > model.config.max_position:
@@ -84,47 +88,63 @@ class Distillation:
                 )
         out.mkdir(parents=True, exist_ok=True)
         check_room(out, self.disk_bytes)
-        self.key = digest(as_dict(recipe), *map(fingerprint, self.folders))
         self._hidden: dict[int, Tensor] = {}
-        self._rope: dict[ModelConfig, RopeTable] = {}
 
     def plan(self) -> Iterator[str]:
         """What the run will do and what it needs, in lines."""
-        r, views = self.recipe, len(self.draw_views(0))
-        tokens = r.optimizer.windows_per_step * r.data.context
-        written = round(r.data.written * r.data.windows) * r.data.written_tokens
+        r, d, views = self.recipe, self.recipe.data, len(self.draw_views(0))
+        tokens = r.optimizer.windows_per_step * d.context
+        written = round(d.written * d.windows) * d.written_tokens
         written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
         sizes = [f"{sum(t.numel() for t in m.tensors()) / 1e6:.1f} M parameters" for m in (self.target, self.drafter)]
         yield f"target {r.target} ({sizes[0]}), drafter {r.drafter} ({sizes[1]})"
-        yield f"the target writes {written} tokens: ends of training windows and held-out passages"
-        yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views: {views} supervised positions per token"
-        hidden = r.data.windows * r.data.context * self.target.config.hidden_size * 4
-        activations = 64 * views * r.data.context * self.drafter.config.hidden_size * len(self.drafter.layers)
+        yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
+        yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
+        yield f"{self.supervised:.2f} supervised positions per token the target reads"
+        hidden = d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
+        activations = 64 * views * d.context * self.drafter.config.hidden_size * len(self.drafter.layers)
         memory = (
             self.target.weight_bytes + 4 * self.drafter.weight_bytes + min(hidden, KEPT_TARGETS_BYTES) + activations
         )
         yield f"memory about {memory / 1e9:.1f} GB, disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
 
     @property
+    def supervised(self) -> float:
+        """Positions that teach the drafter, over all views, per token that the target reads."""
+        r, views = self.recipe, len(self.draw_views(0))
+        anchored = len(r.anchors()) * r.views.anchor_tokens / r.data.context
+        if r.views.select == "window":
+            return float(views)
+        return (1.0 if r.views.teach == "all" else anchored) + (views - 1) * anchored
+
+    @property
     def disk_bytes(self) -> int:
-        """State with optimizer moments, two drafters, and the windows."""
-        return 4 * self.drafter.weight_bytes + 4 * self.recipe.data.windows * self.recipe.data.context
+        """Shards, state with optimizer moments, two drafters."""
+        tokens = self.recipe.data.windows * self.recipe.data.context
+        return 4 * self.drafter.weight_bytes + bytes_per_token(self.recipe, self.target.config.hidden_size) * tokens
+
+    def material(self, share: float = 0.5) -> Material:
+        """What the recipe's data and evaluation ask for; making it may take `share` of the time that is left."""
+        now = time.monotonic()
+        deadline = now + (self.deadline - now) * share
+        return Material(self.recipe, self.out / "data", self.pair, self.folders, self.watcher.progress, deadline)
 
     def run(self, resume: bool) -> Outcome:
         """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
         state = self.out / STATE
         if state.exists() and not resume:
             raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
-        material = Material(self.recipe, self.out, self.pair, self.folders, self.watcher.progress)
-        windows, dropped = material.windows()
+        material = self.material()
         passages = material.passages()
+        windows = material.windows()
+        key = digest(as_dict(self.recipe), len(windows), *map(fingerprint, self.folders))
         initial, best = self.out / "initial", self.out / "drafter"
         if not initial.exists():
             save_model(self.drafter, self.folders[1], initial)
         trainer = Trainer(self.drafter, self.recipe.optimizer)
         if state.exists():
-            trainer.load(state, self.key)
-        stopped, tokens_per_second = self._train(trainer, windows, passages)
+            trainer.load(state, key)
+        stopped, tokens_per_second = self._train(trainer, windows, passages, key)
         p = trainer.progress
         grids = {grid["step"]: [Cell(**cell) for cell in grid["cells"]] for grid in p.history}
         return Outcome(
@@ -137,12 +157,13 @@ class Distillation:
             steps=p.step,
             best_step=p.best_step,
             skipped=p.skipped,
-            dropped=dropped,
-            positions_per_target_token=len(self.draw_views(0)),
+            documents=asdict(windows.documents),
+            windows=asdict(windows.accounts),
+            positions_per_target_token=self.supervised,
             tokens_per_second=tokens_per_second,
         )
 
-    def _train(self, trainer: Trainer, windows: Tensor, passages: list[Passage]) -> tuple[str | None, float]:
+    def _train(self, trainer: Trainer, windows: Windows, passages: list[Passage], key: str) -> tuple[str | None, float]:
         """Steps with a grid every so often. Returns why it stopped early, or None, and target tokens per second."""
         p, o = trainer.progress, self.recipe.optimizer
         grid_s = self._measure(trainer, passages)
@@ -158,15 +179,15 @@ class Distillation:
                 stopped = "interrupted" if interrupted else "out of time" if late else None
                 if p.step % self.recipe.evaluation.every == 0 and not stopped:
                     grid_s = self._measure(trainer, passages)
-                    trainer.save(self.out / STATE, self.key)
+                    trainer.save(self.out / STATE, key)
             if stopped != "interrupted":
                 self._measure(trainer, passages)
-            trainer.save(self.out / STATE, self.key)
+            trainer.save(self.out / STATE, key)
         tokens = (p.step - first) * o.windows_per_step * self.recipe.data.context
         return stopped, tokens / trained_s if trained_s else 0.0
 
-    def draw_views(self, step: int) -> list[View | None]:
-        """Views of a step: the full one first; a function of (seed, step)."""
+    def draw_views(self, step: int) -> list[View | int | None]:
+        """Views of a step, the full one first; budgets where chunks are chosen. A function of (seed, step)."""
         v, rng = self.recipe.views, random.Random(f"{self.recipe.seed}/{step}")
         if v.mode == "full":
             return [None]
@@ -175,55 +196,90 @@ class Distillation:
         else:
             low, high = min(v.budgets), max(v.budgets)
             budgets = [low, high, round(math.exp(rng.uniform(math.log(low), math.log(high))))]
-        context = self.recipe.data.context
-        return [None, *(plan_view(b, "window", v.positions, None, context) for b in budgets)]
+        if v.select != "window":
+            return [None, *budgets]
+        return [None, *(plan_view(b, "window", v.positions, None, self.recipe.data.context) for b in budgets)]
 
-    def order(self, step: int) -> list[int]:
-        """Windows of a step: each pass over the data is a permutation of its own."""
-        per, n = self.recipe.optimizer.windows_per_step, self.recipe.data.windows
+    def order(self, step: int, windows: int) -> list[int]:
+        """Windows of a step, of so many: each pass over the data is a permutation of its own."""
+        per = self.recipe.optimizer.windows_per_step
         places = range(step * per, (step + 1) * per)
-        return [random.Random(f"{self.recipe.seed}:{at // n}").sample(range(n), n)[at % n] for at in places]
+        return [
+            random.Random(f"{self.recipe.seed}:{at // windows}").sample(range(windows), windows)[at % windows]
+            for at in places
+        ]
 
-    def _micro_batches(self, windows: Tensor, step: int) -> list[Callable[[], Tensor]]:
-        views, picked = self.draw_views(step), self.order(step)
-        return [lambda w=w: self.loss(windows[w].long(), w, views, len(picked)) for w in picked]
+    def _micro_batches(self, windows: Windows, step: int) -> list[Callable[[], Tensor]]:
+        views, picked = self.draw_views(step), self.order(step, len(windows))
+        return [partial(self.window_loss, windows, w, views, len(picked)) for w in picked]
 
-    def loss(self, ids: Tensor, window: int, views: Sequence[View | None], share: int) -> Tensor:
-        """(L_A + λ·L_C) / share of one window: means over its positions, L_C a mean over the sparse views as well."""
-        hidden = self.target_hidden(ids, window)
-        x = view_hidden(self.drafter, self.rope(self.drafter, len(ids)), ids, views)
-        x = F.rms_norm(x, x.shape[-1:], self.drafter.norm, self.drafter.config.norm_eps)
-        weights = torch.ones(x.shape[:-1])
-        weights[1:] = self.recipe.loss.sparse_weight / max(1, len(views) - 1)
-        target = HiddenTarget(hidden, self.target.head)
-        settings = self.recipe.loss
-        loss, _ = head_loss(
-            x, self.drafter.head, target, settings.kind, settings.temperature, weights, float(len(ids) * share)
-        )
-        return loss
+    def window_loss(self, windows: Windows, window: int, views: Sequence[View | int | None], share: int) -> Tensor:
+        """`loss` of one of `windows`, whose target's answers are cached, kept from an earlier pass, or made."""
+        ids, target = windows.ids(window).to(self.device), windows.target(window)
+        if target is None and window in self._hidden:
+            target = HiddenTarget(self._hidden[window], self.target.head)
+        if target is None:
+            with torch.no_grad():
+                hidden = final_rows(self.target, ids)
+            target = HiddenTarget(hidden, self.target.head)
+            if (len(self._hidden) + 1) * hidden.numel() * hidden.element_size() <= KEPT_TARGETS_BYTES:
+                self._hidden[window] = hidden
+        return self.loss(ids, target, views, share)
 
-    @torch.no_grad()
-    def target_hidden(self, ids: Tensor, window: int) -> Tensor:
-        """The target's normed last hidden states [T, hidden]; kept between passes while memory allows."""
-        if window in self._hidden:
-            return self._hidden[window]
-        x = view_hidden(self.target, self.rope(self.target, len(ids)), ids, [None])[0]
-        x = F.rms_norm(x, x.shape[-1:], self.target.norm, self.target.config.norm_eps)
-        if (len(self._hidden) + 1) * x.numel() * x.element_size() <= KEPT_TARGETS_BYTES:
-            self._hidden[window] = x
-        return x
+    def loss(self, ids: Tensor, target: Target, views: Sequence[View | int | None], share: int) -> Tensor:
+        """(L_A + λ·L_C) / share of one window: each a mean over its positions, L_C over the sparse views as well.
 
-    def rope(self, model: Model, length: int) -> RopeTable:
-        config = model.config
-        if config not in self._rope:
-            self._rope[config] = RopeTable(config.rope, length, length, model.dtype, model.device)
-        return self._rope[config]
+        The full view and window views are stacked and teach every position; budgets of selections that choose chunks
+        teach what follows each anchor.
+        """
+        v, sparse = self.recipe.views, self.recipe.loss.sparse_weight / max(1, len(views) - 1)
+        rope = RopeTable(self.drafter.config.rope, len(ids), len(ids), self.dtype, self.device)
+        everywhere = [view for view in views if not isinstance(view, int)]
+        budgets = [view for view in views if isinstance(view, int)]
+        spans = [slice(a - 1, a - 1 + v.anchor_tokens) for a in self.recipe.anchors()] if v.select != "window" else []
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            stacked = view_hidden(self.drafter, rope, ids, everywhere)
+            after = [[self._after(rope, ids[: s.stop], s.start, b) for b in budgets] for s in spans]
+        scale = [1.0 if view is None else sparse for view in everywhere]
+        total = torch.zeros((), device=self.device)
+        for span in spans if v.teach == "anchored" else [slice(0, len(ids))]:
+            part = 1 / len(spans) if v.teach == "anchored" else 1.0
+            total = total + self._taught(stacked[:, span], target, span, [w * part for w in scale])
+        for span, rows in zip(spans, after if budgets else []):
+            total = total + self._taught(torch.stack(rows), target, span, [sparse / len(spans)] * len(rows))
+        return total / share
+
+    def _after(self, rope: RopeTable, ids: Tensor, start: int, budget: int) -> Tensor:
+        """Rows of ids[start:] under the recipe's selection from a prompt that ends at `start`."""
+        v = self.recipe.views
+        if v.select == "official":
+            return anchored_hidden(self.drafter, rope, ids, start, budget, v.prefix_gradients)
+        view = plan_view(budget, v.select, v.positions, None, start)
+        if not view.chosen:
+            return view_hidden(self.drafter, rope, ids, [view])[0, start:]
+        return anchored_hidden(self.drafter, rope, ids, start, view, v.prefix_gradients)
+
+    def _taught(self, x: Tensor, target: Target, span: slice, scale: list[float]) -> Tensor:
+        """Σ over views of scale · mean loss over the rows of `span`; x [views, rows, hidden] before the final norm."""
+        s, head = self.recipe.loss, self.drafter.head
+        x = F.rms_norm(x, x.shape[-1:], self.drafter.norm, self.drafter.config.norm_eps).to(self.dtype)
+        target = target.cut(span)
+        weights = torch.ones(x.shape[:-1], device=x.device)
+        if s.weights == "accepted_length":
+            with torch.no_grad():
+                alpha = head_loss(x, head, target, s.kind, s.temperature)[1].alpha
+            weights = accepted_length_weights(alpha, self.recipe.evaluation.gamma)
+            weights /= weights.mean(-1, keepdim=True).clamp(min=1e-6)
+        weights = weights * torch.tensor(scale, device=x.device)[:, None]
+        return head_loss(x, head, target, s.kind, s.temperature, weights, float(x.shape[1]))[0]
 
     def grid(self, passages: Sequence[Passage]) -> list[Cell]:
         """Acceptance of every context and budget of the recipe."""
-        e, positions = self.recipe.evaluation, self.recipe.views.positions
+        e, v, sampling = self.recipe.evaluation, self.recipe.views, Sampling(self.recipe.temperature)
         return [
-            acceptance_cell(self.drafter, group, None if budget == "full" else budget, "window", positions, e.gamma)
+            acceptance_cell(
+                self.drafter, group, None if budget == "full" else budget, v.select, v.positions, e.gamma, sampling
+            )
             for group in _by_context(passages)
             for budget in e.budgets
         ]

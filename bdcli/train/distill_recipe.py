@@ -20,7 +20,12 @@ class Data:
     written: float = setting(0.5, "share of windows whose end is written by the target at the serving temperature")
     written_tokens: int = setting(256, "length of that end")
     written_temperature: float | None = setting(None, "temperature it is written at; none is the serving temperature")
-    max_loop_rate: float = setting(0.25, "a written end that loops more is dropped for the corpus text")
+    max_loop_rate: float = setting(0.25, "a window whose written end loops more is dropped")
+    cache: Literal["none", "hidden", "topk", "argmax"] = setting(
+        "none", "the target's answers kept on disk: hidden states, top-k and the tail's mass, or its choices"
+    )
+    top_k: int = setting(64, "tokens a position of `topk`")
+    shard_windows: int = setting(16, "windows of a shard, which is made or missing as a whole")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,15 @@ class Views:
     budgets: tuple[int, ...] = setting((256, 512, 1024, 2048), "KV budgets; sandwich draws between the outermost")
     weights: tuple[float, ...] = setting((), "probabilities of the budgets in `sampled`; empty is uniform")
     positions: Literal["rebased", "absolute"] = setting("rebased", "places of kept keys, as in decode")
+    select: Literal["window", "chunk", "official"] = setting(
+        "window", "window views train every position; chunk and official ones what follows the anchors"
+    )
+    anchors: tuple[int, ...] = setting((), "prompt lengths at which chunks are chosen; empty is 1K, 2K, 4K, ...")
+    anchor_tokens: int = setting(256, "tokens taught after each anchor")
+    teach: Literal["all", "anchored"] = setting("all", "positions of the full branch: all, or those after anchors")
+    prefix_gradients: Literal["full", "selected", "none"] = setting(
+        "full", "what keys and values before an anchor learn: all layers, kept ones one layer deep, nothing"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,9 @@ class Loss:
     )
     sparse_weight: float = setting(1.0, "λ in L = L_A + λ·L_C; the full branch has weight 1")
     temperature: float = setting(1.0, "softmax temperature of both sides in the loss")
+    weights: Literal["uniform", "accepted_length"] = setting(
+        "uniform", "accepted_length weighs each position by what it adds to the expected accepted length"
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,7 @@ class Optimizer(Updates):
 
 @dataclass(frozen=True)
 class Evaluation:
+    sources: tuple[str, ...] = setting((), "texts to measure on; empty takes the held-out documents of data.sources")
     every: int = setting(50, "steps between measurements of the acceptance grid")
     contexts: tuple[int, ...] = setting((1024, 4096), "prompt lengths of the held-out passages")
     budgets: tuple[int | Literal["full"], ...] = setting((256, 512, 1024, 2048, "full"), "budgets of the grid")
@@ -64,12 +82,20 @@ class DistillRecipe:
     target: str = setting("pocket", "folder, hub name, or pocket")
     drafter: str = setting("pocket", "the undistilled drafter to start from: folder, hub name, or pocket")
     seed: int = setting(0, "seed of data order, views and sampling")
+    device: str = setting("auto", "auto, cpu, cuda")
+    precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where it is multiplied")
     temperature: float = setting(0.0, "serving temperature: what the target writes is written at it")
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def anchors(self) -> tuple[int, ...]:
+        """Prompt lengths at which chunks are chosen of a training window."""
+        last = self.data.context - self.views.anchor_tokens
+        doubling = tuple(n for n in (1024 << i for i in range(12)) if n <= last)
+        return self.views.anchors or doubling or (last,)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(key, message) of values that cannot work, all of them."""
@@ -84,6 +110,15 @@ class DistillRecipe:
                 yield key, f"must be at least {smallest} each ({SINKS} sinks + {GAMMA_MAX} draft tokens + 2)"
         if v.mode != "full" and any(b >= d.context for b in v.budgets):
             yield "views.budgets", f"must lie below data.context ({d.context}), or the view is the full one"
+        last = d.context - v.anchor_tokens
+        if v.select != "window" and any(not 0 < anchor <= last for anchor in self.anchors()):
+            yield "views.anchors", f"must lie between 1 and {last}, views.anchor_tokens before data.context"
+        if v.select == "official" and v.positions == "rebased":
+            yield "views.positions", "must be absolute: the paper's selection keeps true positions"
+        if v.teach == "anchored" and v.select == "window":
+            yield "views.teach", "must be all: window views have no anchors"
+        if d.cache == "argmax" and self.loss.kind != "ce":
+            yield "data.cache", f"must hold more than argmax for loss.kind {self.loss.kind}"
         if v.weights and (len(v.weights) != len(v.budgets) or min(v.weights) < 0 or sum(v.weights) <= 0):
             yield "views.weights", f"must be {len(v.budgets)} non-negative numbers, one for each of views.budgets"
         if self.loss.sparse_weight < 0:
@@ -101,6 +136,9 @@ class DistillRecipe:
         positive = {
             "data.context": d.context,
             "data.windows": d.windows,
+            "data.top_k": d.top_k,
+            "data.shard_windows": d.shard_windows,
+            "views.anchor_tokens": v.anchor_tokens,
             "optimizer.steps": o.steps,
             "optimizer.windows_per_step": o.windows_per_step,
             "evaluation.every": e.every,

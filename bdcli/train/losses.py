@@ -20,7 +20,7 @@ its argmax, q keeps temperature 1 so that it has a gradient; -log α and KL are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,6 +44,7 @@ class Target(Protocol):
     """
 
     def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]: ...
+    def cut(self, span: slice) -> Target: ...  # the same for a slice of the rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class HiddenTarget:
 
     hidden: Tensor
     head: Tensor
+
+    def cut(self, span: slice) -> HiddenTarget:
+        return replace(self, hidden=self.hidden[span])
 
     def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]:
         logits = _wide(F.linear(self.hidden[span], self.head))
@@ -75,6 +79,9 @@ class TopKTarget:
     index: Tensor
     log_probs: Tensor
     temperature: float
+
+    def cut(self, span: slice) -> TopKTarget:
+        return replace(self, index=self.index[span], log_probs=self.log_probs[span])
 
     def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]:
         index = self.index[span].long()
@@ -102,6 +109,9 @@ class ArgmaxTarget:
     """Cached argmax tokens [T]: p is known only as one-hot, which is all that greedy serving needs."""
 
     index: Tensor
+
+    def cut(self, span: slice) -> ArgmaxTarget:
+        return ArgmaxTarget(self.index[span])
 
     def read(self, span: slice, _temperature: float) -> tuple[Tensor, Law | None]:
         return self.index[span].long(), None

@@ -1,14 +1,23 @@
-"""What a distil run learns from and is measured on: training windows, and passages that the target wrote.
+"""What a distil run learns from and is measured on: shards of training windows, and passages that the target wrote.
 
-Both are made once, kept in the run's folder under a key of everything they depend on, and go on where they stopped.
+documents -> candidate windows -> some with an end written by the target -> filter -> shards, with the target's answers
+held-out documents -> prompts of every context -> what the target writes after each
+
+Everything is made once under a key of all it depends on. A shard appears whole or not at all and is then listed in
+the manifest; a stopped run goes on at the first shard that is missing, and ends with the same files and accounts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import random
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,18 +26,44 @@ from torch import Tensor
 from bdcli.checkpoint import fingerprint
 from bdcli.controller import FixedGamma
 from bdcli.decode import Pair, make_speculator
+from bdcli.errors import NonFiniteError, UserError
 from bdcli.metrics import looped_tokens
 from bdcli.options import DecodeOptions
-from bdcli.train.acceptance import Passage
-from bdcli.train.data import held_out_prompts, training_windows
+from bdcli.sampling import Sampling
+from bdcli.train.acceptance import Passage, text_probs
+from bdcli.train.data import Documents, held_out_prompts
 from bdcli.train.distill_recipe import DistillRecipe
-from bdcli.train.files import digest, read_state, write_state, write_text
+from bdcli.train.files import digest, write_text
+from bdcli.train.losses import ArgmaxTarget, HiddenTarget, Target, TopKTarget
+from bdcli.train.view_forward import final_rows
 
 WRITING_BUDGET, WRITING_GAMMA = 512, 4  # how the undistilled drafter helps the target write
+MANIFEST, PASSAGES = "manifest.json", "passages.json"
+
+
+@dataclass
+class Accounts:
+    """What became of what was read: read = kept + Σ dropped + failed."""
+
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    failed: int
+
+    def count(self, fate: str) -> None:
+        """`fate` is kept, failed, or why it was dropped."""
+        self.read += 1
+        if fate in ("kept", "failed"):
+            setattr(self, fate, getattr(self, fate) + 1)
+        else:
+            self.dropped[fate] = self.dropped.get(fate, 0) + 1
 
 
 class Material:
-    """Windows and passages of one recipe, made with `pair` (loaded from `folders`) and kept in `out`."""
+    """Windows and passages of one recipe, made with `pair` (loaded from `folders`) and kept in the folder `out`.
+
+    `deadline` (of `time.monotonic`) ends making: what exists by then is all there is, and the manifest says so.
+    """
 
     def __init__(
         self,
@@ -36,78 +71,260 @@ class Material:
         out: Path,
         pair: Pair,
         folders: tuple[Path, Path],
-        progress: Callable[[str, int, int, str], None],
+        progress: Callable[[str, int, int, str], None] = lambda *_: None,
+        deadline: float = math.inf,
     ):
-        self._recipe, self._out, self._pair, self._folders, self._progress = recipe, out, pair, folders, progress
-
-    def windows(self) -> tuple[Tensor, dict[str, int]]:
-        """Training windows [n, T] int32 and how many written ends were dropped, by reason; made once."""
-        path = self._out / "windows.pt"
-        d = self._recipe.data
-        key = digest(asdict(d), self._recipe.seed, self._recipe.temperature, *map(fingerprint, self._folders))
-        saved = read_state(path, key) if path.exists() else None
-        if saved is None:
-            rows = training_windows(self._pair.tokenizer, d.sources, d.context, d.windows, self._recipe.seed)
-            saved = {"rows": torch.tensor(rows, dtype=torch.int32), "done": 0, "loops": 0, "short": 0}
-        rng = random.Random(self._recipe.seed)
-        warmth = self._recipe.temperature if d.written_temperature is None else d.written_temperature
-        chosen = sorted(rng.sample(range(d.windows), round(d.written * d.windows)))
-        while saved["done"] < len(chosen):
-            row = saved["rows"][chosen[saved["done"]]]
-            prompt = row[: -d.written_tokens].tolist()
-            text = self._write(prompt, d.written_tokens, warmth, seed=chosen[saved["done"]])
-            if len(text) < d.written_tokens:
-                saved["short"] += 1
-            elif sum(looped_tokens(prompt, text)) > d.max_loop_rate * len(text):
-                saved["loops"] += 1
-            else:
-                row[-d.written_tokens :] = torch.tensor(text, dtype=torch.int32)
-            saved["done"] += 1
-            self._progress("the target writes", saved["done"], len(chosen), f"{saved['loops']} looped")
-            if saved["done"] % 8 == 0 or saved["done"] == len(chosen):
-                write_state(path, key, saved)
-        if not path.exists():
-            write_state(path, key, saved)
-        return saved["rows"], {
-            "read": d.windows,
-            "written": len(chosen),
-            "loops": saved["loops"],
-            "short": saved["short"],
+        self._recipe, self._out, self._pair, self._progress = recipe, out, pair, progress
+        self._deadline = deadline
+        prints = [fingerprint(folder) for folder in folders]
+        self._parts = {
+            "data": asdict(recipe.data),
+            "seed": recipe.seed,
+            "temperature": recipe.temperature,
+            "loss temperature": recipe.loss.temperature if recipe.data.cache == "topk" else None,
+            "dtype": str(pair.target.dtype),
+            "target": prints[0],
+            "drafter": prints[1],
         }
+        evaluation = asdict(recipe.evaluation)
+        evaluation.pop("every")
+        self._passages_key = digest(evaluation, recipe.data.sources, recipe.temperature, prints[0])
+
+    # -- windows
+
+    def windows(self) -> Windows:
+        """All shards, made where they are missing. Raises UserError on a damaged shard or another key."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        manifest = self._manifest()
+        d = self._recipe.data
+        if not manifest["complete"]:
+            documents = Documents(d.sources)
+            manifest["documents"] = asdict(Accounts(*documents.accounts))
+            self._make_shards(manifest, documents)
+        if not manifest["shards"]:
+            raise UserError(f"no window of {d.context} tokens was made in time", "Raise --max-minutes")
+        return Windows(self._out, manifest, self._pair.target.head, self._recipe)
+
+    def _manifest(self) -> dict:
+        path = self._out / MANIFEST
+        if not path.exists():
+            return {"parts": self._parts, "complete": False, "documents": None, "shards": []}
+        manifest = _read_json(path)
+        other = [name for name, part in self._parts.items() if manifest["parts"].get(name) != json.loads(_dump(part))]
+        if other:
+            raise UserError(
+                f"{path} was made for another {other[0]}", "Use the recipe it was made by, or another --out"
+            )
+        for shard in manifest["shards"]:
+            _check(self._out / shard["file"], shard["sha256"])
+        return manifest
+
+    def _make_shards(self, manifest: dict, documents: Documents) -> None:
+        """Shards from the first missing one on, each followed by a new manifest."""
+        d, shards = self._recipe.data, manifest["shards"]
+        candidates = documents.windows(self._pair.tokenizer, d.context, self._recipe.seed)
+        made, at = sum(s["accounts"]["kept"] for s in shards), shards[-1]["next"] if shards else 0
+        next(islice(candidates, at, at), None)  # pass over what earlier shards were made of
+        ended = False
+        while made < d.windows and not ended and time.monotonic() < self._deadline:
+            wanted, accounts, kept = min(d.shard_windows, d.windows - made), Accounts(0, 0, {}, 0), []
+            while len(kept) < wanted:
+                ids = next(candidates, None)
+                if ids is None or time.monotonic() > self._deadline:
+                    ended = True
+                    break
+                fate, sample = self._sample(at, ids)
+                accounts.count(fate)
+                at += 1
+                if sample is not None:
+                    kept.append(sample)
+                self._progress("windows", made + len(kept), d.windows, f"{sum(accounts.dropped.values())} dropped")
+            if kept:
+                name = f"windows-{len(shards):05}.safetensors"
+                sha = self._write_shard(self._out / name, kept)
+                shards.append({"file": name, "sha256": sha, "next": at, "accounts": asdict(accounts)})
+                made += len(kept)
+                write_text(self._out / MANIFEST, _dump(manifest))
+        if made < d.windows and time.monotonic() < self._deadline:
+            raise UserError(
+                f"{', '.join(d.sources)} holds {made} windows of {d.context} tokens, not {d.windows}",
+                "Lower data.windows or add sources",
+            )
+        manifest["complete"] = True
+        write_text(self._out / MANIFEST, _dump(manifest))
+
+    def _sample(self, number: int, ids: list[int]) -> tuple[str, dict[str, Tensor] | None]:
+        """(fate, tensors of the window) of candidate `number`; a function of recipe, number and ids."""
+        d, looped, written = self._recipe.data, 0.0, False
+        if random.Random(f"{self._recipe.seed}/{number}").random() < d.written:
+            written, prompt = True, ids[: -d.written_tokens]
+            warmth = self._recipe.temperature if d.written_temperature is None else d.written_temperature
+            try:
+                text = self._write(prompt, d.written_tokens, warmth, seed=number)
+            except NonFiniteError:
+                return "failed", None
+            if len(text) < d.written_tokens:
+                return "ended early", None
+            looped = sum(looped_tokens(prompt, text)) / len(text)
+            if looped > d.max_loop_rate:
+                return "loops", None
+            ids = prompt + text
+        sample = {
+            "ids": torch.tensor(ids, dtype=torch.int32),
+            "written": torch.tensor(written),
+            "loop_rate": torch.tensor(looped),
+        }
+        return "kept", sample | self._answers(sample["ids"])
+
+    @torch.no_grad()
+    def _answers(self, ids: Tensor) -> dict[str, Tensor]:
+        """The target's answers that `data.cache` asks for."""
+        d, target = self._recipe.data, self._pair.target
+        if d.cache == "none":
+            return {}
+        hidden = final_rows(target, ids.long().to(target.device))
+        if d.cache == "hidden":
+            return {"hidden": hidden.bfloat16().cpu()}
+        index, log_probs, best = [], [], []
+        for rows in hidden.split(512):
+            logits = torch.nn.functional.linear(rows, target.head).float()
+            best.append(logits.argmax(-1).int().cpu())
+            if d.cache == "topk":
+                top = (logits / self._recipe.loss.temperature).log_softmax(-1).topk(d.top_k)
+                index.append(top.indices.int().cpu())
+                log_probs.append(top.values.half().cpu())
+        if d.cache == "argmax":
+            return {"argmax": torch.cat(best)}
+        return {"index": torch.cat(index), "log_probs": torch.cat(log_probs)}
+
+    def _write_shard(self, path: Path, kept: list[dict[str, Tensor]]) -> str:
+        """Write samples stacked, atomically; returns the file's sha256."""
+        from safetensors.torch import save
+
+        body = save({name: torch.stack([sample[name] for sample in kept]) for name in kept[0]}, {"format": "pt"})
+        fresh = path.with_name(path.name + ".new")
+        with fresh.open("wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        return hashlib.sha256(body).hexdigest()
+
+    # -- passages
 
     def passages(self) -> list[Passage]:
         """Held-out prompts, all contexts of one ending at the same token, and what the target writes; made once."""
-        path, e = self._out / "passages.json", self._recipe.evaluation
-        key = digest(asdict(e), self._recipe.data.sources, self._recipe.temperature, fingerprint(self._folders[0]))
+        path, r = self._out / PASSAGES, self._recipe
+        e, saved = r.evaluation, {"key": self._passages_key, "complete": False, "passages": []}
         if path.exists():
-            saved = json.loads(path.read_text("utf-8"))
-            if saved["key"] == key:
-                return [
-                    Passage(p["dataset"], tuple(p["prompt"]), tuple(p["text"]), p["limit"]) for p in saved["passages"]
-                ]
-        longest = max(e.contexts)
-        prompts = held_out_prompts(self._pair.tokenizer, self._recipe.data.sources, longest, e.passages)
-        found, total = [], len(prompts) * len(e.contexts)
-        for n, (dataset, ids) in enumerate(prompts):
-            for context in e.contexts:
-                text = self._write(ids[longest - context :], e.new_tokens, self._recipe.temperature, seed=n)
-                found.append(Passage(dataset, tuple(ids[longest - context :]), tuple(text), e.new_tokens))
-                self._progress("held-out passages", len(found), total, "")
-        write_text(path, json.dumps({"key": key, "passages": [asdict(p) for p in found]}))
-        return found
+            saved = _read_json(path)
+            if saved["key"] != self._passages_key:
+                raise UserError(f"{path} was made for another recipe or target", "Give another --out")
+        if not saved["complete"]:
+            self._out.mkdir(parents=True, exist_ok=True)
+            longest, sampling = max(e.contexts), Sampling(r.temperature)
+            prompts = held_out_prompts(
+                self._pair.tokenizer, e.sources or r.data.sources, longest, e.passages, bool(e.sources)
+            )
+            wanted = [(n, name, ids, c) for n, (name, ids) in enumerate(prompts) for c in e.contexts]
+            done = len(saved["passages"])
+            for place, (n, name, ids, context) in enumerate(wanted[done:], done):
+                if time.monotonic() > self._deadline and place % len(e.contexts) == 0 and place:
+                    break
+                prompt = ids[longest - context :]
+                text = self._write(prompt, e.new_tokens, r.temperature, seed=n)
+                probs = () if sampling.greedy else text_probs(self._pair.target, prompt, text, sampling)
+                saved["passages"].append(asdict(Passage(name, tuple(prompt), tuple(text), e.new_tokens, tuple(probs))))
+                self._progress("held-out passages", place + 1, len(wanted), "")
+                write_text(path, json.dumps(saved))
+            saved["complete"] = True
+            write_text(path, json.dumps(saved))
+        return [
+            Passage(p["dataset"], tuple(p["prompt"]), tuple(p["text"]), p["limit"], tuple(p["probs"]))
+            for p in saved["passages"]
+        ]
 
     def _write(self, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int]:
         """What the target writes after `prompt`, sped up by the undistilled drafter."""
         options = DecodeOptions(
-            budget=WRITING_BUDGET,
-            gamma=WRITING_GAMMA,
-            temperature=temperature,
-            seed=seed,
-            max_new_tokens=tokens,
-            device="cpu",
+            budget=WRITING_BUDGET, gamma=WRITING_GAMMA, temperature=temperature, seed=seed, max_new_tokens=tokens
         )
         engine = make_speculator(self._pair, options, len(prompt))
         engine.prefill(prompt)
         for _ in engine.rounds(tokens, self._pair.eos, FixedGamma(WRITING_GAMMA)):
             pass
         return engine.new_tokens
+
+
+class Windows:
+    """Finished shards, read when asked for."""
+
+    def __init__(self, folder: Path, manifest: dict, head: Tensor, recipe: DistillRecipe):
+        self._folder, self._shards, self._head, self._recipe = folder, manifest["shards"], head, recipe
+        self._places = [(n, i) for n, shard in enumerate(self._shards) for i in range(shard["accounts"]["kept"])]
+        self._open: tuple[int, dict[str, Tensor]] | None = None
+        self.documents = Accounts(**manifest["documents"])
+        self.accounts = Accounts(0, 0, {}, 0)
+        for shard in self._shards:
+            part = Accounts(**shard["accounts"])
+            self.accounts.read, self.accounts.kept = self.accounts.read + part.read, self.accounts.kept + part.kept
+            self.accounts.failed += part.failed
+            for why, count in part.dropped.items():
+                self.accounts.dropped[why] = self.accounts.dropped.get(why, 0) + count
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum((self._folder / shard["file"]).stat().st_size for shard in self._shards)
+
+    def ids(self, window: int) -> Tensor:
+        """Token ids [T], int64."""
+        return self._row(window)["ids"].long()
+
+    def target(self, window: int) -> Target | None:
+        """The target's cached answers for every position; None where none are cached."""
+        row, device = self._row(window), self._head.device
+        if "hidden" in row:
+            return HiddenTarget(row["hidden"].to(device, self._head.dtype), self._head)
+        if "index" in row:
+            index, log_probs = row["index"].to(device), row["log_probs"].to(device)
+            return TopKTarget(index, log_probs, self._recipe.loss.temperature)
+        return ArgmaxTarget(row["argmax"].to(device)) if "argmax" in row else None
+
+    def _row(self, window: int) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        number, place = self._places[window]
+        if self._open is None or self._open[0] != number:
+            self._open = number, load_file(self._folder / self._shards[number]["file"])
+        return {name: t[place] for name, t in self._open[1].items()}
+
+
+def bytes_per_token(recipe: DistillRecipe, hidden_size: int) -> int:
+    """Disk bytes of one position of a window in a shard."""
+    answers = {"none": 0, "hidden": 2 * hidden_size, "topk": 6 * recipe.data.top_k, "argmax": 4}
+    return 4 + answers[recipe.data.cache]
+
+
+def _check(path: Path, sha256: str) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing", "Restore it, or remove the folder to make all shards again")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{path} is damaged", "Restore it, or remove the folder to make all shards again")
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, indent=1)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged", "Restore it, or remove it to make it again") from None

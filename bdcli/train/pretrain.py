@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdcli.checkpoint import (
-    cpu_has_bfloat16,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -25,6 +24,7 @@ from bdcli.checkpoint import (
     read_config,
     resolve,
     save_model,
+    training_dtype,
 )
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
@@ -87,7 +87,7 @@ class Pretraining:
         self.recipe, self.out, self.progress, self.measured = recipe, out, progress, measured
         self.began, self.limit_s = time.monotonic(), math.inf if minutes is None else 60 * minutes
         self.device = pick_device(recipe.device)
-        self.dtype = _precision(recipe.precision, self.device)
+        self.dtype = training_dtype(recipe.precision, self.device)
         self.init = None if recipe.init is None else resolve(recipe.init, "target")
         self.shape = recipe.shape if self.init is None else read_config(self.init)
         if recipe.schedule.follow == "time" and minutes is None:
@@ -296,13 +296,6 @@ class Pretraining:
         p.history.append({"step": p.step, "tokens": p.tokens, "measured": [asdict(m) for m in found]})
         self.measured(p.step, p.tokens, found)
         return time.monotonic() - began
-
-
-def _precision(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
-    return torch.bfloat16 if able else torch.float32
 
 
 def _normed(shares: tuple[float, ...]) -> list[float]:

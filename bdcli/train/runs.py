@@ -39,25 +39,27 @@ def pretrain_run(store: Store, job: Pretraining, resume: bool) -> dict:
     return {"run_id": run_id, **asdict(outcome), "checkpoint": str(outcome.checkpoint)}
 
 
+def prepare_run(store: Store, job: Distillation) -> dict:
+    """Make the material of `job` and store that it was made; returns folder and accounts."""
+    run_id = _begin(store, "prepare", job)
+    with recorded(store, run_id):
+        material = job.material(share=1.0)
+        passages, windows = material.passages(), material.windows()
+    store.finish(run_id, "done")
+    return {
+        "run_id": run_id,
+        "folder": str(job.out / "data"),
+        "documents": asdict(windows.documents),
+        "windows": asdict(windows.accounts),
+        "shards": windows.shards,
+        "bytes": windows.bytes,
+        "passages": len(passages),
+    }
+
+
 def distill_run(store: Store, job: Distillation, resume: bool) -> dict:
     """Run `job` and store it with every grid it measures; returns the contract's fields."""
-    recipe = job.recipe
-    run_id = store.begin(
-        "distill",
-        as_dict(recipe),
-        method="distill",
-        dataset=",".join(recipe.data.sources),
-        target=recipe.target,
-        drafter=recipe.drafter,
-        context=recipe.data.context,
-        device="cpu",
-        dtype="float32",
-        seed=recipe.seed,
-        temperature=recipe.temperature,
-        gamma=recipe.evaluation.gamma,
-        select="window",
-        positions=recipe.views.positions,
-    )
+    run_id = _begin(store, "distill", job)
     watch = job.watcher.grid
 
     def keep(step: int, cells: list[Cell]) -> None:
@@ -70,3 +72,23 @@ def distill_run(store: Store, job: Distillation, resume: bool) -> dict:
     result = asdict(outcome) | {"initial": str(outcome.initial), "checkpoint": str(outcome.checkpoint)}
     store.finish(run_id, outcome.status)
     return {"run_id": run_id, **result}
+
+
+def _begin(store: Store, command: str, job: Distillation) -> str:
+    recipe = job.recipe
+    return store.begin(
+        command,
+        as_dict(recipe),
+        method=command,
+        dataset=",".join(recipe.data.sources),
+        target=recipe.target,
+        drafter=recipe.drafter,
+        context=recipe.data.context,
+        device=str(job.device),
+        dtype=str(job.dtype).removeprefix("torch."),
+        seed=recipe.seed,
+        temperature=recipe.temperature,
+        gamma=recipe.evaluation.gamma,
+        select=recipe.views.select,
+        positions=recipe.views.positions,
+    )

@@ -8,6 +8,7 @@ every linear layer runs once over all of them; only attention is taken view by v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from bdcli.model import Layer, Model
 from bdcli.rope import RopeTable
-from bdcli.views import View
+from bdcli.select import SCORING_QUERIES, official_chunks, prompt_chunks
+from bdcli.views import CHUNK, View
 
 MIN_BLOCK, MAX_BLOCK = 128, 512  # query rows of a block: narrower ones cost overhead, wider ones read too many keys
 
@@ -24,6 +26,7 @@ def view_hidden(model: Model, rope: RopeTable, ids: Tensor, views: Sequence[View
     """Residual rows before the final norm, [R, T, hidden], of token ids [T] under each of R views.
 
     A view None is the full causal cache at absolute positions; a View is `window` selection (nothing chosen).
+    Selections that choose from a prompt depend on where it ends: see `anchored_hidden`.
     """
     c, length = model.config, ids.shape[0]
     x = F.embedding(ids, model.embedding)
@@ -52,6 +55,13 @@ def causal_hidden(model: Model, rope: RopeTable, ids: Tensor, block=None) -> Ten
     return x.view(*ids.shape, -1)
 
 
+def final_rows(model: Model, ids: Tensor) -> Tensor:
+    """Normed last hidden states [T, hidden] of one text ids [T] that sees its whole past: what the lm head reads."""
+    rope = RopeTable(model.config.rope, ids.shape[0], ids.shape[0], model.dtype, model.device)
+    x = causal_hidden(model, rope, ids[None])[0]
+    return F.rms_norm(x, x.shape[-1:], model.norm, model.config.norm_eps)
+
+
 def causal_block(model: Model, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, texts: int) -> Tensor:
     """One layer on x [N·T, hidden] of N texts of equal length; cos and sin [T, 1, D] as `RopeTable` makes them."""
     c, half = model.config, model.config.head_dim // 2
@@ -61,6 +71,71 @@ def causal_block(model: Model, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
     q, k, v = (t.transpose(1, 2) for t in (qk[:, :, : c.heads], qk[:, :, c.heads :], v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
     return model.mix(layer, x, out.transpose(1, 2).reshape(x.shape[0], -1))
+
+
+def anchored_hidden(
+    model: Model, rope: RopeTable, ids: Tensor, start: int, view: View | int, prefix_gradients: str = "full"
+) -> Tensor:
+    """Residual rows before the final norm, [T - start, hidden], of ids[start:] decoded after a prefill of ids[:start].
+
+    `view` has chosen chunks (`chunk` selection), or is the budget of the paper's `official` selection. What the keys
+    and values of the prefix learn: `none`; `selected`, those that are kept learn down to their own layer's input;
+    `full`, the prefix learns through all layers.
+    """
+    x = F.embedding(ids, model.embedding)
+    for i, layer in enumerate(model.layers):
+        if prefix_gradients != "full":
+            x = torch.cat((x[:start].detach(), x[start:]))
+        qk, v = model.project(layer, x)
+        if prefix_gradients == "none":
+            qk, v = (torch.cat((t[:start].detach(), t[start:])) for t in (qk, v))
+        after = _continued(rope, qk, v, start, view)
+        if i == len(model.layers) - 1:
+            return model.mix(layer, x[start:], after)
+        x = model.mix(layer, x, torch.cat((attend(rope, qk[:start], v[:start], _prompt_view(view)), after)))
+    raise ValueError("a model without layers")
+
+
+def _prompt_view(view: View | int) -> View | None:
+    """How a prompt reads itself before anything is chosen of it, as the decode caches have it."""
+    if isinstance(view, int) or not view.rebased:
+        return None
+    return replace(view, budget=view.budget - view.chosen, chosen=0)
+
+
+def _continued(rope: RopeTable, qk: Tensor, v: Tensor, start: int, view: View | int) -> Tensor:
+    """Attention output [T - start, H·D] of positions start.., which see what was kept of the prefix and each other."""
+    length, kv_heads, dim = v.shape
+    heads = qk.shape[1] - kv_heads
+    rotated, raw_k = rope.rotate(qk, rope.rows(slice(0, length))), qk[:, heads:]
+    q, k = rotated[start:, :heads], rotated[:, heads:]
+    at = torch.arange(length, device=v.device)
+    if isinstance(view, int):
+        kept = official_chunks(k[:start].detach(), view, CHUNK)
+        first, kept_k, q_rank, sinks = start, k, q, 0
+        seen = at[start:] <= at[start:, None]
+    else:
+        raw_q = qk[start - SCORING_QUERIES : start, :heads] if start > SCORING_QUERIES else qk[:start, :heads]
+        last = rope.rows(slice(view.last_rank, view.last_rank + 1))
+        asking = rope.rotate(raw_q, last) if view.rebased else rotated[:start, :heads][-SCORING_QUERIES:]
+        kept = prompt_chunks(rope, view, asking.detach(), k[:start].detach(), raw_k[:start].detach())
+        first, kept_k, sinks = start - view.window + 1, raw_k if view.rebased else k, view.sinks
+        q_rank = rope.rotate(qk[start:, :heads], last) if view.rebased else q
+        seen = view.allowed(at[start:], at[first:])
+    index = kept.T[..., None].expand(-1, -1, dim)
+    kept_k, kept_v = kept_k.gather(0, index), v.gather(0, index)
+    if not isinstance(view, int) and view.rebased:
+        kept_k = rope.rotate(kept_k, rope.rows(slice(view.sinks, view.prefix)))
+    prefix_k, prefix_v = torch.cat((k[:sinks], kept_k)), torch.cat((v[:sinks], kept_v))
+    # two rotations of a query inside one softmax: side by side, against keys that are zero in the other half
+    queries = torch.cat((q, q_rank), -1)
+    keys = torch.cat((F.pad(prefix_k, (dim, 0)), F.pad(k[first:], (0, dim))))
+    values = F.pad(torch.cat((prefix_v, v[first:])), (0, dim))
+    mask = torch.cat((seen.new_ones(length - start, prefix_k.shape[0]), seen), 1)
+    queries, keys, values = (t.transpose(0, 1)[None] for t in (queries, keys, values))
+    gqa = heads != kv_heads
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=dim**-0.5, enable_gqa=gqa)
+    return out[0, ..., :dim].transpose(0, 1).reshape(length - start, -1)
 
 
 def attend(rope: RopeTable, qk: Tensor, v: Tensor, view: View | None) -> Tensor:
