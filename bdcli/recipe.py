@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -22,9 +23,11 @@ class Faults:
 
     def __init__(self, name: str):
         self._name, self._lines = name, []
+        self.keys: list[str] = []  # settings whose own value is wrong
 
-    def add(self, where: str, message: str) -> None:
+    def add(self, where: str, message: str, key: str = "") -> None:
         self._lines.append(f"{where}: {message}")
+        self.keys.append(key)
 
     def raise_if_any(self) -> None:
         if self._lines:
@@ -32,13 +35,14 @@ class Faults:
             raise UserError(f"{count} in {self._name}\n  " + "\n  ".join(self._lines))
 
 
-def load_recipe(path: Path | None, schema: type, overrides: list[str] = ()):
+def load_recipe(path: Path | None, schema: type, overrides: list[str] = (), check: Callable | None = None):
     """An instance of the dataclass `schema` from the YAML file `path`, or from defaults and `overrides` alone.
 
     Raises UserError with every fault found.
 
     `schema` may define `problems(self) -> Iterator[tuple[str, str]]` yielding (dotted key, message) for values that
-    are of the right type but do not fit together; it runs once the types are right.
+    are of the right type but do not fit together; `check(recipe)` does the same for what must exist on the machine.
+    Where some value has a wrong type, they speak of the settings that the file gives and that are right by themselves.
     """
     name = str(path) if path is not None else "the options"
     faults = Faults(name)
@@ -47,8 +51,13 @@ def load_recipe(path: Path | None, schema: type, overrides: list[str] = ()):
         _apply_override(tree, override, faults)
     where = {key: place for key, (_, place) in _leaves(tree).items()}
     recipe = _build(schema, tree, "", faults, name)
-    faults.raise_if_any()
-    for key, message in getattr(recipe, "problems", list)():
+    if recipe is None:
+        faults.raise_if_any()
+    wrong = set(faults.keys)  # empty where nothing is wrong yet; unknown keys put in an empty name
+    found = [*getattr(recipe, "problems", list)(), *(check(recipe) if check else ())]
+    for key, message in found:
+        if wrong and (key not in where or key in wrong):
+            continue  # it may only be the default that stands in for a wrong value
         inside = max((k for k in where if k == key or key.startswith(k + ".")), key=len, default=None)
         place = name if inside is None else where[inside]
         faults.add(place, f"{key}: {message}")
@@ -174,13 +183,14 @@ def _build(schema: type, tree: dict, prefix: str, faults: Faults, place: str):
         elif is_dataclass(hints[key]) or typing.get_origin(hints[key]) is dict:
             if isinstance(value, dict):
                 build = _build if is_dataclass(hints[key]) else _build_named
-                values[key] = build(hints[key], value, f"{prefix}{key}.", faults, at)
+                built = build(hints[key], value, f"{prefix}{key}.", faults, at)
+                values |= {} if built is None else {key: built}
             else:
-                faults.add(at, f"{prefix}{key} must be a mapping, not {value!r}")
+                faults.add(at, f"{prefix}{key} must be a mapping, not {value!r}", f"{prefix}{key}")
         else:
             converted = _convert(value, hints[key])
             if isinstance(converted, _Wrong):
-                faults.add(at, f"{prefix}{key} must be {converted.wanted}, not {value!r}")
+                faults.add(at, f"{prefix}{key} must be {converted.wanted}, not {value!r}", f"{prefix}{key}")
             else:
                 values[key] = converted
     for name, f in known.items():
@@ -198,13 +208,16 @@ def _build_named(hint: object, tree: dict, prefix: str, faults: Faults, _place: 
     inner, built = typing.get_args(hint)[1], {}
     for name, (value, at) in tree.items():
         if not is_dataclass(inner):
-            built[name] = _convert(value, inner)
-            if isinstance(built[name], _Wrong):
-                faults.add(at, f"{prefix}{name} must be {built[name].wanted}, not {value!r}")
+            entry = _convert(value, inner)
+            if isinstance(entry, _Wrong):
+                faults.add(at, f"{prefix}{name} must be {entry.wanted}, not {value!r}", f"{prefix}{name}")
         elif isinstance(value, dict):
-            built[name] = _build(inner, value, f"{prefix}{name}.", faults, at)
+            entry = _build(inner, value, f"{prefix}{name}.", faults, at)
         else:
-            faults.add(at, f"{prefix}{name} must be a mapping, not {value!r}")
+            entry = None
+            faults.add(at, f"{prefix}{name} must be a mapping, not {value!r}", f"{prefix}{name}")
+        if entry is not None and not isinstance(entry, _Wrong):
+            built[name] = entry
     return built
 
 

@@ -1,6 +1,8 @@
 """Recipes: all of ours load, and a bad one gets every error at once with its line and the nearest name."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,14 @@ from bdcli.train.pretrain_recipe import PretrainRecipe
 ROOT = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(ROOT.rglob("*.yaml"))
 SCHEMAS = {"distill": DistillRecipe, "pretrain": PretrainRecipe}
-ELSEWHERE = {  # settings that name what is not on every machine
-    "pocket_target": ["corpus.sources=[stdlib, recall]", "corpus.weights=[]", "held_out.sources=[]"],
-}
+HERE = ["target=pocket", "drafter=pocket", "data.sources=[stdlib]"]
+
+
+def elsewhere(path):
+    """What stands in for settings that name what is not on every machine."""
+    if path.stem == "pocket_target":
+        return ["corpus.sources=[stdlib, recall]", "corpus.weights=[]", "held_out.sources=[]"]
+    return HERE if path.parent.name == "paper" or path.stem == "pocket_drafter" else []
 
 
 def command_of(path):
@@ -28,7 +35,7 @@ def command_of(path):
 @pytest.mark.parametrize("path", [p for p in RECIPES if command_of(p) in SCHEMAS], ids=lambda p: p.stem)
 def test_every_recipe_loads_and_prints_its_plan(path, cli, tmp_path):
     assert load_recipe(path, SCHEMAS[command_of(path)])
-    words = [word for setting in ELSEWHERE.get(path.stem, []) for word in ("--set", setting)]
+    words = [word for setting in elsewhere(path) for word in ("--set", setting)]
     if command_of(path) == "pretrain":
         words += ["--max-minutes", 1]
     plan = cli(command_of(path), path, "--dry-run", "--out", tmp_path / "run", *words)
@@ -104,6 +111,38 @@ def test_extends_and_set_in_order_of_precedence(tmp_path):
 )
 def test_broken_files(tmp_path, text, message):
     assert message in "\n".join(errors(tmp_path, text))
+
+
+def test_a_bad_recipe_gets_all_its_errors_at_once(tmp_path, cli):
+    """Wrong keys and types, values that do not fit, and what is not on this machine: one message, a line each."""
+    from bdcli.checkpoint import POCKET
+
+    other = tmp_path / "other"
+    shutil.copytree(POCKET / "drafter", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    tokens = list(tokenizer["model"]["vocab"].items())
+    (a, i), (b, j) = tokens[300], tokens[301]
+    tokenizer["model"]["vocab"] |= {a: j, b: i}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    path = write(
+        tmp_path,
+        f"drafter: {other}\ndata:\n  sources: [nowhere.txt]\n  contxt: 9\n  windows: many\nviews:\n"
+        "  budgets: [256, 9000]\nloss:\n  sparse_weight: -1\n",
+    )
+    found = cli("distill", path, "--dry-run")
+    lines = [line.strip().replace(f"{tmp_path}/", "") for line in found.err.splitlines()]
+    assert found.code == 2 and "6 errors in r.yaml" in lines[0]
+    wanted = (
+        "r.yaml:1: drafter: drafter other has another vocabulary",
+        "r.yaml:3: data.sources: data source nowhere.txt does not exist",
+        "r.yaml:4: unknown key data.contxt; did you mean data.context?",
+        "r.yaml:5: data.windows must be a whole number, not 'many'",
+        "r.yaml:7: views.budgets: must lie below data.context (4096)",
+        "r.yaml:9: loss.sparse_weight: must not be negative",
+    )
+    assert all(any(line.startswith(want) for line in lines) for want in wanted), lines
+    gone = cli("distill", write(tmp_path, "target: ./gone\nextends: r.yaml\n", "s.yaml"), "--dry-run")
+    assert gone.code == 2 and "s.yaml:1: target: --target ./gone: no such folder" in gone.err
 
 
 def test_every_setting_has_a_meaning():

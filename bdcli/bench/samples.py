@@ -16,7 +16,6 @@ from bdcli.errors import UserError
 from bdcli.prompts import encode
 from bdcli.train.data import documents
 
-KNOWN = {"pg19": "emozilla/pg19", "lwm": "deepmind/narrativeqa"}  # names of data sets on the hub
 LONGBENCH = "longbench/"
 INSTRUCTIONS = {"lwm": "\n\nSummary of the text above:"}  # after the document, as the paper's LWM set asks for
 
@@ -90,7 +89,7 @@ def _rows(dataset: str, sources: Sequence[str]) -> Iterator[tuple[str, str, str]
         elif source.startswith(LONGBENCH) and not path.exists():
             rows = _json_rows(source, _longbench(source.removeprefix(LONGBENCH)), source)
         else:
-            found = documents(source if path.exists() else KNOWN.get(source, source))
+            found = documents(source)
             rows = ((d.name, d.text, "") for d in found if d.held_out or source != "stdlib")
         for name, text, question in rows:
             yield name, text, question or instruction

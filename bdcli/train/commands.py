@@ -36,7 +36,12 @@ def pretrain(
     from bdcli.recipe import load_recipe
     from bdcli.train.pretrain_recipe import PretrainRecipe
 
-    settings = load_recipe(recipe, PretrainRecipe, overrides or [])
+    def check(settings: PretrainRecipe):
+        from bdcli.train.pretrain import missing
+
+        return missing(settings)
+
+    settings = load_recipe(recipe, PretrainRecipe, overrides or [], check)
     folder = out or Path("runs") / recipe.stem
     from bdcli.store import Store
 
@@ -119,7 +124,12 @@ def _distillation(recipe: Path, overrides, out: Path | None, max_minutes: float 
     from bdcli.recipe import load_recipe
     from bdcli.train.distill_recipe import DistillRecipe
 
-    settings = load_recipe(recipe, DistillRecipe, overrides or [])
+    def check(settings: DistillRecipe):
+        from bdcli.train.distill import missing
+
+        return missing(settings)
+
+    settings = load_recipe(recipe, DistillRecipe, overrides or [], check)
     folder = out or Path("runs") / recipe.stem
     from bdcli.store import Store
 

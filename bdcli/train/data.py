@@ -17,6 +17,7 @@ from bdcli.prompts import HELD_OUT, encode, stdlib_text
 from bdcli.train.recall import recall_documents
 
 HELD_OUT_SHARE = 0.08  # of the documents of a file or folder; stdlib has a list of its own
+KNOWN = {"pg19": "emozilla/pg19", "lwm": "deepmind/narrativeqa"}  # names of data sets on the hub
 _TARS = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2")
 KINDS = (".txt", ".jsonl", ".parquet", *_TARS)
 TEXT_FIELDS = ("text", "context", "document_text", "content")
@@ -42,6 +43,7 @@ def documents(source: str, broken: list[str] | None = None) -> Iterator[Document
         yield from (Document(name, text, _chosen_for_measuring(name)) for name, text in recall_documents())
         return
     path = Path(source).expanduser()
+    source = KNOWN.get(source, source)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS))
         if not files:
@@ -54,6 +56,16 @@ def documents(source: str, broken: list[str] | None = None) -> Iterator[Document
         yield from _hub(source)
     else:
         raise UserError(f"data source {source} does not exist", "Give stdlib, a file, a folder, or a hub name")
+
+
+def missing_sources(sources: Sequence[str]) -> Iterator[str]:
+    """What is wrong with each source that gives no document."""
+    for source in sources:
+        try:
+            if next(documents(source, []), None) is None:
+                yield f"data source {source} holds no text"
+        except UserError as error:
+            yield str(error)
 
 
 def _stdlib() -> Iterator[Document]:

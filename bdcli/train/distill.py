@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.checkpoint import fingerprint, load_model, pick_device, resolve, save_model, training_dtype
+from bdcli.checkpoint import (
+    check_vocabulary,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    read_config,
+    resolve,
+    save_model,
+    training_dtype,
+)
 from bdcli.decode import load_pair
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
@@ -27,6 +37,7 @@ from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_cell
+from bdcli.train.data import missing_sources
 from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.files import check_room, digest
 from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
@@ -80,12 +91,12 @@ class Distillation:
         self.pair = load_pair(options)
         self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
         longest = max(recipe.data.context, *recipe.evaluation.contexts) + recipe.evaluation.new_tokens
-        for role, model in (("target", self.target), ("drafter", self.drafter)):
-            if longest > model.config.max_position:
-                raise UserError(
-                    f"the recipe needs {longest} positions, the {role} has {model.config.max_position}",
-                    "Lower data.context or evaluation.contexts",
-                )
+        if longest > self.target.config.max_position:
+            raise UserError(
+                f"the recipe needs {longest} positions, the target has {self.target.config.max_position}",
+                "Lower data.context or evaluation.contexts",
+            )
+        self.longest = longest
         out.mkdir(parents=True, exist_ok=True)
         check_room(out, self.disk_bytes)
         self._hidden: dict[int, Tensor] = {}
@@ -98,6 +109,8 @@ class Distillation:
         written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
         sizes = [f"{sum(t.numel() for t in m.tensors()) / 1e6:.1f} M parameters" for m in (self.target, self.drafter)]
         yield f"target {r.target} ({sizes[0]}), drafter {r.drafter} ({sizes[1]})"
+        if self.longest > self.drafter.config.max_position:
+            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.config.max_position}"
         yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
         yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
         yield f"{self.supervised:.2f} supervised positions per token the target reads"
@@ -298,6 +311,25 @@ class Distillation:
             save_model(self.drafter, self.folders[1], self.out / "drafter")
         self.watcher.grid(p.step, cells)
         return time.monotonic() - began
+
+
+def missing(recipe: DistillRecipe) -> Iterator[tuple[str, str]]:
+    """(key, message) of models and data that a recipe names and that are not here or do not fit together."""
+    folders = {}
+    for role in ("target", "drafter"):
+        try:
+            folders[role] = resolve(getattr(recipe, role), role)
+            read_config(folders[role])
+        except UserError as error:
+            folders.pop(role, None)
+            yield role, str(error)
+    if len(folders) == 2:
+        try:
+            check_vocabulary(*folders.values(), load_tokenizer(folders["target"]))
+        except UserError as error:
+            yield "drafter", str(error)
+    for key, sources in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):
+        yield from ((key, problem) for problem in missing_sources(sources))
 
 
 def _by_context(passages: Sequence[Passage]) -> Iterator[list[Passage]]:

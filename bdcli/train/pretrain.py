@@ -31,7 +31,7 @@ from bdcli.interrupt import deferred_interrupt
 from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.train.corpus import Corpus, make_corpus
-from bdcli.train.data import documents, measured_windows
+from bdcli.train.data import documents, measured_windows, missing_sources
 from bdcli.train.files import check_room, digest
 from bdcli.train.losses import ArgmaxTarget, head_loss
 from bdcli.train.optimizers import trapezoid
@@ -92,8 +92,6 @@ class Pretraining:
         self.shape = recipe.shape if self.init is None else read_config(self.init)
         if recipe.schedule.follow == "time" and minutes is None:
             raise UserError("schedule.follow: time needs a limit", "Give --max-minutes, or follow tokens")
-        for source in {*recipe.corpus.sources, *recipe.held_out.sources}:
-            next(documents(source))  # a missing source is told before anything is made
 
     def plan(self) -> Iterator[str]:
         """What the run will do and what it needs, in lines."""
@@ -296,6 +294,18 @@ class Pretraining:
         p.history.append({"step": p.step, "tokens": p.tokens, "measured": [asdict(m) for m in found]})
         self.measured(p.step, p.tokens, found)
         return time.monotonic() - began
+
+
+def missing(recipe: PretrainRecipe) -> Iterator[tuple[str, str]]:
+    """(key, message) of models and data that a recipe names and that are not here."""
+    for key in ("init", "tokenizer"):
+        if getattr(recipe, key) is not None:
+            try:
+                load_tokenizer(resolve(getattr(recipe, key), "target"))
+            except UserError as error:
+                yield key, str(error)
+    for key, sources in (("corpus.sources", recipe.corpus.sources), ("held_out.sources", recipe.held_out.sources)):
+        yield from ((key, problem) for problem in missing_sources(sources))
 
 
 def _normed(shares: tuple[float, ...]) -> list[float]:
