@@ -120,6 +120,10 @@ def show_grids(result: dict) -> None:
     print(
         f"run {result['run_id']}: {result['steps']} steps, best at {result['best_step']}, {result['skipped']} skipped"
     )
+    print(
+        f"{result['tokens_per_second']:.0f} target tokens/s, {result['positions_per_target_token']:.2f} supervised "
+        f"positions each, peak memory {result['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
     print(f"decode with it: bdcli decode --drafter {result['checkpoint']} PROMPT_FILE")
 
 

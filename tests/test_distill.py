@@ -14,7 +14,7 @@ from conftest import tiny_model
 from bdcli.cache import BudgetCache, FullCache
 from bdcli.checkpoint import POCKET, load_model, save_model
 from bdcli.controller import FixedGamma
-from bdcli.errors import NonFiniteError, UserError
+from bdcli.errors import BdcliError, NonFiniteError, UserError
 from bdcli.prompts import HELD_OUT
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
@@ -461,14 +461,14 @@ def test_steps_without_a_finite_gradient_are_counted_and_end_the_run():
     trainer = Trainer(model, Optimizer(steps=50))
     before = [t.detach().clone() for t in trainer.parameters]
     broken = lambda: sum(t.sum() for t in trainer.parameters) * float("nan")  # noqa: E731
-    assert trainer.step([broken]) != trainer.step([broken])
+    assert trainer.step(lambda _: [broken]) != trainer.step(lambda _: [broken])
     assert trainer.progress.skipped == 2 and trainer.progress.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
-    trainer.step([lambda: sum(t.square().sum() for t in trainer.parameters)])
+    trainer.step(lambda _: [lambda: sum(t.square().sum() for t in trainer.parameters)])
     assert trainer.progress.skipped_in_a_row == 0
     with pytest.raises(NonFiniteError, match="10 steps in a row"):
         for _ in range(10):
-            trainer.step([broken])
+            trainer.step(lambda _: [broken])
 
 
 def test_micro_batches_sum_to_the_whole_gradient():
@@ -480,9 +480,36 @@ def test_micro_batches_sum_to_the_whole_gradient():
     twins = [Trainer(model, Optimizer(clip=1e9)) for model in models]
     trainer_model = {id(t): m for t, m in zip(twins, models)}
     rows = torch.arange(12)
-    twins[0].step([part(twins[0], rows, 12)])
-    twins[1].step([part(twins[1], rows[:5], 12), part(twins[1], rows[5:], 12)])
+    twins[0].step(lambda _: [part(twins[0], rows, 12)])
+    twins[1].step(lambda _: [part(twins[1], rows[:5], 12), part(twins[1], rows[5:], 12)])
     assert torch.allclose(models[0].embedding, models[1].embedding, atol=1e-6)
+
+
+def test_a_step_that_does_not_fit_is_cut_and_gives_the_same_weights(tmp_path, monkeypatch):
+    whole, cut = (Distillation(SMALL, tmp_path / name, Watcher()) for name in ("whole", "cut"))
+    real = cut.window_loss
+
+    def small_memory(windows, window, views, *rest):
+        if len(views) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(windows, window, views, *rest)
+
+    monkeypatch.setattr(cut, "window_loss", small_memory)
+    trainers = []
+    for job in (whole, cut):
+        windows, trainer = job.material().windows(), Trainer(job.drafter, SMALL.optimizer)
+        for step in range(3):
+            trainer.step(lambda pieces, step=step, job=job, windows=windows: job._parts(windows, step, pieces), 1.0)
+        trainers.append(trainer)
+    assert [(t.progress.out_of_memory, t.progress.pieces) for t in trainers] == [(0, 1), (2, 4)]
+    assert all(torch.allclose(a, b, atol=2e-4) for a, b in zip(whole.drafter.tensors(), cut.drafter.tensors()))
+
+    def nothing_fits(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(cut, "window_loss", nothing_fits)
+    with pytest.raises(BdcliError, match="does not fit into memory"):
+        trainers[1].step(lambda pieces: cut._parts(windows, 0, pieces))
 
 
 def test_the_command(tmp_path, cli):

@@ -61,7 +61,7 @@ def test_the_readme_table_equals_its_store():
 ORDER = [
     ["errors"],
     ["config", "options", "metrics", "text", "interrupt", "views", "recipe", "terminal", "flags", "provenance"],
-    ["train.settings", "train.recall", "train.files"],
+    ["train.settings", "train.recall", "train.files", "train.ranks"],
     ["rope", "select", "store", "prompts", "sampling", "controller", "train.losses", "bench.lookup"],
     ["train.distill_recipe", "train.pretrain_recipe"],
     ["model", "train.data", "bench.bench_recipe"],

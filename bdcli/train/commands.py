@@ -109,8 +109,12 @@ def distill(
         return
     from bdcli.train.runs import distill_run
 
-    with phases(quiet=as_json) as (job.watcher.progress, job.watcher.grid):
+    with phases(quiet=as_json) as watched:
+        if job.ranks.first:
+            job.watcher.progress, job.watcher.grid = watched
         result = distill_run(store, job, resume)
+    if not job.ranks.first:
+        return
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
@@ -137,7 +141,7 @@ def _distillation(recipe: Path, overrides, out: Path | None, max_minutes: float 
     with status_line("loading torch and models"):
         from bdcli.train.distill import Distillation, Watcher
     job = Distillation(settings, folder, Watcher(), deadline)
-    for line in job.plan():
+    for line in job.plan() if job.ranks.first else ():
         note(line)
     return job, store, folder
 

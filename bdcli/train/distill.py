@@ -29,7 +29,7 @@ from bdcli.checkpoint import (
     save_model,
     training_dtype,
 )
-from bdcli.decode import load_pair
+from bdcli.decode import load_pair, peak_memory
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.options import DecodeOptions
@@ -43,6 +43,7 @@ from bdcli.train.files import check_room, digest
 from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
 from bdcli.train.optimizers import warm_cosine
 from bdcli.train.prepare import Material, Windows, bytes_per_token
+from bdcli.train.ranks import join, local_device
 from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import anchored_hidden, final_rows, view_hidden
 from bdcli.views import View, plan_view
@@ -76,6 +77,7 @@ class Outcome:
     windows: dict
     positions_per_target_token: float
     tokens_per_second: float
+    peak_memory_bytes: int
 
 
 class Distillation:
@@ -84,7 +86,8 @@ class Distillation:
     def __init__(self, recipe: DistillRecipe, out: Path, watcher: Watcher, deadline: float = math.inf):
         self.recipe, self.out, self.watcher, self.deadline = recipe, out, watcher, deadline
         self.folders = resolve(recipe.target, "target"), resolve(recipe.drafter, "drafter")
-        self.device = pick_device(recipe.device)
+        self.device = pick_device(local_device(recipe.device))
+        self.ranks = join(self.device)
         self.dtype = training_dtype(recipe.precision, self.device)
         kind = str(self.dtype).removeprefix("torch.")
         options = DecodeOptions(target=recipe.target, drafter=recipe.drafter, dtype=kind, device=str(self.device))
@@ -147,14 +150,14 @@ class Distillation:
         state = self.out / STATE
         if state.exists() and not resume:
             raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
-        material = self.material()
-        passages = material.passages()
-        windows = material.windows()
+        with self.ranks.in_turn():
+            material = self.material()
+            passages, windows = material.passages(), material.windows()
         key = digest(as_dict(self.recipe), len(windows), *map(fingerprint, self.folders))
         initial, best = self.out / "initial", self.out / "drafter"
-        if not initial.exists():
+        if self.ranks.first and not initial.exists():
             save_model(self.drafter, self.folders[1], initial)
-        trainer = Trainer(self.drafter, self.recipe.optimizer)
+        trainer = Trainer(self.drafter, self.recipe.optimizer, self.ranks)
         if state.exists():
             trainer.load(state, key)
         stopped, tokens_per_second = self._train(trainer, windows, passages, key)
@@ -174,6 +177,7 @@ class Distillation:
             windows=asdict(windows.accounts),
             positions_per_target_token=self.supervised,
             tokens_per_second=tokens_per_second,
+            peak_memory_bytes=peak_memory(self.device),
         )
 
     def _train(self, trainer: Trainer, windows: Windows, passages: list[Passage], key: str) -> tuple[str | None, float]:
@@ -184,20 +188,24 @@ class Distillation:
         with deferred_interrupt() as interrupted:
             while p.step < o.steps and not stopped:
                 began = time.monotonic()
-                loss = trainer.step(self._micro_batches(windows, p.step), warm_cosine(p.step, o.warmup, o.steps))
+                loss = trainer.step(partial(self._parts, windows, p.step), warm_cosine(p.step, o.warmup, o.steps))
                 step_s = time.monotonic() - began
                 trained_s += step_s
                 self.watcher.progress("distil", p.step, o.steps, f"loss {loss:.3f}")
                 late = began + 2 * step_s + 1.5 * grid_s > self.deadline
-                stopped = "interrupted" if interrupted else "out of time" if late else None
+                stopped = self.ranks.agreed("interrupted" if interrupted else "out of time" if late else None)
                 if p.step % self.recipe.evaluation.every == 0 and not stopped:
                     grid_s = self._measure(trainer, passages)
-                    trainer.save(self.out / STATE, key)
+                    self._save(trainer, key)
             if stopped != "interrupted":
                 self._measure(trainer, passages)
-            trainer.save(self.out / STATE, key)
+            self._save(trainer, key)
         tokens = (p.step - first) * o.windows_per_step * self.recipe.data.context
         return stopped, tokens / trained_s if trained_s else 0.0
+
+    def _save(self, trainer: Trainer, key: str) -> None:
+        if self.ranks.first:
+            trainer.save(self.out / STATE, key)
 
     def draw_views(self, step: int) -> list[View | int | None]:
         """Views of a step, the full one first; budgets where chunks are chosen. A function of (seed, step)."""
@@ -222,11 +230,18 @@ class Distillation:
             for at in places
         ]
 
-    def _micro_batches(self, windows: Windows, step: int) -> list[Callable[[], Tensor]]:
+    def _parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
+        """This rank's windows of a step, each under all views, or under some at a time where memory is short."""
         views, picked = self.draw_views(step), self.order(step, len(windows))
-        return [partial(self.window_loss, windows, w, views, len(picked)) for w in picked]
+        some = -(-len(views) // min(pieces, len(views)))
+        groups = [views[at : at + some] for at in range(0, len(views), some)]
+        share, sparse = len(picked), len(views) - 1
+        mine = self.ranks.mine(picked)
+        return [partial(self.window_loss, windows, w, group, share, sparse) for w in mine for group in groups]
 
-    def window_loss(self, windows: Windows, window: int, views: Sequence[View | int | None], share: int) -> Tensor:
+    def window_loss(
+        self, windows: Windows, window: int, views: Sequence[View | int | None], share: int, sparse: int | None = None
+    ) -> Tensor:
         """`loss` of one of `windows`, whose target's answers are cached, kept from an earlier pass, or made."""
         ids, target = windows.ids(window).to(self.device), windows.target(window)
         if target is None and window in self._hidden:
@@ -237,29 +252,34 @@ class Distillation:
             target = HiddenTarget(hidden, self.target.head)
             if (len(self._hidden) + 1) * hidden.numel() * hidden.element_size() <= KEPT_TARGETS_BYTES:
                 self._hidden[window] = hidden
-        return self.loss(ids, target, views, share)
+        return self.loss(ids, target, views, share, sparse)
 
-    def loss(self, ids: Tensor, target: Target, views: Sequence[View | int | None], share: int) -> Tensor:
+    def loss(
+        self, ids: Tensor, target: Target, views: Sequence[View | int | None], share: int, sparse: int | None = None
+    ) -> Tensor:
         """(L_A + λ·L_C) / share of one window: each a mean over its positions, L_C over the sparse views as well.
+
+        `sparse` is the number of sparse views of the step, where `views` are only some of them.
 
         The full view and window views are stacked and teach every position; budgets of selections that choose chunks
         teach what follows each anchor.
         """
-        v, sparse = self.recipe.views, self.recipe.loss.sparse_weight / max(1, len(views) - 1)
+        v = self.recipe.views
+        weight = self.recipe.loss.sparse_weight / max(1, len(views) - 1 if sparse is None else sparse)
         rope = RopeTable(self.drafter.config.rope, len(ids), len(ids), self.dtype, self.device)
         everywhere = [view for view in views if not isinstance(view, int)]
         budgets = [view for view in views if isinstance(view, int)]
         spans = [slice(a - 1, a - 1 + v.anchor_tokens) for a in self.recipe.anchors()] if v.select != "window" else []
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            stacked = view_hidden(self.drafter, rope, ids, everywhere)
+            stacked = view_hidden(self.drafter, rope, ids, everywhere) if everywhere else None
             after = [[self._after(rope, ids[: s.stop], s.start, b) for b in budgets] for s in spans]
-        scale = [1.0 if view is None else sparse for view in everywhere]
+        scale = [1.0 if view is None else weight for view in everywhere]
         total = torch.zeros((), device=self.device)
-        for span in spans if v.teach == "anchored" else [slice(0, len(ids))]:
+        for span in [] if not everywhere else spans if v.teach == "anchored" else [slice(0, len(ids))]:
             part = 1 / len(spans) if v.teach == "anchored" else 1.0
             total = total + self._taught(stacked[:, span], target, span, [w * part for w in scale])
         for span, rows in zip(spans, after if budgets else []):
-            total = total + self._taught(torch.stack(rows), target, span, [sparse / len(spans)] * len(rows))
+            total = total + self._taught(torch.stack(rows), target, span, [weight / len(spans)] * len(rows))
         return total / share
 
     def _after(self, rope: RopeTable, ids: Tensor, start: int, budget: int) -> Tensor:
@@ -308,7 +328,8 @@ class Distillation:
         score = sum(c.acceptance_rate or 0.0 for c in sparse) / len(sparse)
         if score > p.best:
             p.best, p.best_step = score, p.step
-            save_model(self.drafter, self.folders[1], self.out / "drafter")
+            if self.ranks.first:
+                save_model(self.drafter, self.folders[1], self.out / "drafter")
         self.watcher.grid(p.step, cells)
         return time.monotonic() - began
 

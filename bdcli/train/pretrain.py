@@ -203,8 +203,7 @@ class Pretraining:
                     break
                 context = self.stage(done)
                 windows = corpus.take(p.cursor, context, max(1, s.tokens_per_step // context)).to(self.device)
-                rows = max(1, s.micro_tokens // context)
-                parts = [partial(self.loss, w, windows.shape[0], block) for w in windows.split(rows)]
+                parts = partial(self._parts, windows, block)
                 loss = trainer.step(parts, trapezoid(done, s.warmup, s.decay))
                 p.tokens += windows.numel()
                 step_s = time.monotonic() - began
@@ -243,6 +242,10 @@ class Pretraining:
     def _save(self, trainer: Trainer, start: Path, key: str) -> None:
         trainer.save(self.out / STATE, key)
         save_model(self.model, start, self.out / "model")
+
+    def _parts(self, windows: Tensor, block, pieces: int) -> list[Callable[[], Tensor]]:
+        rows = max(1, self.recipe.schedule.micro_tokens // windows.shape[1] // pieces)
+        return [partial(self.loss, w, windows.shape[0], block) for w in windows.split(rows)]
 
     def loss(self, windows: Tensor, of: int, block=causal_block) -> Tensor:
         """Share of windows [N, T] in the mean next-token cross-entropy of `of` windows."""

@@ -58,7 +58,9 @@ def prepare_run(store: Store, job: Distillation) -> dict:
 
 
 def distill_run(store: Store, job: Distillation, resume: bool) -> dict:
-    """Run `job` and store it with every grid it measures; returns the contract's fields."""
+    """Run `job` and store it with every grid it measures; returns the contract's fields. Only rank 0 stores."""
+    if not job.ranks.first:
+        return asdict(job.run(resume))
     run_id = _begin(store, "distill", job)
     watch = job.watcher.grid
 
