@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
+from statistics import median
 
 from bdcli.errors import UserError
 from bdcli.report import NEAR
@@ -36,41 +39,177 @@ def plot_curves(evaluations: list[Evaluation], path: Path) -> None:
     _write_figure(pyplot, figure, path)
 
 
-def plot(runs: list[Run], path: Path) -> None:
-    """Acceptance against budget and speedup against context, as medians, to a .png, .svg or .pdf file.
+FAMILIES = {  # label, colour, marker; the same in every panel
+    "bd": ("BudgetDraft", PALETTE[0], "o"),
+    "naive": ("undistilled drafter", PALETTE[1], "s"),
+    "official": ("official selection", PALETTE[2], "D"),
+    "full": ("full-cache drafter", PALETTE[5], "^"),
+    "lookup": ("prompt lookup", PALETTE[4], "v"),
+    "ar": ("AR", "0.35", "|"),
+    "hf-ar": ("transformers AR", PALETTE[6], "x"),
+    "hf-assisted": ("transformers assisted", PALETTE[3], "P"),
+    "hf-lookup": ("transformers lookup", "0.55", "X"),
+}
+STYLES = ("-", "--", "-.", ":")  # budgets of one family
 
-    Only runs that may be compared with the newest one are drawn: same pair, machine, dtype and sampling.
+
+def family(run: Run) -> str:
+    """What a run is drawn as."""
+    arm = run.config.get("arm", {})
+    if isinstance(arm, dict) and (arm.get("drafter") == "naive" or run.method in ("window", "chunk")):
+        return "naive"
+    return "full" if run.budget == "full" else run.method or "bd"
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    """Acceptance against budget and context, speedup against context, speed against memory, to .png, .svg or .pdf.
+
+    One row of panels a data set, medians where a cell was measured more than once. Only runs that may be compared with
+    the newest one are drawn: same sweep, or same pair, machine, dtype and sampling.
     """
     pyplot = _pyplot(path)
-    done = [r for r in runs if r.status == "done" and r.acceptance_rate is not None and r.budget is not None]
+    done = [r for r in runs if r.status == "done" and r.speedup is not None and r.valid is not False]
     if not done:
-        raise UserError("no finished run with acceptance fits the filters", "Run bdcli decode first")
+        raise UserError("no finished run with a speedup fits the filters", "Run bdcli bench or bdcli decode first")
     done = [r for r in done if _comparable(r) == _comparable(done[0])]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    budgets = sorted({r.budget for r in done}, key=_budget_order)
-    contexts = sorted({_nominal(r.context) for r in done})
-    for i, context in enumerate(contexts):
-        style = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7]}
-        at = [(j, _median(done, context, b, "acceptance_rate")) for j, b in enumerate(budgets)]
-        left.plot(*zip(*[(x, 100 * y) for x, y in at if y is not None]), label=f"{_k(context)} context", **style)
-    for i, budget in enumerate(budgets):
-        style = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7]}
-        at = [(c, _median(done, c, budget, "speedup")) for c in contexts]
-        points = [(c, y) for c, y in at if y is not None]
-        if points:
-            right.plot(*zip(*points), label=f"budget {budget}", **style)
-    left.set(xlabel="drafter KV budget (entries per layer and head)", ylabel="acceptance rate (%)", ylim=(0, 100))
-    left.set_xticks(range(len(budgets)), [str(b) for b in budgets])
-    right.set_xscale("log", base=2)
-    right.set_xticks(contexts, [_k(c) for c in contexts])
-    right.minorticks_off()
-    right.axhline(1, color="0.6", linewidth=1)
-    right.set(xlabel="context (prompt tokens)", ylabel="speedup over AR (×)")
-    right.set_ylim(bottom=0)
-    for axis in (left, right):
-        _tidy(axis)
-        axis.legend(frameon=False, fontsize=8)
+    datasets = sorted({r.dataset for r in done}) if done[0].experiment else [None]
+    shape = (2, 2) if len(datasets) == 1 else (len(datasets), 4)
+    size = 4.9 * shape[1], 3.7 * shape[0]
+    figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for row, dataset in zip(axes.reshape(-1, 4), datasets):
+        here = [r for r in done if dataset in (None, r.dataset)]
+        for axis, draw in zip(row, (_by_budget, _by_context, _speedups, _memory)):
+            draw(axis, here)
+            _tidy(axis)
+            if len(datasets) > 1:
+                axis.set_title(f"{dataset}: {axis.get_title()}", fontsize=10)
     _write_figure(pyplot, figure, path)
+
+
+def _by_budget(axis, runs: list[Run]) -> None:
+    """A line a context, solid for the drafter, dashed for the undistilled one."""
+    runs, gamma = _one_gamma([r for r in runs if r.budget is not None and family(r) in ("bd", "full", "naive")])
+    budgets = sorted({r.budget for r in runs}, key=_budget_order)
+    contexts = sorted({_nominal(r.context) for r in runs})
+    for i, context in enumerate(contexts):
+        for naive in (False, True):
+            here = [r for r in runs if _nominal(r.context) == context and (family(r) == "naive") is naive]
+            points = [(x, [r for r in here if r.budget == b]) for x, b in enumerate(budgets)]
+            label = f"{_k(context)} context" + (", undistilled" if naive else "")
+            style = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7], "linestyle": "--" if naive else "-"}
+            _line(
+                axis, points, "acceptance_rate", 100, label, {**style, "markerfacecolor": "white"} if naive else style
+            )
+    axis.set_xticks(range(len(budgets)), [str(b) for b in budgets])
+    axis.set(xlabel="drafter KV budget (entries per layer and head)", ylabel=f"acceptance rate (%), γ = {gamma}")
+    axis.set_title("Acceptance against budget", fontsize=10)
+    axis.set_ylim(0, _ceiling(axis))
+    _legend(axis)
+
+
+def _by_context(axis, runs: list[Run]) -> None:
+    """A line a family and budget."""
+    runs, gamma = _one_gamma([r for r in runs if r.drafted])
+    for name in FAMILIES:
+        mine = [r for r in runs if (family(r) if family(r) != "full" else "bd") == name]
+        for i, budget in enumerate(sorted({r.budget for r in mine}, key=_budget_order)):
+            label, colour, marker = FAMILIES[name]
+            style = {"color": colour, "marker": marker, "linestyle": STYLES[i % 4]}
+            points = _at_contexts([r for r in mine if r.budget == budget])
+            _line(axis, points, "acceptance_rate", 100, f"{label} {budget or ''}".strip(), style)
+    _context_axis(axis, runs)
+    axis.set_ylabel(f"acceptance rate (%), γ = {gamma}")
+    axis.set_title("Acceptance against context", fontsize=10)
+    axis.set_ylim(0, _ceiling(axis))
+    _legend(axis)
+
+
+def _speedups(axis, runs: list[Run]) -> None:
+    """A line a family: at each context its fastest arm."""
+    for name, (label, colour, marker) in FAMILIES.items():
+        if name == "ar":
+            continue
+        style = {"color": colour, "marker": marker, "linestyle": "--" if name.startswith("hf") else "-"}
+        points = []
+        for context, here in _at_contexts([r for r in runs if family(r) == name]):
+            arms = {(r.budget, r.gamma, r.select): [] for r in here}
+            for r in here:
+                arms[r.budget, r.gamma, r.select].append(r)
+            points.append((context, max(arms.values(), key=lambda rows: _median(rows, "speedup") or 0.0)))
+        _line(axis, points, "speedup", 1, label, style)
+    axis.axhline(1, color="0.35", linewidth=1)
+    _context_axis(axis, runs)
+    axis.set_ylabel("speedup over AR (×)")
+    axis.set_title("Speedup against context, fastest arm of each kind", fontsize=10)
+    axis.set_ylim(bottom=0)
+    _legend(axis)
+
+
+def _memory(axis, runs: list[Run]) -> None:
+    """Every arm at the longest context; numbers beside the points are budgets."""
+    longest = max(_nominal(r.context) for r in runs)
+    here = [r for r in runs if _nominal(r.context) == longest and r.peak_memory_bytes and r.tokens_per_second]
+    for name, (label, colour, marker) in FAMILIES.items():
+        mine = [r for r in here if family(r) == name]
+        if mine:
+            places = [(r.peak_memory_bytes / 1e6, r.tokens_per_second) for r in mine]
+            axis.plot(*zip(*places), linestyle="", color=colour, marker=marker, label=label, markersize=6)
+        best = {
+            b: max((r for r in mine if r.budget == b), key=lambda r: r.tokens_per_second)
+            for b in {r.budget for r in mine}
+        }
+        for budget, r in best.items():
+            if isinstance(budget, int):
+                place = (r.peak_memory_bytes / 1e6, r.tokens_per_second)
+                axis.annotate(str(budget), place, (4, 3), textcoords="offset points", fontsize=7, color="0.3")
+    axis.set(xlabel="peak memory: weights, KV caches, work (MB)", ylabel="decode speed (tokens/s)")
+    axis.set_title(f"Speed against memory at {_k(longest)}", fontsize=10)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.12)
+    _legend(axis)
+
+
+def _one_gamma(runs: list[Run]) -> tuple[list[Run], int | str]:
+    """The runs with the draft length that most of them have, a fixed one if there is any: rates compare at one γ."""
+    fixed = Counter(r.gamma for r in runs if r.gamma not in ("auto", 0, None))
+    gamma = fixed.most_common(1)[0][0] if fixed else "auto"
+    return [r for r in runs if r.gamma == gamma], gamma
+
+
+def _at_contexts(runs: list[Run]) -> list[tuple[int, list[Run]]]:
+    contexts = sorted({_nominal(r.context) for r in runs})
+    return [(c, [r for r in runs if _nominal(r.context) == c]) for c in contexts]
+
+
+def _line(axis, points: list[tuple[float, list[Run]]], field: str, factor: float, label: str, style: dict) -> None:
+    """Medians at each x, with the cells' own 95 % intervals where there are any."""
+    points = [(x, rows) for x, rows in points if _median(rows, field) is not None]
+    if not points:
+        return
+    xs, ys = zip(*[(x, factor * _median(rows, field)) for x, rows in points])
+    axis.plot(xs, ys, label=label, markersize=5, linewidth=1.4, **style)
+    ends = [[_median(rows, f"{field.removesuffix('_rate')}_{end}") for _, rows in points] for end in ("low", "high")]
+    if None not in (*ends[0], *ends[1]):
+        spread = [[abs(y - factor * e) for y, e in zip(ys, end)] for end in ends]
+        axis.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=style["color"], alpha=0.35, capsize=2, linewidth=1)
+
+
+def _context_axis(axis, runs: list[Run]) -> None:
+    contexts = sorted({_nominal(r.context) for r in runs})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts, [_k(c) for c in contexts])
+    axis.minorticks_off()
+    axis.set_xlabel("context (prompt tokens)")
+
+
+def _ceiling(axis) -> float:
+    """A round limit above everything drawn, so that panels are comparable and nothing sits on the edge."""
+    return min(100.0, 10 * math.ceil(axis.get_ylim()[1] / 10 + 0.5))
+
+
+def _legend(axis) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=7.5, ncols=2, handlelength=2.6, columnspacing=1.2)
 
 
 def _pyplot(path: Path):
@@ -99,11 +238,13 @@ def _write_figure(pyplot, figure, path: Path) -> None:
 
 
 def _comparable(run: Run) -> tuple:
+    if run.experiment:
+        return (run.experiment,)
     return run.target, run.drafter, run.machine, run.device, run.dtype, run.temperature, run.select == "official"
 
 
-def _budget_order(budget: int | str) -> float:
-    return float("inf") if budget == "full" else float(budget)
+def _budget_order(budget: int | str | None) -> float:
+    return float("inf") if budget == "full" else float(budget or 0)
 
 
 def _nominal(context: int) -> int:
@@ -117,9 +258,6 @@ def _k(context: int) -> str:
     return f"{context // 1024}k" if context % 1024 == 0 else str(context)
 
 
-def _median(runs: list[Run], context: int, budget: int | str, field: str) -> float | None:
-    from statistics import median
-
-    values = [getattr(r, field) for r in runs if _nominal(r.context) == context and r.budget == budget]
-    values = [v for v in values if v is not None]
+def _median(runs: list[Run], field: str) -> float | None:
+    values = [v for r in runs if (v := getattr(r, field)) is not None]
     return median(values) if values else None

@@ -66,7 +66,7 @@ ORDER = [
     ["train.distill_recipe", "train.pretrain_recipe"],
     ["model", "train.data", "bench.bench_recipe"],
     ["bench.cells", "bench.samples"],
-    ["bench.gates"],
+    ["bench.gates", "bench.paper"],
     ["report"],
     ["plots"],
     ["cache", "checkpoint", "train.view_forward", "train.optimizers", "train.corpus", "train.scratch"],

@@ -32,6 +32,7 @@ class Arm:
     select: Literal["window", "chunk"] = _setting("window", "what a bd drafter keeps of the prompt")
     positions: Literal["rebased", "absolute"] = _setting("rebased", "places of kept keys")
     drafter: str | None = _setting(None, "another drafter: folder, hub name, pocket, or naive")
+    contexts: tuple[int, ...] = _setting((), "only at these contexts; empty is all")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class BenchRecipe:
     samples: int = _setting(4, "prompts of each data set")
     max_new_tokens: int = _setting(128, "tokens written after each")
     warmup_samples: int = _setting(0, "first prompts that are run but not counted")
+    protocol: Literal["default", "paper"] = _setting("default", "paper: show the published figures beside ours")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "auto: bf16 where it is native")
     device: str = _setting("auto", "auto, cpu, cuda, ...")
     temperature: float = _setting(0.0, "0 is greedy")
@@ -61,6 +63,10 @@ class BenchRecipe:
     def __post_init__(self):
         if not any(arm is not None and arm.method == "ar" for arm in self.arms.values()):
             object.__setattr__(self, "arms", {"ar": Arm("ar"), **self.arms})
+
+    def arms_at(self, context: int) -> dict[str, Arm]:
+        """The arms that are measured at a context, in order."""
+        return {name: arm for name, arm in self.arms.items() if not arm.contexts or context in arm.contexts}
 
     def drafter_of(self, arm: Arm) -> str | None:
         """Name of the drafter that an arm uses; None where it has none."""
@@ -99,6 +105,11 @@ class BenchRecipe:
             yield f"{key}.budget", f"{arm.method} needs a number; the full cache is the method full"
         if isinstance(arm.budget, int) and (arm.budget < least or arm.method == "full"):
             yield f"{key}.budget", f"must be at least {least}" if arm.method != "full" else "full has no bound"
+        if (arm.contexts and arm.method == "ar") or not set(arm.contexts) <= set(self.contexts):
+            yield (
+                f"{key}.contexts",
+                "ar is measured at all contexts" if arm.method == "ar" else "must be among contexts",
+            )
         if arm.gamma != "auto" and arm.gamma < 1:
             yield f"{key}.gamma", "must be at least 1, or auto"
         if arm.method != "ar" and self.drafter_of(arm) is None and arm.method in ("window", "chunk"):

@@ -47,6 +47,10 @@ def bench(
     drafter: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
     naive: Annotated[str | None, typer.Option(help="Undistilled drafter of the arms window and chunk.")] = None,
     select: Annotated[str | None, typer.Option(help="What bd arms made of --budgets keep: window or chunk.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="paper: its settings and γ grids, and its figures beside ours. [default: default]"),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two prompts, 32 tokens: does everything run?")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what is stored already.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -57,7 +61,9 @@ def bench(
     from bdcli.bench.bench_recipe import BenchRecipe
     from bdcli.recipe import load_recipe
 
-    given = list(overrides or []) + list(QUICK if quick else ())
+    if protocol not in (None, "default", "paper"):
+        raise UserError(f"--protocol {protocol}: unknown", "Known: default, paper")
+    given = _protocol(protocol, recipe) + list(overrides or []) + list(QUICK if quick else ())
     plain = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     plain |= {"dtype": dtype, "device": device, "target": target, "drafter": drafter, "naive": naive}
     given += [f"{key}={json.dumps(value)}" for key, value in plain.items() if value is not None]
@@ -74,6 +80,15 @@ def bench(
     if arms is not None:
         settings = _only(settings, _words(arms))
     _measure(settings, db, fresh, dry_run, as_json, again=f"bdcli bench {recipe or ''}".rstrip())
+
+
+def _protocol(name: str | None, recipe: Path | None) -> list[str]:
+    """Overrides of a protocol. A recipe has settings of its own; then the protocol only says what is shown."""
+    if name != "paper":
+        return [] if name is None else [f"protocol={name}"]
+    from bdcli.bench.paper import settings
+
+    return settings() if recipe is None else ["protocol=paper"]
 
 
 def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool, again: str) -> None:
@@ -95,6 +110,10 @@ def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         print_table(sweep.runs())
+        if settings.protocol == "paper":
+            from bdcli.bench.paper import lines
+
+            typer.echo("\n" + "\n".join(lines(sweep.runs())))
     for cell in result["cells"]:
         if not cell["valid"]:
             note(f"invalid: {cell['dataset']} {cell['context']} {cell['arm']}: {cell['invalid_reason']}")

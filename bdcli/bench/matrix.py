@@ -24,6 +24,7 @@ from bdcli.bench.cells import cell_json, counted, digest, seal, summarise
 from bdcli.bench.gates import objections
 from bdcli.bench.methods import METHODS, Models
 from bdcli.bench.outcome import Held, MemoryMeter, Outcome
+from bdcli.bench.paper import beside
 from bdcli.bench.samples import Sample, ids_digest, load_samples
 from bdcli.checkpoint import fingerprint, resolve
 from bdcli.decode import target_reader
@@ -104,7 +105,7 @@ class Sweep:
     def plan(self) -> list[str]:
         """What the sweep will do, in lines."""
         r, todo = self.recipe, sum(len(self._missing(s, c)) for s, c in self._work)
-        total = len(self._work) * len(r.arms)
+        total = sum(len(r.arms_at(c)) for _, c in self._work)
         contexts = ", ".join(map(str, sorted(r.contexts)))
         counts = ", ".join(f"{len(samples)} of {name}" for name, samples in self.samples.items())
         lines = [
@@ -117,7 +118,7 @@ class Sweep:
 
     def run(self) -> dict:
         """Measure what is missing; returns {experiment, status, cells}. Ctrl-C ends it after the running arm."""
-        total = sum(self._cost(context) for _, context in self._work) * len(self.methods)
+        total = sum(self._cost(context) * len(self.recipe.arms_at(context)) for _, context in self._work)
         self._done = 0.0
         status = "interrupted"
         try:
@@ -132,7 +133,9 @@ class Sweep:
             for run in self.store.runs(self.key):
                 if run.status == "running":
                     self.store.update(run.run_id, status=status, finished_at=datetime.now(UTC))
-        return {"experiment": self.key, "status": status, "cells": [cell_json(run) for run in self.runs()]}
+        runs = self.runs()
+        result = {"experiment": self.key, "status": status, "cells": [cell_json(run) for run in runs]}
+        return result | ({"paper": beside(runs)} if self.recipe.protocol == "paper" else {})
 
     def runs(self) -> list[Run]:
         """Rows of all cells, by data set, context, and order of the recipe's arms."""
@@ -148,11 +151,11 @@ class Sweep:
     def _missing(self, sample: Sample, context: int) -> list[str]:
         """Arms that have not written on from this prompt."""
         have = self._rows(sample, context)
-        return [name for name in self.recipe.arms if name not in have]
+        return [name for name in self.recipe.arms_at(context) if name not in have]
 
     def _rows(self, sample: Sample, context: int) -> dict[str, Prompt]:
         found = {}
-        for name in self.recipe.arms:
+        for name in self.recipe.arms_at(context):
             run_id = self._cells.get((sample.dataset, context, name))
             rows = self.store.prompts(run_id) if run_id else []
             row = next((row for row in rows if row.index == sample.index), None)
@@ -162,9 +165,10 @@ class Sweep:
 
     def _measure(self, sample: Sample, context: int, turn: int, total: float, interrupted: Sequence) -> None:
         """One prompt: all arms that have not read it yet, the comparison with AR, the cells' rows."""
-        cells = {name: self._cell(sample.dataset, context, name, arm) for name, arm in self.recipe.arms.items()}
+        arms = self.recipe.arms_at(context)
+        cells = {name: self._cell(sample.dataset, context, name, arm) for name, arm in arms.items()}
         rows, share = self._rows(sample, context), self._cost(context)
-        names = list(self.recipe.arms)
+        names = list(arms)
         turned = [name for i in range(len(names)) if (name := names[(i + turn) % len(names)]) not in rows]
         self._done += share * len(rows)
         unsettled = self.greedy and any(r.output_equal is None and r.error is None for r in rows.values())
