@@ -133,11 +133,17 @@ def report(
     best: Annotated[
         bool, typer.Option("--best", help="Of each data set, context, method and budget the fastest valid cell.")
     ] = False,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Bench arms as rows, data sets and contexts as columns.")
+    ] = False,
     status: Annotated[str | None, typer.Option(help="done, failed, interrupted or running.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Newest runs to show; 0 shows all.")] = 0,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = "table",
     run: Annotated[str | None, typer.Option(help="One distil run: its acceptance grid, step by step.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw acceptance and speedup to a .png, .svg or .pdf file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write tables and pictures as one page that needs no other file.")
+    ] = None,
     db: DbOption = None,
 ) -> None:
     """Show stored runs, or with --run the curves of one."""
@@ -167,6 +173,14 @@ def report(
     if plot is not None:
         plots.plot(runs, plot)
         note(f"wrote {plot}")
+    if html is not None:
+        from bdcli.page import write_page
+
+        write_page(runs, html)
+        note(f"wrote {html}")
+    if side_by_side:
+        typer.echo(shown.markdown(*shown.side_by_side(runs)))
+        return
     if not runs and form == "table":
         note(f"no run in {store.name} fits; make one with: bdcli decode PROMPT_FILE")
     if form == "table":

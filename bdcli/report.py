@@ -54,16 +54,23 @@ def checked(runs: list[Run], store: Store) -> list[Run]:
     """
     known = {run.run_id: run for run in store.runs()}
     for run in runs:
-        if run.command != "bench" or run.status == "running":
+        if run.command != "bench":
+            continue
+        if run.status != "done" and run.seal is None:  # begun, nothing to show yet
+            _unjoin(run)
             continue
         ar = known.get(run.ar_run_id)
         mine, theirs = store.prompts(run.run_id), store.prompts(ar.run_id) if ar is not None else []
         why = [*join_objections(run, mine, ar, theirs), *seal_objections(run, mine, ar, theirs)]
         if why:
             run.valid, run.invalid_reason = False, "; ".join(why)
-            for name in JOINED:
-                setattr(run, name, None)
+            _unjoin(run)
     return runs
+
+
+def _unjoin(run: Run) -> None:
+    for name in JOINED:
+        setattr(run, name, None)
 
 
 def refused(runs: list[Run]) -> list[str]:
@@ -163,8 +170,13 @@ def as_csv(runs: list[Run]) -> str:
     return _csv(list(Run.model_fields), [run.model_dump(mode="json") for run in runs])
 
 
-def as_markdown(runs: list[Run]) -> str:
-    return _markdown(list(COLUMNS), rows(arranged(runs)))
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def asmarkdown(runs: list[Run]) -> str:
+    return markdown(list(COLUMNS), rows(arranged(runs)))
 
 
 def _csv(names: list[str], records: list[dict]) -> str:
@@ -174,11 +186,6 @@ def _csv(names: list[str], records: list[dict]) -> str:
     for record in records:
         writer.writerow({k: json.dumps(v) if isinstance(v, dict) else v for k, v in record.items()})
     return out.getvalue().rstrip("\n")
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def as_table(runs: list[Run]):
@@ -208,6 +215,47 @@ def print_table(runs: list[Run]) -> None:
     console.print(as_table(runs))
 
 
+def side_by_side(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: an arm a row, a data set and context a column, with speedup, its interval and tokens a second."""
+    cells = [r for r in arranged(runs) if r.command == "bench" and r.tokens_per_second is not None]
+    columns = list(dict.fromkeys((r.dataset, r.context) for r in cells))
+    arms = list(dict.fromkeys((r.arm, r.budget, r.gamma) for r in cells))
+    found = {((r.arm, r.budget, r.gamma), (r.dataset, r.context)): r for r in reversed(cells)}
+
+    def show(run: Run | None) -> str:
+        if run is None:
+            return ""
+        if not run.valid:
+            return "invalid"
+        return f"{run.speedup:.2f}× ({_interval(run)}) {run.tokens_per_second:.1f}"
+
+    head = [
+        "arm",
+        *(
+            f"{dataset} {context // 1024}k" if context % 1024 == 0 else f"{dataset} {context}"
+            for dataset, context in columns
+        ),
+    ]
+    return head, [[arm[0], *(show(found.get((arm, column))) for column in columns)] for arm in arms]
+
+
+def losses(runs: list[Run]) -> list[str]:
+    """Where our fastest budgeted drafter is beaten, or does not pay: one line a data set and context."""
+    lines = []
+    for key in dict.fromkeys((r.dataset, r.context) for r in arranged(runs)):
+        here = [r for r in runs if (r.dataset, r.context) == key and r.valid and r.speedup is not None]
+        ours = max((r for r in here if r.method == "bd"), key=lambda r: r.speedup, default=None)
+        if ours is None:
+            continue
+        ahead = [r for r in here if r.method != "bd" and r.speedup > ours.speedup]
+        for r in sorted(ahead, key=lambda r: -r.speedup):
+            sure = "beyond both intervals" if r.speedup_low > ours.speedup_high else "within the intervals"
+            lines.append(
+                f"{key[0]} at {key[1]}: {r.arm} {r.speedup:.2f}× ahead of {ours.arm} {ours.speedup:.2f}×, {sure}"
+            )
+    return lines
+
+
 def brief(runs: list[Run]) -> str:
     """One line on where a sweep stands: the fastest valid arm so far."""
     top = max((r for r in runs if r.valid and r.speedup is not None), key=lambda r: r.speedup, default=None)
@@ -234,6 +282,6 @@ def curves(evaluations: list[Evaluation], form: str) -> str:
         return _csv(list(Evaluation.model_fields), raw)
     head, *body = curve_rows(evaluations)
     if form == "markdown":
-        return _markdown(head, body)
+        return markdown(head, body)
     widths = [max(map(len, column)) for column in zip(head, *body)]
     return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)) for row in (head, *body))

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from bdcli import speculate
 from bdcli.baseline import teacher_force
+from bdcli.bench import samples as samples_room
 from bdcli.bench.methods import METHODS, EngineMethod
 from bdcli.bench.samples import load_samples
 from bdcli.checkpoint import POCKET
 from bdcli.decode import load_pair, target_reader
 from bdcli.errors import UserError
 from bdcli.options import DecodeOptions
+from bdcli.prompts import stdlib_text
 from bdcli.sampling import Verdict, best_tokens
 from bdcli.store import Store
 
@@ -49,6 +51,11 @@ CONTRACT = {
 }
 SMALL = ["bench", "--ctx", "200", "--samples", 2, "--max-new-tokens", 12, "--dtype", "float32"]
 BD = ["--methods", "bd", "--budgets", 64, "--gamma", 3]
+
+
+@pytest.fixture(autouse=True)
+def _short_corpus(monkeypatch):
+    monkeypatch.setattr(samples_room, "stdlib_text", lambda: stdlib_text()[:60_000])
 
 
 def cells(done):

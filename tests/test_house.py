@@ -69,6 +69,7 @@ ORDER = [
     ["bench.gates", "bench.paper"],
     ["report"],
     ["plots"],
+    ["page"],
     ["cache", "checkpoint", "train.view_forward", "train.optimizers", "train.corpus", "train.scratch"],
     ["train.trainer"],
     ["speculate", "train.acceptance"],

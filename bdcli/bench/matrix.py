@@ -10,7 +10,6 @@ is not stored yet.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -223,7 +222,6 @@ class Sweep:
     def _hold(self, prompt: list[int]) -> Held:
         """Read the prompt with the target, once for all arms."""
         self._held = None  # the cache before goes first
-        gc.collect()
         options = DecodeOptions(max_new_tokens=self.recipe.max_new_tokens)
         reader = target_reader(self.models.pair, options, len(prompt), self.gamma_max)
         started = time.perf_counter()
@@ -244,7 +242,6 @@ class Sweep:
         )
         try:
             method.prepare(prompt)
-            gc.collect()
             with meter.watch(held.target.model.device):
                 outcome = method.generate(prompt, held, self.recipe.seed + sample.index)
         except Exception as error:

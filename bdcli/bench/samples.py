@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdcli.errors import UserError
-from bdcli.prompts import encode
+from bdcli.prompts import encode, stdlib_text
 from bdcli.train.data import documents
 
 LONGBENCH = "longbench/"
@@ -84,13 +84,14 @@ def _rows(dataset: str, sources: Sequence[str]) -> Iterator[tuple[str, str, str]
     instruction = INSTRUCTIONS.get(dataset, "")
     for source in sources:
         path = Path(source).expanduser()
-        if path.suffix == ".jsonl" and path.is_file():
+        if source == "stdlib":
+            rows = iter([("held out", stdlib_text(), "")])
+        elif path.suffix == ".jsonl" and path.is_file():
             rows = _json_rows(path.stem, path.read_text("utf-8"), str(path))
         elif source.startswith(LONGBENCH) and not path.exists():
             rows = _json_rows(source, _longbench(source.removeprefix(LONGBENCH)), source)
         else:
-            found = documents(source)
-            rows = ((d.name, d.text, "") for d in found if d.held_out or source != "stdlib")
+            rows = ((d.name, d.text, "") for d in documents(source))
         for name, text, question in rows:
             yield name, text, question or instruction
 

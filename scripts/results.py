@@ -1,0 +1,236 @@
+"""Measure the pocket pair's matrix, and write RESULTS.md, README's table and docs/results.svg from the store.
+
+    python scripts/results.py measure --books FOLDER [--qmsum FILE.jsonl] [--lwm FILE.jsonl]   # goes on after a stop
+    python scripts/results.py render                                                         # from docs/results.db
+
+`measure` runs `bdcli bench` with recipes/bench_pocket.yaml, the paper's protocol with recipes/bench_paper.yaml, and one
+cell three times over, into a store of its own, and keeps what the pages show in docs/results.db.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bdcli.bench import paper
+from bdcli.plots import plot
+from bdcli.report import checked, losses, markdown, refused, side_by_side
+from bdcli.store import Run, Store
+
+ROOT = Path(__file__).parent.parent
+DB, PAGE, README, PICTURE = (ROOT / p for p in ("docs/results.db", "RESULTS.md", "README.md", "docs/results.svg"))
+WORK = ROOT / "runs" / "results.db"
+BEGIN, END = "<!-- table: scripts/results.py render -->", "<!-- end of table -->"
+REPEATED = ("bd-512",)  # measured three times over, at the shortest context
+SHOWN = ("bd-256", "bd-512", "bd-1024", "bd-2048", "full")  # README's rows
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def measure(
+    books: Annotated[Path, typer.Option(help="Folder of .txt books.")],
+    qmsum: Annotated[Path | None, typer.Option(help="LongBench rows, .jsonl.")] = None,
+    lwm: Annotated[Path | None, typer.Option(help="Documents to be summarised, .jsonl.")] = None,
+    paper_samples: Annotated[int, typer.Option(help="Prompts of the paper's protocol, one of them warm-up.")] = 4,
+    options: Annotated[
+        list[str] | None, typer.Option(help="More words for every bdcli bench; may be repeated.")
+    ] = None,
+) -> None:
+    """Run what is missing of every sweep, then render."""
+    WORK.parent.mkdir(exist_ok=True)
+    sets = [f"pg19={books}", *[f"{n}={p}" for n, p in (("longbench/qmsum", qmsum), ("lwm", lwm)) if p is not None]]
+    own, published = ROOT / "recipes" / "bench_pocket.yaml", ROOT / "recipes" / "bench_paper.yaml"
+    extra = [word for option in options or [] for word in option.split()]
+    _bench(own, "--datasets", sets[0], *extra)
+    for turn in range(3):
+        _bench(
+            own, "--datasets", sets[0], "--ctx", "4k", "--arms", ",".join(REPEATED), "--seed", str(100 + turn), *extra
+        )
+    _bench(published, "--datasets", ",".join(sets), "--samples", str(paper_samples), *extra)
+    keep()
+    render()
+
+
+def _bench(recipe: Path, *words: str) -> None:
+    command = [sys.executable, "-m", "bdcli", "bench", str(recipe), *words, "--db", str(WORK)]
+    print("$ bdcli bench " + " ".join(command[4:]), file=sys.stderr)
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise SystemExit("the sweep did not finish; start this script again to go on")
+
+
+@app.command()
+def keep() -> None:
+    """Copy to docs/results.db what the pages show: newest sweeps, without texts, and of the paper's grid the best."""
+    store = Store(str(WORK))
+    main, repeats, published = sweeps(store.runs())
+    best = {(r["dataset"], r["context"]): (r["budget"], r["gamma"]) for r in paper.beside(published)}
+    wanted = [r for r in published if r.method == "ar" or best.get((r.dataset, r.context)) == (r.budget, r.gamma)]
+    kept = {r.run_id for r in (*main, *repeats, *wanted)}
+    store.close()
+    DB.unlink(missing_ok=True)
+    shutil.copy(WORK, DB)
+    connection = sqlite3.connect(DB)
+    marks = ",".join("?" * len(kept))
+    connection.execute(f"DELETE FROM run WHERE run_id NOT IN ({marks})", sorted(kept))
+    connection.execute(f"DELETE FROM prompt WHERE run_id NOT IN ({marks})", sorted(kept))
+    connection.execute("UPDATE prompt SET text = ''")
+    connection.commit()
+    connection.execute("PRAGMA journal_mode = DELETE")
+    connection.execute("VACUUM")
+    connection.close()
+
+
+def sweeps(runs: list[Run]) -> tuple[list[Run], list[Run], list[Run]]:
+    """Cells of the newest full matrix, of the three repeats, and of the newest paper protocol; all in order."""
+    done = sorted((r for r in runs if r.command == "bench" and r.status == "done"), key=lambda r: r.started_at)
+    published = [r for r in done if r.config.get("protocol") == "paper"]
+    own = [r for r in done if r.config.get("protocol") != "paper"]
+    sizes = Counter(r.experiment for r in own)
+    large = [r for r in own if sizes[r.experiment] > 2]
+    small = list(dict.fromkeys(r.experiment for r in own if sizes[r.experiment] == 2))[-3:]
+    return (
+        [r for r in large if r.experiment == large[-1].experiment],
+        [r for r in own if r.experiment in small],
+        [r for r in published if r.experiment == published[-1].experiment],
+    )
+
+
+def load() -> tuple[list[Run], list[Run], list[Run]]:
+    """The kept cells, held against their baselines and seals. Reads a copy, so that docs/results.db stays as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "results.db"
+        shutil.copy(DB, copy)
+        store = Store(str(copy))
+        found = sweeps(checked(store.runs(), store))
+        store.close()
+    return found
+
+
+@app.command()
+def render() -> None:
+    """Write RESULTS.md, README's table and the picture."""
+    found = load()
+    PAGE.write_text(results_page(*found), "utf-8")
+    text = README.read_text("utf-8")
+    head, rest = text.split(BEGIN)
+    README.write_text(head + BEGIN + "\n" + readme_table(found[0]) + "\n" + END + rest.split(END)[1], "utf-8")
+    plot(found[0], PICTURE)
+
+
+def readme_table(main: list[Run]) -> str:
+    names = "context, budget, acceptance, outside loops, mean length, AR tok/s, tok/s, speedup, 95 %, loops, entries"
+    lines = ["| " + names.replace(", ", " | ") + " |", "|" + " ---: |" * len(names.split(", "))]
+    for run in sorted((r for r in main if r.arm in SHOWN), key=lambda r: (r.context, SHOWN.index(r.arm))):
+        lines.append("| " + " | ".join(_readme_row(run)) + " |")
+    return "\n".join([*lines, "", set_up(main)])
+
+
+def _readme_row(run: Run) -> list[str]:
+    clean = run.acceptance_rate_no_loops
+    return [
+        f"{run.context // 1024}k",
+        str(run.budget),
+        f"{run.acceptance_rate:.1%}",
+        f"{clean:.1%}" if clean is not None else "none clean",
+        f"{run.mean_accepted_length:.2f}",
+        f"{run.ar_tokens_per_second:.1f}",
+        f"{run.tokens_per_second:.1f}",
+        f"{run.speedup:.2f}×",
+        f"{run.speedup_low:.2f}–{run.speedup_high:.2f}",
+        f"{run.loop_rate:.0%}",
+        str(run.max_drafter_entries),
+    ]
+
+
+def set_up(runs: list[Run]) -> str:
+    """One line: prompts, settings, machine, versions, commit."""
+    run = runs[0]
+    datasets = ", ".join(dict.fromkeys(r.dataset for r in runs))
+    packages = ", ".join(f"{name} {run.versions[name]}" for name in ("torch", "transformers") if name in run.versions)
+    return (
+        f"{run.prompts} prompts of {datasets}, {run.config['max_new_tokens']} new tokens each, {run.dtype}, "
+        f"{'greedy' if run.temperature == 0 else f'temperature {run.temperature}'}. "
+        f"{run.machine}; {packages}; commit {run.git_revision}."
+    )
+
+
+COLUMNS = {
+    "context": lambda r: f"{r.context // 1024}k",
+    "arm": lambda r: r.arm,
+    "acceptance": lambda r: _rate(r.acceptance_rate),
+    "outside loops": lambda r: _rate(r.acceptance_rate_no_loops),
+    "mean length": lambda r: f"{r.mean_accepted_length:.2f}",
+    "tok/s": lambda r: f"{r.tokens_per_second:.1f}",
+    "speedup": lambda r: f"{r.speedup:.2f}×",
+    "95 %": lambda r: f"{r.speedup_low:.2f}–{r.speedup_high:.2f}",
+    "outside loops ": lambda r: "" if r.speedup_no_loops is None else f"{r.speedup_no_loops:.2f}×",
+    "first token": lambda r: f"{r.ttft_s:.2f} s",
+    "memory": lambda r: f"{r.peak_memory_bytes / 1e6:.0f} MB",
+    "drafter KV": lambda r: "" if not r.drafter_kv_bytes else f"{r.drafter_kv_bytes / 1e6:.2f} MB",
+    "equal to AR": lambda r: ("yes" if r.output_equal else "NO") + (f", {r.ties} ties" if r.ties else ""),
+}
+
+
+def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> str:
+    """RESULTS.md, every number of it from the store."""
+    ar = [r for r in main if r.method == "ar"]
+    unsteady = ", ".join(f"{r.ar_variation:.1%} at {r.context // 1024}k" for r in ar)
+    spread = max(r.ar_variation for r in ar)
+    parts = [
+        "# Results\n\nWritten by `scripts/results.py render` from `docs/results.db`; a test compares the two. "
+        "See README for the terms.\n",
+        set_up(main),
+        f"\nTolerance: AR's speed over the prompts of a cell varies by {unsteady} (standard deviation / mean), so "
+        f"ratios closer than about {2 * spread:.0%} are not told apart; intervals are 95 % bootstraps over prompts. "
+        "In bf16 a text counts as equal when every differing choice lies within four times the measured logit error.\n",
+        "## Side by side\n\nSpeedup over AR (95 % interval), tokens per second. Arms named -g5 and -g8 draft that "
+        "many tokens a round; the others choose as they go. Peers (hf-) run the same weights, prompts, dtype and stop "
+        "rules in transformers, each with the faster of the caches it supports.\n",
+        markdown(*side_by_side(main)),
+        "\n![acceptance, speed and memory](docs/results.svg)\n",
+        "## Where we are beaten\n\nBy data set and context, every arm faster than our fastest budgeted one.\n",
+        "\n".join(f"* {line}" for line in losses(main)) or "Nowhere in this matrix.",
+        "\n## Every cell\n",
+        markdown(list(COLUMNS), [[show(r) for show in COLUMNS.values()] for r in main if r.tokens_per_second]),
+        "",
+        "\n".join(f"* {line.partition(' (')[0]}: {line.rpartition('): ')[2]}" for line in refused(main)),
+        *_repeats(repeats),
+        "\n## The paper's protocol\n\nGreedy, 256 new tokens, first prompt warm-up, the fastest γ of a grid for every "
+        f"cell ({published[0].prompts} prompts counted here, 9 there).\n"
+        if published
+        else "",
+        "\n".join(paper.lines(published)) if published else "",
+    ]
+    return "\n".join(part for part in parts if part != "") + "\n"
+
+
+def _repeats(repeats: list[Run]) -> list[str]:
+    """The same cell three times, and whether its intervals cover each other."""
+    cells = [r for r in repeats if r.method != "ar"]
+    if not cells:
+        return []
+    cover = max(r.speedup_low for r in cells) <= min(r.speedup_high for r in cells)
+    shown = "; ".join(f"{r.speedup:.2f}× ({r.speedup_low:.2f}–{r.speedup_high:.2f})" for r in cells)
+    verdict = "cover" if cover else "do NOT cover"
+    first = cells[0]
+    return [
+        f"\n## The same cell again\n\n{first.arm} at {first.context // 1024}k, measured {len(cells)} times: {shown}. "
+        f"The intervals {verdict} each other."
+    ]
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+if __name__ == "__main__":
+    app()
