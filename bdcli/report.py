@@ -175,7 +175,7 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def asmarkdown(runs: list[Run]) -> str:
+def as_markdown(runs: list[Run]) -> str:
     return markdown(list(COLUMNS), rows(arranged(runs)))
 
 

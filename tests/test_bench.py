@@ -135,9 +135,11 @@ def test_samples_are_the_number_in_all_and_prompt_files_one_data_set(cli, tmp_pa
     assert [p.source.split("@")[0] for p in Store().prompts(cell["run_id"])] == ["a", "b", "a"]
 
 
-def test_an_interrupted_sweep_goes_on_and_nothing_is_run_twice(cli):
+def test_an_interrupted_sweep_goes_on_and_nothing_is_run_twice(cli, tmp_path):
     """Killed for good while it writes; the next start keeps every finished text."""
-    four = ["4" if word == 2 else str(word) for word in [*SMALL, *BD]]
+    text = tmp_path / "text.txt"
+    text.write_text(stdlib_text()[:30_000])
+    four = ["4" if word == 2 else str(word) for word in [*SMALL, *BD, "--prompts", text]]
     words = [sys.executable, "-m", "bdcli", *four]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not (Store().runs() and any(Store().prompts(r.run_id) for r in Store().runs())):
