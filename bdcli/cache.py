@@ -85,12 +85,21 @@ class FullCache(_Cache):
     def end_prefill(self) -> None:
         self.length = self.peak_entries = self._prompt
 
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[2]
+
+    def admit(self, start: int, rows: int) -> None:
+        """Refuse rows that the cache has no room for, and count the entries held with them."""
+        stop = start + rows - self.shift
+        if stop > self.slots:
+            raise RuntimeError(f"cache of {self.slots} entries cannot hold {stop}")
+        self.peak_entries = max(self.peak_entries, stop)
+
     def plan(self, start: int, rows: int) -> tuple:
         """Slots, RoPE rows and additive mask for positions start..start+rows-1, shared by all layers."""
+        self.admit(start, rows)
         stop = start + rows - self.shift
-        if stop > self.keys.shape[2]:
-            raise RuntimeError(f"cache of {self.keys.shape[2]} entries cannot hold {stop}")
-        self.peak_entries = max(self.peak_entries, stop)
         mask = None
         if rows > 1:
             mask = self._zeros(rows, stop)
@@ -227,12 +236,23 @@ class BudgetCache(_Cache):
 
     # -- one forward
 
-    def plan(self, start: int, rows: int) -> tuple:
-        """(start, rows, RoPE rows at true positions, RoPE rows at ranks or None, additive mask over all B slots)."""
+    def admit(self, start: int, rows: int) -> None:
+        """Refuse rows that the cache has no room for, or whose view a rollback has destroyed."""
         if start + rows > self.capacity:
             raise RuntimeError(f"positions up to {start + rows} exceed the {self.capacity} planned")
         if self._written - start > self.view.gamma_max + 1 and self._prompt is None:
             raise RuntimeError("rolled back further than the draft tail allows")
+
+    def count(self, stop: int) -> None:
+        """Entries held once everything before position `stop` has been stored."""
+        ring = min(max(stop - self._oldest, 0), self.view.ring)
+        self.peak_entries = max(self.peak_entries, min(stop, self.view.sinks) + self.view.chosen + ring)
+        if self._prompt is None:
+            self._written = max(self._written, stop)
+
+    def plan(self, start: int, rows: int) -> tuple:
+        """(start, rows, RoPE rows at true positions, RoPE rows at ranks or None, additive mask over all B slots)."""
+        self.admit(start, rows)
         at_rank = None
         if self.view.rebased:  # nothing is chosen yet while the prompt is read
             last = self.view.last_rank - (self.view.chosen if self._prompt is not None else 0)
@@ -263,7 +283,6 @@ class BudgetCache(_Cache):
         q_rank = q if at_rank is None else self.rope.rotate(qk[:, : self.heads], at_rank)
         if self._prompt is None:
             self._store(layer, start, k, v)
-            self._written = max(self._written, start + rows)
             return q, q_rank, None
         past = None
         if self.view.chosen:
@@ -296,8 +315,7 @@ class BudgetCache(_Cache):
             slots = torch.where(positions < view.sinks, positions, view.prefix + positions % view.ring)
             self.keys[layer][:, :, slots] = k.permute(1, 2, 0)
             self.values[layer][:, slots] = v.transpose(0, 1)
-        ring = min(max(stop - self._oldest, 0), view.ring)
-        self.peak_entries = max(self.peak_entries, min(stop, view.sinks) + view.chosen + ring)
+        self.count(stop)
 
     def _recent(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prefill block: keys [Hkv, D, K], values [Hkv, K, D] and positions [K] of sinks, earlier window and block."""

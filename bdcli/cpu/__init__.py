@@ -1,0 +1,1 @@
+"""Compiled decoding on x86-64 processors: KV and weights read once a step, at memory speed."""

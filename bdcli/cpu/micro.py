@@ -1,0 +1,170 @@
+"""Two register-blocked products that the whole engine is made of, for 1 to 8 rows at a time.
+
+    rows_dot     y[r, n] = Σ_k W[n, k] x[r, k]       W row-major as in a checkpoint: every linear layer and the lm head
+    panels       y[r, j] += Σ_s P[s, j] x[r, s]      P in panels of 16 columns: scores from keys, outputs from values
+
+What makes a value, and in which order, never depends on how many rows are computed together: one row alone gives bit
+for bit what it gives among others. So verifying many tokens at once writes exactly the text of plain decoding, in
+every dtype.
+
+`kind` says how numbers are stored and multiplied:
+    FLOATS  floats
+    PAIRS   bf16 pairs, widened to floats by a shift and a mask; x stays float
+A *step* is what one multiplication takes of W or P: 64 bytes, 16 floats or 16 pairs. (The processor's own bf16 dot
+instruction was tried and was no faster; it would round x.)
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.core import cgutils
+
+from bdcli.cpu.simd import (
+    F32,
+    F32S,
+    I32S,
+    I64,
+    WIDE,
+    compiled,
+    constant,
+    fma,
+    load,
+    pointer,
+    splat,
+    tree,
+    widen_pairs,
+)
+
+FLOATS, PAIRS = KINDS = 0, 1
+MAX_ROWS = 8
+STEP_BYTES = 64
+
+
+def _columns(rows: int) -> int:
+    """Weight rows, or panels, that share the registers with `rows` rows of x."""
+    if WIDE:
+        return 4 if rows <= 4 else 2
+    return 2 if rows <= 2 else 1
+
+
+def _multiply(builder, kind, sums, weights, x):
+    """sums[r][n] += weights[n] · x[r]; x[r] as `_read_x_*` gave it."""
+    for n, w in enumerate(weights):
+        parts = widen_pairs(builder, w) if kind == PAIRS else (w,)
+        for row, values in zip(sums, x):
+            total = builder.load(row[n], typ=F32S)
+            for part, value in zip(parts, values):
+                total = fma(builder, part, value, total)
+            builder.store(total, row[n])
+
+
+def _by_rows_and_kind(builder, rows, kind, emit):
+    """Code for each row count and kind, entered by a switch: inside, both are constants."""
+    done = builder.append_basic_block("done")
+    switch = builder.switch(builder.add(builder.mul(kind, I64(MAX_ROWS + 1)), rows), done)
+    for each in KINDS:
+        for count in range(1, MAX_ROWS + 1):
+            block = builder.append_basic_block(f"rows{count}kind{each}")
+            switch.add_case(I64(each * (MAX_ROWS + 1) + count), block)
+            builder.position_at_end(block)
+            emit(count, each)
+            builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _accumulators(builder, rows, columns):
+    return [[cgutils.alloca_once(builder, F32S) for _ in range(columns)] for _ in range(rows)]
+
+
+def _offset(builder, base, *terms):
+    for count, size in terms:
+        base = builder.add(base, builder.mul(count if not isinstance(count, int) else I64(count), size))
+    return base
+
+
+@compiled(types.void, *[types.int64] * 9)
+def rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
+    """y[r, n] for n < shape >> 32 and k over (shape & 0xffffffff) steps. `*_row` are bytes between rows.
+
+    x is float; for PAIRS each 32 of it are the 16 even ones, then the 16 odd ones.
+    """
+    count, steps = builder.lshr(shape, I64(32)), builder.and_(shape, I64(0xFFFFFFFF))
+
+    def some(rows, kind, columns, first):
+        sums = _accumulators(builder, rows, columns)
+        for row in sums:
+            for total in row:
+                builder.store(constant(0.0), total)
+        word = I32S if kind == PAIRS else F32S
+        x_step = 128 if kind == PAIRS else 64
+        start = _offset(builder, w, (first, w_row))
+        with cgutils.for_range(builder, steps) as loop:
+            at = builder.add(start, builder.mul(loop.index, I64(STEP_BYTES)))
+            weights = [load(builder, _offset(builder, at, (n, w_row)), word) for n in range(columns)]
+            from_x = builder.add(x, builder.mul(loop.index, I64(x_step)))
+            values = []
+            for r in range(rows):
+                here = _offset(builder, from_x, (r, x_row))
+                more = [load(builder, builder.add(here, I64(64)), F32S)] if kind == PAIRS else []
+                values.append([load(builder, here, F32S), *more])
+            _multiply(builder, kind, sums, weights, values)
+        for r, row in enumerate(sums):
+            for n, total in enumerate(row):
+                value = tree(builder, builder.load(total, typ=F32S), builder.fadd)
+                place = _offset(builder, y, (r, y_row), (builder.add(first, I64(n)), I64(4)))
+                builder.store(value, pointer(builder, place), align=4)
+
+    def all_of(rows, kind):
+        columns = _columns(rows)
+        whole = builder.mul(builder.udiv(count, I64(columns)), I64(columns))
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(columns), intp=I64) as (first, _):
+            some(rows, kind, columns, first)
+        with cgutils.for_range_slice(builder, whole, count, I64(1), intp=I64) as (first, _):
+            some(rows, kind, 1, first)
+
+    _by_rows_and_kind(builder, rows, kind, all_of)
+
+
+@compiled(types.void, *[types.int64] * 10)
+def panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape):
+    """y[r, 16 j + lane] += Σ_s over shape >> 32 panels j and (shape & 0xffffffff) steps s; y is float.
+
+    Panel j's step s lies at p + j·p_panel + s·p_step: 16 floats, or 16 bf16 pairs whose halves belong to two
+    neighbouring values of x.
+    """
+    count, steps = builder.lshr(shape, I64(32)), builder.and_(shape, I64(0xFFFFFFFF))
+
+    def some(rows, kind, columns, first):
+        sums = _accumulators(builder, rows, columns)
+        places = [
+            [_offset(builder, y, (r, y_row), (builder.add(first, I64(j)), I64(64))) for j in range(columns)]
+            for r in range(rows)
+        ]
+        for row, at in zip(sums, places):
+            for total, place in zip(row, at):
+                builder.store(load(builder, place, F32S, 4), total)
+        word = I32S if kind == PAIRS else F32S
+        start = _offset(builder, p, (first, p_panel))
+        with cgutils.for_range(builder, steps) as loop:
+            at = builder.add(start, builder.mul(loop.index, p_step))
+            weights = [load(builder, _offset(builder, at, (j, p_panel)), word) for j in range(columns)]
+            from_x = builder.add(x, builder.mul(loop.index, I64(8 if kind == PAIRS else 4)))
+            values = []
+            for r in range(rows):
+                here = _offset(builder, from_x, (r, x_row))
+                more = [load(builder, builder.add(here, I64(4)), F32, 4)] if kind == PAIRS else []
+                values.append([splat(builder, v) for v in (load(builder, here, F32, 4), *more)])
+            _multiply(builder, kind, sums, weights, values)
+        for row, at in zip(sums, places):
+            for total, place in zip(row, at):
+                builder.store(builder.load(total, typ=F32S), pointer(builder, place), align=4)
+
+    def all_of(rows, kind):
+        columns = _columns(rows)
+        whole = builder.mul(builder.udiv(count, I64(columns)), I64(columns))
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(columns), intp=I64) as (first, _):
+            some(rows, kind, columns, first)
+        with cgutils.for_range_slice(builder, whole, count, I64(1), intp=I64) as (first, _):
+            some(rows, kind, 1, first)
+
+    _by_rows_and_kind(builder, rows, kind, all_of)

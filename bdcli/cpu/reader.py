@@ -1,0 +1,198 @@
+"""A reader whose steps are compiled: the same interface as `speculate.Reader`, one call into machine code a forward.
+
+Prefill stays torch's (its GEMMs are the fastest there are); decoding and drafting read the model's own weights in place.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from bdcli.cpu import layout as of
+from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
+from bdcli.cpu.micro import FLOATS, PAIRS
+from bdcli.cpu.pool import pool
+from bdcli.errors import NonFiniteError
+from bdcli.model import Layer, Model
+from bdcli.rope import RopeTable
+from bdcli.sampling import Sampling
+from bdcli.speculate import Reader
+
+VECTORS = {  # fields of a layer that are few numbers and kept as floats
+    of.ATTENTION_NORM: "attention_norm",
+    of.QKV_BIAS: "qkv_bias",
+    of.QK_NORM: "qk_norm",
+    of.OUT_BIAS: "out_bias",
+    of.MLP_NORM: "mlp_norm",
+    of.GATE_UP_BIAS: "gate_up_bias",
+    of.DOWN_BIAS: "down_bias",
+}
+MATRICES = {of.QKV: "qkv", of.OUT: "out", of.GATE_UP: "gate_up", of.DOWN: "down"}
+
+
+class CompiledReader(Reader):
+    """`cache` is one of `bdcli.cpu.caches`. Calls use the process's one pool of threads."""
+
+    def __init__(
+        self,
+        model: Model,
+        cache: PanelFullCache | PanelOfficialCache | PanelBudgetCache,
+        vocab: int | None = None,
+    ):
+        super().__init__(model, cache, vocab)
+        self._kept: list[Tensor] = []  # what addresses in the tables point to
+        self._pool = pool()
+        self._table: Tensor | None = None
+
+    # -- tables
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _floats(self, tensor: Tensor | None) -> int:
+        return self._address(None if tensor is None else tensor.float().contiguous())
+
+    def _build(self) -> None:
+        """The model's table and scratch for steps of up to MAX_CALL_ROWS rows. Called once the prompt is read."""
+        m, c, cache = self.model, self.model.config, self.cache
+        size = of.MODEL_FIELDS + c.layers * of.LAYER_FIELDS
+        self._table = torch.zeros(size, dtype=torch.int64)
+        rope = RopeTable(c.rope, cache.capacity, cache.total_length, torch.float32, m.device)
+        fields = {
+            of.KIND: PAIRS if m.dtype is torch.bfloat16 else FLOATS,
+            of.HIDDEN: c.hidden_size,
+            of.INNER: c.intermediate_size,
+            of.LAYERS: c.layers,
+            of.HEADS: c.heads,
+            of.KV_HEADS: c.kv_heads,
+            of.DIM: c.head_dim,
+            of.VOCAB: c.vocab_size,
+            of.EMBEDDING: self._address(m.embedding),
+            of.FINAL_NORM: self._floats(m.norm),
+            of.HEAD: self._address(m.head),
+            of.COS: self._floats(rope.cos[:, 0, : c.head_dim // 2]),
+            of.SIN: self._floats(rope.sin[:, 0, c.head_dim // 2 :]),
+            **cache.geometry,
+        }
+        for field, value in fields.items():
+            self._table[field] = value
+        _set_float(self._table, of.EPS, c.norm_eps)
+        _set_float(self._table, of.SCALE, c.head_dim**-0.5)
+        for i, layer in enumerate(m.layers):
+            at = of.MODEL_FIELDS + i * of.LAYER_FIELDS
+            for field, value in self._layer_fields(i, layer).items():
+                self._table[at + field] = value
+        self._call = torch.zeros(of.CALL_FIELDS, dtype=torch.int64)
+        self._plan_scratch()
+
+    def _layer_fields(self, i: int, layer: Layer) -> dict[int, int]:
+        cache = self.cache
+        vectors = {field: self._floats(getattr(layer, name)) for field, name in VECTORS.items()}
+        matrices = {field: self._address(getattr(layer, name).contiguous()) for field, name in MATRICES.items()}
+        panels = {of.KEYS: cache.panel_keys[i].data_ptr(), of.VALUES: cache.panel_values[i].data_ptr()}
+        return vectors | matrices | panels
+
+    def _plan_scratch(self) -> None:
+        c, rows, threads = self.model.config, of.MAX_CALL_ROWS, self._pool.threads
+        width = c.heads * c.head_dim
+        chunks = -(-self.cache.slots // of.CHUNK)
+        shared = {
+            of.ARRIVED: 64,
+            of.CLAIMS: 3 * 64,
+            of.X: 4 * rows * c.hidden_size,
+            of.QUERIES: 4 * rows * width,
+            of.RANK_QUERIES: 4 * rows * width,
+            of.PARTS: 4 * chunks * rows * c.heads * (2 + c.head_dim),
+            of.GATED: 4 * rows * c.intermediate_size,
+        }
+        own = {
+            of.NARROW: 4 * rows * max(c.hidden_size, width),
+            of.TILE: 4 * rows * max(of.TILE_COLUMNS, c.head_dim),
+            of.UNSEEN: 16 * rows * of.UNSEEN_RANGES,
+            of.SCORES: 4 * 8 * of.BLOCK,
+        }
+        offset = 0
+        for field, size in own.items():
+            self._call[field] = offset
+            offset += -(-size // 64) * 64
+        self._call[of.OWN_BYTES] = offset
+        shared[of.OWN] = offset * threads
+        total = sum(-(-size // 64) * 64 for size in shared.values()) + 64
+        memory = torch.zeros(total, dtype=torch.uint8)
+        at = -(-self._address(memory) // 64) * 64
+        for field, size in shared.items():
+            self._call[field] = at
+            at += -(-size // 64) * 64
+        self._arrived = memory[int(self._call[of.ARRIVED]) - memory.data_ptr() :][: 4 * 64].view(torch.int64)
+        self._call[of.THREADS] = threads
+
+    # -- steps
+
+    def feed(self, tokens: list[int], rows: int) -> Tensor:
+        """As `Reader.feed`; a row's logits do not depend on the other rows."""
+        logits = torch.empty(rows, self.model.config.vocab_size)
+        known, block = self._known(tokens), min(of.MAX_CALL_ROWS, self.cache.max_rows)
+        done = 0
+        head = (len(known) - rows) % block or block  # so that whole blocks of rows with logits follow
+        while done < len(known):
+            take = min(block if done else min(head, len(known)), len(known) - done)
+            wanted = max(0, min(take, done + take - (len(known) - rows)))
+            at = max(0, done - (len(known) - rows))
+            self._step(known[done : done + take], wanted, logits[at : at + wanted])
+            done += take
+        return self._aligned(logits)
+
+    def _step(self, tokens: list[int], wanted: int, logits: Tensor) -> None:
+        call = self._begin(tokens, 0)
+        call[of.LOGIT_ROWS], call[of.LOGITS] = wanted, logits.data_ptr()
+        self._run(len(tokens))
+
+    def _begin(self, tokens: list[int], drafts: int) -> Tensor:
+        if self._table is None:
+            self._build()
+        read = len(tokens) + max(0, drafts - 1)
+        self.cache.admit(self.cache.length, read)
+        self._tokens = torch.tensor([*tokens, *[0] * drafts])
+        call = self._call
+        call[of.ROWS], call[of.START], call[of.TOKENS] = len(tokens), self.cache.length, self._tokens.data_ptr()
+        call[of.DRAFT] = drafts
+        self._arrived.zero_()
+        return call
+
+    def _run(self, read: int) -> None:
+        self._pool.run(self._table.data_ptr(), self._call.data_ptr())
+        self.cache.length += read
+        self.cache.count(self.cache.length)
+
+    def draft(self, tokens: list[int], gamma: int, sampling: Sampling, seed: int, counter: int):
+        """`gamma` tokens after `tokens`, each read but the last, in one call; with q [γ, V] when sampling, else None."""
+        block = min(of.MAX_CALL_ROWS, self.cache.max_rows)
+        tokens = self._known(tokens)
+        while len(tokens) > block:
+            self._step(tokens[:block], 0, torch.empty(0))
+            tokens = tokens[block:]
+        own = self.model.config.vocab_size
+        logits = torch.empty(own)
+        q = None if sampling.greedy else torch.zeros(gamma, self.vocab)
+        call = self._begin(tokens, gamma)
+        call[of.LOGIT_ROWS], call[of.LOGITS], call[of.KNOWN] = 1, logits.data_ptr(), min(own, self.vocab)
+        call[of.Q_ROWS] = 0 if q is None else q.data_ptr()
+        if q is not None:
+            call[of.Q_STRIDE], call[of.TOP_K], call[of.SEED], call[of.COUNTER] = 4 * self.vocab, sampling.top_k, seed, counter
+            _set_float(call, of.TEMPERATURE, sampling.temperature)
+            _set_float(call, of.TOP_P, sampling.top_p)
+        self._run(len(tokens) + gamma - 1)
+        drafted = self._tokens[len(tokens) :].tolist()
+        if min(drafted) < 0:
+            raise NonFiniteError("drafter")
+        return drafted, q
+
+
+def _set_float(table: Tensor, field: int, value: float) -> None:
+    table.view(torch.float32)[2 * field] = value

@@ -1,0 +1,147 @@
+"""What happens to rows of floats between attentions: linear layers, norms, rotations, embeddings, the gated MLP.
+
+A *packed* row is laid out as `micro.rows_dot` reads it: for bf16 weights each 32 floats are the 16 even ones, then the
+16 odd ones. Strides are bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from bdcli.cpu import layout as of
+from bdcli.cpu.layout import field, number
+from bdcli.cpu.micro import MAX_ROWS, PAIRS, rows_dot
+from bdcli.cpu.simd import evens, get, get_bf16, get_i64, odds, put, spread, total, vexp, vfma, vmax
+
+
+@njit(nogil=True)
+def linear(kind, weight, width, x, rows, y, y_row, columns):
+    """y[r, c] of `rows` packed rows x of `width` floats and `columns` rows of `weight`. Strides of y in bytes."""
+    row_bytes = width * (2 if kind == PAIRS else 4)
+    shape = (columns << 32) | (row_bytes // 64)
+    blocks = -(-rows // MAX_ROWS)
+    first = 0
+    for i in range(blocks):
+        count = (rows - first) // (blocks - i)
+        rows_dot(count, kind, weight, row_bytes, x + first * width * 4, width * 4, y + first * y_row, y_row, shape)
+        first += count
+
+
+@njit(nogil=True)
+def pack_pair(kind, at, a, b):
+    """Store 32 neighbouring floats the way `rows_dot` reads them."""
+    put(at, evens(a, b) if kind == PAIRS else a)
+    put(at + 64, odds(a, b) if kind == PAIRS else b)
+
+
+@njit(nogil=True)
+def inverse_root(x):
+    return spread(np.float32(1) / np.float32(math.sqrt(x)))
+
+
+@njit(nogil=True)
+def normed(model, x, rows, weight, out):
+    """RMSNorm (Zhang & Sennrich 2019) of rows [rows, HIDDEN], packed into `out`."""
+    hidden, kind = field(model, of.HIDDEN), field(model, of.KIND)
+    for r in range(rows):
+        row, into = x + 4 * r * hidden, out + 4 * r * hidden
+        squares = spread(np.float32(0))
+        for i in range(0, 4 * hidden, 64):
+            squares = vfma(get(row + i), get(row + i), squares)
+        factor = spread(
+            np.float32(1) / np.float32(math.sqrt(total(squares) / np.float32(hidden) + number(model, of.EPS)))
+        )
+        for i in range(0, 4 * hidden, 128):
+            pack_pair(
+                kind,
+                into + i,
+                get(row + i) * factor * get(weight + i),
+                get(row + i + 64) * factor * get(weight + i + 64),
+            )
+
+
+@njit(nogil=True)
+def add_bias(y, rows, y_row, bias, columns):
+    """`bias` is 0, or the address of `columns` floats, a multiple of 16."""
+    if bias != 0:
+        for r in range(rows):
+            for i in range(0, 4 * columns, 64):
+                put(y + r * y_row + i, get(y + r * y_row + i) + get(bias + i))
+
+
+@njit(nogil=True)
+def embed(model, call, thread, rows, tokens):
+    """Embedding rows of the tokens into X; rows are shared out between the threads."""
+    hidden, threads, pairs = field(model, of.HIDDEN), field(call, of.THREADS), field(model, of.KIND) == PAIRS
+    for r in range(thread, rows, threads):
+        token, into = get_i64(tokens + 8 * r), field(call, of.X) + 4 * r * hidden
+        for i in range(0, hidden, 16):
+            if pairs:
+                put(into + 4 * i, get_bf16(field(model, of.EMBEDDING) + 2 * (token * hidden + i)))
+            else:
+                put(into + 4 * i, get(field(model, of.EMBEDDING) + 4 * (token * hidden + i)))
+
+
+@njit(nogil=True)
+def rotate(model, source, position, into, scale):
+    """A head of D floats, rotated to `position` and scaled; `source` may be `into`."""
+    half = field(model, of.DIM) // 2
+    cos, sin = field(model, of.COS) + 4 * position * half, field(model, of.SIN) + 4 * position * half
+    factor = spread(scale)
+    for i in range(0, 4 * half, 64):
+        a, b = get(source + i), get(source + 4 * half + i)
+        c, s = get(cos + i) * factor, get(sin + i) * factor
+        put(into + i, a * c - b * s)
+        put(into + 4 * half + i, vfma(b, c, a * s))
+
+
+@njit(nogil=True)
+def norm_heads(model, y, rows, weight):
+    dim = field(model, of.DIM)
+    for r in range(rows):
+        one = y + 4 * r * dim
+        squares = spread(np.float32(0))
+        for i in range(0, 4 * dim, 64):
+            squares = vfma(get(one + i), get(one + i), squares)
+        factor = inverse_root(total(squares) / np.float32(dim) + number(model, of.EPS))
+        for i in range(0, 4 * dim, 64):
+            put(one + i, get(one + i) * factor * get(weight + i))
+
+
+@njit(nogil=True)
+def add_linear(model, call, own, rows, width, weight, bias, x, tile):
+    """X += one tile of a linear layer onto HIDDEN columns."""
+    hidden, kind = field(model, of.HIDDEN), field(model, of.KIND)
+    first = tile * 16
+    y = own + field(call, of.TILE)
+    linear(kind, weight + first * width * (2 if kind == PAIRS else 4), width, x, rows, y, 64, 16)
+    if bias != 0:
+        add_bias(y, rows, 64, bias + 4 * first, 16)
+    for r in range(rows):
+        at = field(call, of.X) + 4 * (r * hidden + first)
+        put(at, get(at) + get(y + 64 * r))
+
+
+@njit(nogil=True)
+def gate(model, layer, call, own, rows, tile):
+    """silu(gate) · up of 32 columns, packed into GATED."""
+    hidden, inner, kind = field(model, of.HIDDEN), field(model, of.INNER), field(model, of.KIND)
+    size, y = 2 if kind == PAIRS else 4, own + field(call, of.TILE)
+    x, first = own + field(call, of.NARROW), 32 * tile
+    for side in range(2):
+        at = side * inner + first
+        linear(kind, field(layer, of.GATE_UP) + at * hidden * size, hidden, x, rows, y + 128 * side, 256, 32)
+        if field(layer, of.GATE_UP_BIAS) != 0:
+            add_bias(y + 128 * side, rows, 256, field(layer, of.GATE_UP_BIAS) + 4 * at, 32)
+    one, none = spread(np.float32(1)), spread(np.float32(0))
+    lowest = spread(np.float32(-87))
+    for r in range(rows):
+        row = y + 256 * r
+        a, b = get(row), get(row + 64)
+        a = a / (one + vexp(none - vmax(a, lowest)))
+        b = b / (one + vexp(none - vmax(b, lowest)))
+        at = field(call, of.GATED) + 4 * (r * inner + first)
+        pack_pair(kind, at, a * get(row + 128), b * get(row + 192))

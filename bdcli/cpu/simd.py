@@ -1,0 +1,234 @@
+"""SIMD for compiled code: sixteen floats as one numba value, loads and stores at addresses, atomics.
+
+numba vectorises only what it recognises; the engine needs register blocking that holds. So a vector is a value here
+(`Vector`, LLVM's <16 x float>, which LLVM splits where the processor's registers are narrower), memory is an int64
+address, and each function below is a few LLVM instructions. Nothing checks bounds: addresses come from `step`.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16
+F32, I32, I16, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
+F32S, I32S, I16S = (ir.VectorType(t, LANES) for t in (F32, I32, I16))
+
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+WIDE = bool(_FEATURES.get("avx512f"))  # 32 registers of 16 floats, against 16 of 8
+FAST_ENOUGH = bool(_FEATURES.get("avx2") and _FEATURES.get("fma"))
+
+
+class _VectorType(types.Type):
+    def __init__(self):
+        super().__init__(name="f32x16")
+
+
+Vector = _VectorType()
+
+
+@register_model(_VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, F32S)
+
+
+# -- building LLVM code
+
+
+def pointer(builder, address):
+    return builder.inttoptr(address, ir.PointerType())
+
+
+def load(builder, address, kind, align=1):
+    return builder.load(pointer(builder, address), typ=kind, align=align)
+
+
+def splat(builder, scalar):
+    """A scalar in all lanes."""
+    kind = ir.VectorType(scalar.type, LANES)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(I32S, [0] * LANES))
+
+
+def constant(value, kind=F32S):
+    return ir.Constant(kind, [value] * LANES)
+
+
+def call(builder, name, result, *operands):
+    """An LLVM intrinsic by name."""
+    kind = ir.FunctionType(result, [o.type for o in operands])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, operands)
+
+
+def fma(builder, a, b, c):
+    return call(builder, "llvm.fma.v16f32", F32S, a, b, c)
+
+
+def widen_pairs(builder, pairs):
+    """<16 x i32>, each two bf16: the floats of the low halves and of the high halves."""
+    low = builder.shl(pairs, constant(16, I32S))
+    high = builder.and_(pairs, constant(0xFFFF0000, I32S))
+    return builder.bitcast(low, F32S), builder.bitcast(high, F32S)
+
+
+def _round_bf16(builder, bits, kind):
+    """Float bits to the 16 bits of the nearest bf16, ties to even; `kind` is i32 or its vector."""
+
+    def const(value):
+        return constant(value, kind) if isinstance(kind, ir.VectorType) else kind(value)
+
+    odd = builder.and_(builder.lshr(bits, const(16)), const(1))
+    return builder.lshr(builder.add(bits, builder.add(odd, const(0x7FFF))), const(16))
+
+
+def _exp(builder, x):
+    """e^x to about 1e-7 relative for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' expf).
+
+    0 below -87, NaN where x is. n is read off the low bits of x/ln2 + 1.5·2^23, a float whose unit is 1.
+    """
+    magic = constant(12582912.0)
+    shifted = fma(builder, x, constant(1.4426950408889634), magic)
+    turns = builder.fsub(shifted, magic)
+    rest = fma(builder, turns, constant(-0.693359375), x)
+    rest = fma(builder, turns, constant(2.12194440e-4), rest)
+    value = constant(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        value = fma(builder, value, rest, constant(c))
+    value = fma(builder, builder.fmul(rest, rest), value, builder.fadd(rest, constant(1.0)))
+    power = builder.shl(builder.add(builder.bitcast(shifted, I32S), constant(127, I32S)), constant(23, I32S))
+    value = builder.fmul(value, builder.bitcast(power, F32S))
+    return builder.select(builder.fcmp_ordered("<", x, constant(-87.0)), constant(0.0), value)
+
+
+# -- functions for compiled code
+
+
+def compiled(result, *arguments):
+    """Turns `emit(builder, *values)` into a function of that signature that compiled code can call."""
+    signature = result(*arguments)
+
+    def wrap(emit):
+        def generate(context, builder, _signature, values):
+            value = emit(builder, *values)
+            return context.get_dummy_value() if value is None else value
+
+        # numba reads an intrinsic's arity off its own signature, so make a function with as many parameters
+        names = ", ".join(f"a{i}" for i in range(len(arguments)))
+        head: dict = {}
+        exec(
+            f"def head(typing, {names}): return signature, generate",
+            {"signature": signature, "generate": generate},
+            head,
+        )
+        return intrinsic(head["head"])
+
+    return wrap
+
+
+_i, _f, _v, _none = types.int64, types.float32, Vector, types.void
+
+get_f32 = compiled(_f, _i)(lambda b, at: load(b, at, F32, 4))
+get_i64 = compiled(_i, _i)(lambda b, at: load(b, at, I64, 8))
+get_i32 = compiled(_i, _i)(lambda b, at: b.sext(load(b, at, I32, 4), I64))
+get = compiled(_v, _i)(lambda b, at: load(b, at, F32S, 4))
+spread = compiled(_v, _f)(splat)
+vfma = compiled(_v, _v, _v, _v)(fma)
+vmax = compiled(_v, _v, _v)(lambda b, x, y: call(b, "llvm.maxnum.v16f32", F32S, x, y))
+vexp = compiled(_v, _v)(_exp)
+get_bf16 = compiled(_v, _i)(
+    lambda b, at: b.bitcast(b.shl(b.zext(load(b, at, I16S, 2), I32S), constant(16, I32S)), F32S)
+)
+evens = compiled(_v, _v, _v)(lambda b, x, y: b.shuffle_vector(x, y, ir.Constant(I32S, list(range(0, 2 * LANES, 2)))))
+odds = compiled(_v, _v, _v)(lambda b, x, y: b.shuffle_vector(x, y, ir.Constant(I32S, list(range(1, 2 * LANES, 2)))))
+
+
+@compiled(_none, _i, _f)
+def put_f32(b, at, x):
+    b.store(x, pointer(b, at), align=4)
+
+
+@compiled(_none, _i, _i)
+def put_i64(b, at, x):
+    b.store(x, pointer(b, at), align=8)
+
+
+@compiled(_none, _i, _v)
+def put(b, at, x):
+    b.store(x, pointer(b, at), align=4)
+
+
+@compiled(_none, _i, _f)
+def put_bf16_one(b, at, x):
+    b.store(b.trunc(_round_bf16(b, b.bitcast(x, I32), I32), I16), pointer(b, at), align=2)
+
+
+@compiled(_none, _i, _v)
+def put_bf16(b, at, x):
+    b.store(b.trunc(_round_bf16(b, b.bitcast(x, I32S), I32S), I16S), pointer(b, at), align=2)
+
+
+@compiled(_f, _v)
+def total(b, x):
+    """Sum of the lanes, as a tree."""
+    return tree(b, x, b.fadd)
+
+
+@compiled(_f, _v)
+def highest(b, x):
+    return tree(b, x, lambda p, q: call(b, "llvm.maxnum.v16f32", F32S, p, q))
+
+
+def tree(b, x, join):
+    for step in (8, 4, 2, 1):
+        x = join(x, b.shuffle_vector(x, x, ir.Constant(I32S, [(i + step) % LANES for i in range(LANES)])))
+    return b.extract_element(x, I32(0))
+
+
+@overload(operator.add)
+def _add(a, b):
+    return (lambda a, b: _vadd(a, b)) if a is Vector and b is Vector else None
+
+
+@overload(operator.mul)
+def _mul(a, b):
+    return (lambda a, b: _vmul(a, b)) if a is Vector and b is Vector else None
+
+
+@overload(operator.sub)
+def _sub(a, b):
+    return (lambda a, b: _vsub(a, b)) if a is Vector and b is Vector else None
+
+
+@overload(operator.truediv)
+def _truediv(a, b):
+    return (lambda a, b: _vdiv(a, b)) if a is Vector and b is Vector else None
+
+
+_vadd = compiled(_v, _v, _v)(lambda b, x, y: b.fadd(x, y))
+_vsub = compiled(_v, _v, _v)(lambda b, x, y: b.fsub(x, y))
+_vmul = compiled(_v, _v, _v)(lambda b, x, y: b.fmul(x, y))
+_vdiv = compiled(_v, _v, _v)(lambda b, x, y: b.fdiv(x, y))
+
+# -- threads: values that several of them change
+
+fetch_add = compiled(_i, _i, _i)(lambda b, at, x: b.atomic_rmw("add", pointer(b, at), x, "seq_cst"))
+exchange = compiled(_i, _i, _i)(lambda b, at, x: b.atomic_rmw("xchg", pointer(b, at), x, "seq_cst"))
+observe = compiled(_i, _i)(lambda b, at: b.load_atomic(pointer(b, at), "seq_cst", 8, typ=I64))
+
+
+@compiled(_none, _i, _i)
+def publish(b, at, x):
+    b.store_atomic(x, pointer(b, at), "seq_cst", 8)
+
+
+@compiled(_none)
+def pause(b):
+    """Tell the processor that this is a waiting loop."""
+    call(b, "llvm.x86.sse2.pause", ir.VoidType())
