@@ -24,6 +24,7 @@ class _Cache:
         self.layers, self.heads, self.kv_heads, self.head_dim = c.layers, c.heads, c.kv_heads, c.head_dim
         self.dtype, self.device = model.dtype, model.device
         self.scale = c.head_dim**-0.5
+        self.total_length = total_length
         self.rope = RopeTable(c.rope, positions, total_length, self.dtype, self.device)
         self.length = 0
         self.peak_entries = 0
@@ -90,15 +91,19 @@ class FullCache(_Cache):
         return self.keys.shape[2]
 
     def admit(self, start: int, rows: int) -> None:
-        """Refuse rows that the cache has no room for, and count the entries held with them."""
+        """Refuse rows that the cache has no room for."""
         stop = start + rows - self.shift
         if stop > self.slots:
             raise RuntimeError(f"cache of {self.slots} entries cannot hold {stop}")
-        self.peak_entries = max(self.peak_entries, stop)
+
+    def count(self, stop: int) -> None:
+        """Entries held once everything before position `stop` has been stored."""
+        self.peak_entries = max(self.peak_entries, stop - self.shift)
 
     def plan(self, start: int, rows: int) -> tuple:
         """Slots, RoPE rows and additive mask for positions start..start+rows-1, shared by all layers."""
         self.admit(start, rows)
+        self.count(start + rows)
         stop = start + rows - self.shift
         mask = None
         if rows > 1:

@@ -51,11 +51,17 @@ class Verdict:
     accepted: int
 
 
+def non_finite(who: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"the {who} produced non-finite logits (NaN or infinity); its weights or dtype are broken"
+    )
+
+
 def best_tokens(logits: Tensor, who: str) -> list[int]:
     """Argmax of each row of logits [T, V]. Raises NonFiniteError: max propagates NaN, so the check is free."""
     top, index = logits.max(-1)
     if not bool(top.isfinite().all()):
-        raise NonFiniteError(f"the {who} produced non-finite logits (NaN or infinity); its weights or dtype are broken")
+        raise non_finite(who)
     return index.tolist()
 
 

@@ -40,11 +40,33 @@ class Reader:
 
     def feed(self, tokens: list[int], rows: int) -> Tensor:
         """Append `tokens`; fp32 logits [rows, V] of the last `rows`."""
-        logits = self.model.forward(self._known(tokens), self.cache, rows)
+        return self._aligned(self.model.forward(self._known(tokens), self.cache, rows))
+
+    def _aligned(self, logits: Tensor) -> Tensor:
+        """Logits [T, V] of the model's own vocabulary cut or filled to the target's."""
         missing = self.vocab - logits.shape[-1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         return logits[:, : self.vocab] if missing else logits
+
+    def draft(
+        self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[list[int], Tensor | None]:
+        """`gamma` >= 1 tokens to follow `ids`, each read but the last, and, when sampling, what they were drawn from:
+
+        q [γ, V], the serving distribution of this model.
+        """
+        drafted, rows, unread = [], [], ids[self.length :]
+        for _ in range(gamma):
+            logits = self.feed(unread, 1)
+            best = best_tokens(logits, "drafter")
+            if sampling.greedy:
+                drafted += best
+            else:
+                rows.append(sampling.distribution(logits))
+                drafted.append(draw(rows[-1][0], generator))
+            unread = drafted[-1:]
+        return drafted, torch.cat(rows) if rows else None
 
     def _known(self, tokens: list[int]) -> list[int]:
         own = self.model.config.vocab_size
@@ -157,16 +179,11 @@ class Speculator:
             draft = self.drafter.propose(self.ids, gamma) if gamma else []
             self.ids += draft
             return None if self.sampling.greedy else _certain(draft, self.target.vocab, self.generator.device)
-        rows = []
-        for _ in range(gamma):
-            logits = self.drafter.feed(self.ids[self.drafter.length :], 1)
-            best = best_tokens(logits, "drafter")
-            if self.sampling.greedy:
-                self.ids += best
-            else:
-                rows.append(self.sampling.distribution(logits))
-                self.ids.append(draw(rows[-1][0], self.generator))
-        return torch.cat(rows) if rows else None
+        if gamma == 0:
+            return None
+        draft, q = self.drafter.draft(self.ids, gamma, self.sampling, self.generator)
+        self.ids += draft
+        return q
 
     def one_row(self, tokens: list[int]) -> tuple[Tensor, float]:
         """One autoregressive step of the target: logits [1, V] and seconds, the choice of a token included."""

@@ -53,7 +53,7 @@ def draw(call, nth):
     mass = serve(logits, count, q, number(call, of.TEMPERATURE), field(call, of.TOP_K), number(call, of.TOP_P))
     if not mass > 0:
         return NOT_FINITE
-    left = uniform(field(call, of.SEED), field(call, of.COUNTER) + nth)
+    left = uniform(field(call, of.SEED), nth)
     last = 0
     for i in range(count):
         p = get_f32(q + 4 * i)

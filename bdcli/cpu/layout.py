@@ -71,10 +71,8 @@ CALL_FIELDS = 32
     TOP_K,
     TOP_P,  # float
     SEED,
-    COUNTER,  # of random numbers drawn so far
     Q_ROWS,  # float [DRAFT, stride]: what each token was drawn from
     Q_STRIDE,  # bytes
-    FINITE,  # out: 0 when a logit of the drafter was not finite
     THREADS,
     ARRIVED,  # address of the count of threads at the barrier
     CLAIMS,  # address of three counters of tasks taken
@@ -89,13 +87,13 @@ CALL_FIELDS = 32
     TILE,  # offset of rows [ROWS, TILE_COLUMNS]
     UNSEEN,  # offset of int64 [ROWS, UNSEEN_RANGES, 2]
     SCORES,  # offset of float [8, BLOCK]
-) = range(29)
+) = range(27)
 
 UNSEEN_RANGES = 4  # ranges of slots that a row may not see
 TILE_COLUMNS = 64  # weight rows of a task
 CHUNK = 512  # slots of an attention task
 BLOCK = 128  # slots whose scores are in cache at once
-MAX_CALL_ROWS = 64
+MAX_CALL_ROWS = 32  # tokens of one forward; more are read in several
 
 
 @njit(inline="always")

@@ -5,9 +5,6 @@ Prefill stays torch's (its GEMMs are the fastest there are); decoding and drafti
 
 from __future__ import annotations
 
-import os
-import sys
-
 import torch
 from torch import Tensor
 
@@ -15,10 +12,9 @@ from bdcli.cpu import layout as of
 from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
 from bdcli.cpu.micro import FLOATS, PAIRS
 from bdcli.cpu.pool import pool
-from bdcli.errors import NonFiniteError
 from bdcli.model import Layer, Model
 from bdcli.rope import RopeTable
-from bdcli.sampling import Sampling
+from bdcli.sampling import Sampling, non_finite
 from bdcli.speculate import Reader
 
 VECTORS = {  # fields of a layer that are few numbers and kept as floats
@@ -170,10 +166,11 @@ class CompiledReader(Reader):
         self.cache.length += read
         self.cache.count(self.cache.length)
 
-    def draft(self, tokens: list[int], gamma: int, sampling: Sampling, seed: int, counter: int):
-        """`gamma` tokens after `tokens`, each read but the last, in one call; with q [γ, V] when sampling, else None."""
-        block = min(of.MAX_CALL_ROWS, self.cache.max_rows)
-        tokens = self._known(tokens)
+    def draft(
+        self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[list[int], Tensor | None]:
+        """As `Reader.draft`, all of it in one call."""
+        tokens, block = self._known(ids[self.length :]), min(of.MAX_CALL_ROWS, self.cache.max_rows)
         while len(tokens) > block:
             self._step(tokens[:block], 0, torch.empty(0))
             tokens = tokens[block:]
@@ -181,16 +178,17 @@ class CompiledReader(Reader):
         logits = torch.empty(own)
         q = None if sampling.greedy else torch.zeros(gamma, self.vocab)
         call = self._begin(tokens, gamma)
-        call[of.LOGIT_ROWS], call[of.LOGITS], call[of.KNOWN] = 1, logits.data_ptr(), min(own, self.vocab)
+        call[of.LOGITS], call[of.KNOWN] = logits.data_ptr(), min(own, self.vocab)
         call[of.Q_ROWS] = 0 if q is None else q.data_ptr()
         if q is not None:
-            call[of.Q_STRIDE], call[of.TOP_K], call[of.SEED], call[of.COUNTER] = 4 * self.vocab, sampling.top_k, seed, counter
+            call[of.SEED] = torch.randint(2**63 - 1, (), generator=generator)
+            call[of.Q_STRIDE], call[of.TOP_K] = 4 * self.vocab, sampling.top_k
             _set_float(call, of.TEMPERATURE, sampling.temperature)
             _set_float(call, of.TOP_P, sampling.top_p)
         self._run(len(tokens) + gamma - 1)
         drafted = self._tokens[len(tokens) :].tolist()
         if min(drafted) < 0:
-            raise NonFiniteError("drafter")
+            raise non_finite("drafter")
         return drafted, q
 
 

@@ -225,7 +225,7 @@ observe = compiled(_i, _i)(lambda b, at: b.load_atomic(pointer(b, at), "seq_cst"
 
 @compiled(_none, _i, _i)
 def publish(b, at, x):
-    b.store_atomic(x, pointer(b, at), "seq_cst", 8)
+    b.atomic_rmw("xchg", pointer(b, at), x, "seq_cst")
 
 
 @compiled(_none)
