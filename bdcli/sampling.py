@@ -52,9 +52,7 @@ class Verdict:
 
 
 def non_finite(who: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"the {who} produced non-finite logits (NaN or infinity); its weights or dtype are broken"
-    )
+    return NonFiniteError(f"the {who} produced non-finite logits (NaN or infinity); its weights or dtype are broken")
 
 
 def best_tokens(logits: Tensor, who: str) -> list[int]:

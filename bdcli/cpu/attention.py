@@ -8,7 +8,7 @@ slots with its rotation at its rank and at the others with the one at its positi
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.layout import field, number
@@ -19,6 +19,7 @@ from bdcli.cpu.simd import (
     get_f32,
     get_i64,
     highest,
+    machine_code,
     put,
     put_bf16_one,
     put_f32,
@@ -31,7 +32,7 @@ from bdcli.cpu.simd import (
 )
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def slot_of(model, position):
     if field(model, of.RING) == 0:
         return position - field(model, of.SHIFT)
@@ -40,13 +41,13 @@ def slot_of(model, position):
     return field(model, of.RING_AT) + position % field(model, of.RING)
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def put_range(at, first, stop):
     put_i64(at, first)
     put_i64(at + 8, stop)
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def unseen_ranges(model, table, start, rows):
     """Slot ranges that each row may not see, UNSEEN_RANGES of them a row (`bdcli.views` has the law)."""
     ring, ring_at = field(model, of.RING), field(model, of.RING_AT)
@@ -67,7 +68,7 @@ def unseen_ranges(model, table, start, rows):
         put_range(at + 48, ring_at, ring_at + max(beyond - ring, 0))
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def used_slots(model, start, rows):
     """Slots up to the last that any row may see, rounded up to 16."""
     if field(model, of.RING) == 0:
@@ -79,7 +80,7 @@ def used_slots(model, start, rows):
     return field(model, of.RING_AT) + (min(last + 1, ring) + 15) // 16 * 16
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def store_key(model, layer, kv_head, slot, key):
     dim, block, lane = field(model, of.DIM), slot // 16, slot % 16
     base = kv_head * field(model, of.SLOTS) * dim + block * 16 * dim
@@ -93,7 +94,7 @@ def store_key(model, layer, kv_head, slot, key):
             put_f32(at + d * 64, get_f32(key + 4 * d))
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def store_value(model, layer, kv_head, slot, value):
     dim = field(model, of.DIM)
     base = kv_head * field(model, of.SLOTS) * dim
@@ -107,7 +108,7 @@ def store_value(model, layer, kv_head, slot, value):
             put(at + 4 * d, get(value + 4 * d))
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 7)
 def project_head(model, layer, call, own, start, rows, head):
     """Query, key or value head `head` of all rows: project, norm, rotate, and put it where attention finds it."""
     kind, dim, hidden = field(model, of.KIND), field(model, of.DIM), field(model, of.HIDDEN)
@@ -136,7 +137,7 @@ def project_head(model, layer, call, own, start, rows, head):
             rotate(model, one, t, field(call, of.QUERIES) + into, number(model, of.SCALE))
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def soften(part, dim, scores, columns):
     """One row of an online softmax: scores become weights, and what was summed before is scaled to the new maximum."""
     top = get(scores)
@@ -160,7 +161,7 @@ def soften(part, dim, scores, columns):
     put_f32(part + 4, get_f32(part + 4) * factor + total(sums))
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def mask(scores, unseen, first, stop):
     """-inf where one row's unseen ranges meet slots first..stop-1."""
     for i in range(of.UNSEEN_RANGES):
@@ -169,7 +170,7 @@ def mask(scores, unseen, first, stop):
             put_f32(scores + 4 * (slot - first), np.float32(-np.inf))
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 9)
 def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
     """All rows of a KV head against slots first..stop-1, at most BLOCK, all prefix or none."""
     kind, dim = field(model, of.KIND), field(model, of.DIM)
@@ -185,14 +186,14 @@ def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
     steps = 2 if kind == PAIRS else 1
     every = rows * group
     blocks = -(-every // MAX_ROWS)
-    done = 0
+    done, ahead = 0, columns * dim * size  # the next block follows; later rows find it asked for
     for i in range(blocks):
         count = (every - done) // (blocks - i)
         for at in range(0, 4 * count * of.BLOCK, 64):
             put(scores + at, spread(np.float32(0)))
         panels(
             count, kind, keys, 64, 16 * dim * size, queries + 4 * dim * done, 4 * dim,
-            scores, 4 * of.BLOCK, ((columns // 16) << 32) | (dim // steps),
+            scores, 4 * of.BLOCK, ((columns // 16) << 32) | (dim // steps), ahead,
         )  # fmt: skip
         for r in range(count):
             row = scores + 4 * of.BLOCK * r
@@ -200,12 +201,12 @@ def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
             soften(part + part_row * (done + r), dim, row, columns)
         panels(
             count, kind, values, 4 * dim, 64, scores, 4 * of.BLOCK,
-            part + part_row * done + 8, part_row, ((dim // 16) << 32) | (columns // steps),
+            part + part_row * done + 8, part_row, ((dim // 16) << 32) | (columns // steps), ahead,
         )  # fmt: skip
-        done += count
+        done, ahead = done + count, 0
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 9)
 def attend(model, layer, call, own, rows, kv_head, chunk, chunks, used):
     """One task: all rows of a KV head against a chunk of slots, into its part."""
     dim, group = field(model, of.DIM), field(model, of.HEADS) // field(model, of.KV_HEADS)
@@ -225,7 +226,7 @@ def attend(model, layer, call, own, rows, kv_head, chunk, chunks, used):
         first = edge
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 5)
 def merge(model, call, own, rows, chunks):
     """Attention output [rows, H·D] from the parts, packed into NARROW."""
     dim, heads, kv_heads = field(model, of.DIM), field(model, of.HEADS), field(model, of.KV_HEADS)

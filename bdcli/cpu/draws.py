@@ -9,17 +9,17 @@ threshold are all kept.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.layout import field, number
-from bdcli.cpu.simd import get, get_f32, highest, put, put_f32, spread, total, vexp, vmax
+from bdcli.cpu.simd import get, get_f32, highest, machine_code, put, put_f32, spread, total, vexp, vmax
 
 HALVINGS = 40
 NOT_FINITE = -1
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def summit(logits, count):
     """Largest of `count` floats; NaN when one of them is not finite."""
     whole = count // 16 * 16
@@ -34,7 +34,7 @@ def summit(logits, count):
     return high + zero
 
 
-@njit(nogil=True)
+@machine_code(types.int64, types.int64)
 def best(call):
     """Argmax, the first of equals; NOT_FINITE when a logit is NaN or infinite."""
     logits, count = field(call, of.LOGITS), field(call, of.KNOWN)
@@ -45,27 +45,48 @@ def best(call):
     return NOT_FINITE
 
 
-@njit(nogil=True)
-def draw(call, nth):
-    """A token from the serving distribution, which is left in row `nth` of Q_ROWS; NOT_FINITE as in `best`."""
-    logits, count = field(call, of.LOGITS), field(call, of.KNOWN)
-    q = field(call, of.Q_ROWS) + nth * field(call, of.Q_STRIDE)
-    mass = serve(logits, count, q, number(call, of.TEMPERATURE), field(call, of.TOP_K), number(call, of.TOP_P))
-    if not mass > 0:
-        return NOT_FINITE
-    left = uniform(field(call, of.SEED), nth)
-    last = 0
-    for i in range(count):
-        p = get_f32(q + 4 * i)
-        left -= p
-        if p > 0:
-            last = i
-            if left < 0:
-                return i
-    return last
+@njit(error_model="numpy")
+def masked_exp(at, least):
+    for lane in range(16):
+        if get_f32(at + 4 * lane) < least:
+            put_f32(at + 4 * lane, np.float32(-np.inf))
+    return vexp(get(at))
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
+def soften(q, count, least):
+    """Exponentials in place, 0 below `least`; their sum. Every value is at most 0."""
+    whole = count // 16 * 16
+    sums = np.float32(0)
+    for i in range(0, whole, 16):
+        put(q + 4 * i, masked_exp(q + 4 * i, least))
+        sums += total(get(q + 4 * i))
+    for i in range(whole, count):
+        value = get_f32(q + 4 * i)
+        value = np.float32(np.exp(value)) if value >= least else np.float32(0)
+        put_f32(q + 4 * i, value)
+        sums += value
+    return sums
+
+
+@njit(error_model="numpy")
+def threshold(values, count, low, high, wanted, counting):
+    """The largest t with at least `wanted` values, or a mass of `wanted`, at or above it, by bisection."""
+    for _ in range(HALVINGS):
+        middle = np.float32(0.5) * (low + high)
+        reached = np.float64(0)
+        for i in range(count):
+            value = get_f32(values + 4 * i)
+            if value >= middle:
+                reached += 1.0 if counting else value
+        if reached >= wanted:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@njit(error_model="numpy")
 def serve(logits, count, q, temperature, top_k, top_p):
     """q = softmax(logits / temperature), cut to the top k and then to mass p, renormalised; NaN where not finite."""
     high = summit(logits, count)
@@ -90,48 +111,7 @@ def serve(logits, count, q, temperature, top_k, top_p):
     return sums
 
 
-@njit(nogil=True)
-def soften(q, count, least):
-    """Exponentials in place, 0 below `least`; their sum. Every value is at most 0."""
-    whole = count // 16 * 16
-    sums = np.float32(0)
-    for i in range(0, whole, 16):
-        put(q + 4 * i, masked_exp(q + 4 * i, least))
-        sums += total(get(q + 4 * i))
-    for i in range(whole, count):
-        value = get_f32(q + 4 * i)
-        value = np.float32(np.exp(value)) if value >= least else np.float32(0)
-        put_f32(q + 4 * i, value)
-        sums += value
-    return sums
-
-
-@njit(nogil=True)
-def masked_exp(at, least):
-    for lane in range(16):
-        if get_f32(at + 4 * lane) < least:
-            put_f32(at + 4 * lane, np.float32(-np.inf))
-    return vexp(get(at))
-
-
-@njit(nogil=True)
-def threshold(values, count, low, high, wanted, counting):
-    """The largest t with at least `wanted` values, or a mass of `wanted`, at or above it, by bisection."""
-    for _ in range(HALVINGS):
-        middle = np.float32(0.5) * (low + high)
-        reached = np.float64(0)
-        for i in range(count):
-            value = get_f32(values + 4 * i)
-            if value >= middle:
-                reached += 1.0 if counting else value
-        if reached >= wanted:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@njit(nogil=True)
+@njit(error_model="numpy")
 def uniform(seed, counter):
     """A float64 in [0, 1): 53 bits of Philox 4x32-10 at `counter` under key `seed`."""
     mask = np.uint64(0xFFFFFFFF)
@@ -143,3 +123,23 @@ def uniform(seed, counter):
         c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ k0, b & mask, (a >> np.uint64(32)) ^ c3 ^ k1, a & mask
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
     return float(((c0 << np.uint64(32)) | c1) >> np.uint64(11)) * 2.0**-53
+
+
+@machine_code(types.int64, *[types.int64] * 2)
+def draw(call, nth):
+    """A token from the serving distribution, which is left in row `nth` of Q_ROWS; NOT_FINITE as in `best`."""
+    logits, count = field(call, of.LOGITS), field(call, of.KNOWN)
+    q = field(call, of.Q_ROWS) + nth * field(call, of.Q_STRIDE)
+    mass = serve(logits, count, q, number(call, of.TEMPERATURE), field(call, of.TOP_K), number(call, of.TOP_P))
+    if not mass > 0:
+        return NOT_FINITE
+    left = uniform(field(call, of.SEED), nth)
+    last = 0
+    for i in range(count):
+        p = get_f32(q + 4 * i)
+        left -= p
+        if p > 0:
+            last = i
+            if left < 0:
+                return i
+    return last

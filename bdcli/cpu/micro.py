@@ -25,10 +25,12 @@ from bdcli.cpu.simd import (
     I32S,
     I64,
     WIDE,
+    ask,
     compiled,
     constant,
     fma,
     load,
+    machine_code,
     pointer,
     splat,
     tree,
@@ -38,6 +40,7 @@ from bdcli.cpu.simd import (
 FLOATS, PAIRS = KINDS = 0, 1
 MAX_ROWS = 8
 STEP_BYTES = 64
+AHEAD = 4096  # bytes of weights that are asked for before they are needed
 
 
 def _columns(rows: int) -> int:
@@ -83,7 +86,7 @@ def _offset(builder, base, *terms):
 
 
 @compiled(types.void, *[types.int64] * 9)
-def rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
+def _rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
     """y[r, n] for n < shape >> 32 and k over (shape & 0xffffffff) steps. `*_row` are bytes between rows.
 
     x is float; for PAIRS each 32 of it are the 16 even ones, then the 16 odd ones.
@@ -100,6 +103,8 @@ def rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
         start = _offset(builder, w, (first, w_row))
         with cgutils.for_range(builder, steps) as loop:
             at = builder.add(start, builder.mul(loop.index, I64(STEP_BYTES)))
+            for n in range(columns):
+                ask(builder, _offset(builder, builder.add(at, I64(AHEAD)), (n, w_row)))
             weights = [load(builder, _offset(builder, at, (n, w_row)), word) for n in range(columns)]
             from_x = builder.add(x, builder.mul(loop.index, I64(x_step)))
             values = []
@@ -125,12 +130,13 @@ def rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
     _by_rows_and_kind(builder, rows, kind, all_of)
 
 
-@compiled(types.void, *[types.int64] * 10)
-def panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape):
+@compiled(types.void, *[types.int64] * 11)
+def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead):
     """y[r, 16 j + lane] += Σ_s over shape >> 32 panels j and (shape & 0xffffffff) steps s; y is float.
 
     Panel j's step s lies at p + j·p_panel + s·p_step: 16 floats, or 16 bf16 pairs whose halves belong to two
-    neighbouring values of x.
+    neighbouring values of x. `ahead` is how many bytes beyond each step its successor in another call lies: it is
+    asked for early, because memory should work while this call multiplies.
     """
     count, steps = builder.lshr(shape, I64(32)), builder.and_(shape, I64(0xFFFFFFFF))
 
@@ -147,6 +153,8 @@ def panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape):
         start = _offset(builder, p, (first, p_panel))
         with cgutils.for_range(builder, steps) as loop:
             at = builder.add(start, builder.mul(loop.index, p_step))
+            for j in range(columns):
+                ask(builder, _offset(builder, builder.add(at, ahead), (j, p_panel)))
             weights = [load(builder, _offset(builder, at, (j, p_panel)), word) for j in range(columns)]
             from_x = builder.add(x, builder.mul(loop.index, I64(8 if kind == PAIRS else 4)))
             values = []
@@ -168,3 +176,13 @@ def panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape):
             some(rows, kind, 1, first)
 
     _by_rows_and_kind(builder, rows, kind, all_of)
+
+
+@machine_code(types.void, *[types.int64] * 9)
+def rows_dot(rows, kind, w, w_row, x, x_row, y, y_row, shape):
+    _rows_dot(rows, kind, w, w_row, x, x_row, y, y_row, shape)
+
+
+@machine_code(types.void, *[types.int64] * 11)
+def panels(rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead):
+    _panels(rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead)

@@ -31,19 +31,6 @@ semaphore_post = types.ExternalFunction("sem_post", types.int32(types.int64))
 
 
 @njit(nogil=True)
-def serve(shared, thread):
-    """The life of a pool thread: every round of the pool it joins the step, until told to stop."""
-    me, seen = shared + SHARED + SLEEPER * thread, 0
-    while True:
-        await_round(shared, me, seen)
-        seen += 1
-        if observe(shared + STOP) != 0:
-            return
-        run(get_i64(shared + MODEL), get_i64(shared + CALL), thread)
-        fetch_add(shared + LEFT, 1)
-
-
-@njit(nogil=True)
 def await_round(shared, me, seen):
     waited = 0
     while observe(shared + ROUND) <= seen:
@@ -67,7 +54,20 @@ def begin_round(shared, threads):
             semaphore_post(me + SEMAPHORE)
 
 
-@njit(nogil=True)
+@njit(types.void(types.int64, types.int64), nogil=True, cache=True)
+def serve(shared, thread):
+    """The life of a pool thread: every round of the pool it joins the step, until told to stop."""
+    me, seen = shared + SHARED + SLEEPER * thread, 0
+    while True:
+        await_round(shared, me, seen)
+        seen += 1
+        if observe(shared + STOP) != 0:
+            return
+        run(get_i64(shared + MODEL), get_i64(shared + CALL), thread)
+        fetch_add(shared + LEFT, 1)
+
+
+@njit(types.void(types.int64, types.int64, types.int64, types.int64), nogil=True, cache=True)
 def step(shared, model, call, threads):
     """`step.run` on all threads; returns when every one of them has left it."""
     if threads == 1:
@@ -79,6 +79,12 @@ def step(shared, model, call, threads):
     begin_round(shared, threads)
     run(model, call, 0)
     wait_for(shared + LEFT, threads - 1)
+
+
+@njit(types.void(types.int64, types.int64), nogil=True, cache=True)
+def publish_stop(shared, threads):
+    publish(shared + STOP, 1)
+    begin_round(shared, threads)
 
 
 def thread_limit() -> int:
@@ -108,12 +114,6 @@ class Pool:
         if self.threads > 1:
             publish_stop(self._shared, self.threads)
             self.threads = 0
-
-
-@njit(nogil=True)
-def publish_stop(shared, threads):
-    publish(shared + STOP, 1)
-    begin_round(shared, threads)
 
 
 _pool: Pool | None = None

@@ -1,6 +1,6 @@
 """A reader whose steps are compiled: the same interface as `speculate.Reader`, one call into machine code a forward.
 
-Prefill stays torch's (its GEMMs are the fastest there are); decoding and drafting read the model's own weights in place.
+Prefill stays torch's, whose GEMMs are fast; decoding and drafting read the model's own weights in place.
 """
 
 from __future__ import annotations

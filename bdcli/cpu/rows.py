@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.layout import field, number
 from bdcli.cpu.micro import MAX_ROWS, PAIRS, rows_dot
-from bdcli.cpu.simd import evens, get, get_bf16, get_i64, odds, put, spread, total, vexp, vfma, vmax
+from bdcli.cpu.simd import evens, get, get_bf16, get_i64, machine_code, odds, put, spread, total, vexp, vfma, vmax
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 8)
 def linear(kind, weight, width, x, rows, y, y_row, columns):
     """y[r, c] of `rows` packed rows x of `width` floats and `columns` rows of `weight`. Strides of y in bytes."""
     row_bytes = width * (2 if kind == PAIRS else 4)
@@ -30,19 +30,19 @@ def linear(kind, weight, width, x, rows, y, y_row, columns):
         first += count
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def pack_pair(kind, at, a, b):
     """Store 32 neighbouring floats the way `rows_dot` reads them."""
     put(at, evens(a, b) if kind == PAIRS else a)
     put(at + 64, odds(a, b) if kind == PAIRS else b)
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def inverse_root(x):
     return spread(np.float32(1) / np.float32(math.sqrt(x)))
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 5)
 def normed(model, x, rows, weight, out):
     """RMSNorm (Zhang & Sennrich 2019) of rows [rows, HIDDEN], packed into `out`."""
     hidden, kind = field(model, of.HIDDEN), field(model, of.KIND)
@@ -63,7 +63,7 @@ def normed(model, x, rows, weight, out):
             )
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def add_bias(y, rows, y_row, bias, columns):
     """`bias` is 0, or the address of `columns` floats, a multiple of 16."""
     if bias != 0:
@@ -72,7 +72,7 @@ def add_bias(y, rows, y_row, bias, columns):
                 put(y + r * y_row + i, get(y + r * y_row + i) + get(bias + i))
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 5)
 def embed(model, call, thread, rows, tokens):
     """Embedding rows of the tokens into X; rows are shared out between the threads."""
     hidden, threads, pairs = field(model, of.HIDDEN), field(call, of.THREADS), field(model, of.KIND) == PAIRS
@@ -85,7 +85,7 @@ def embed(model, call, thread, rows, tokens):
                 put(into + 4 * i, get(field(model, of.EMBEDDING) + 4 * (token * hidden + i)))
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def rotate(model, source, position, into, scale):
     """A head of D floats, rotated to `position` and scaled; `source` may be `into`."""
     half = field(model, of.DIM) // 2
@@ -98,7 +98,7 @@ def rotate(model, source, position, into, scale):
         put(into + 4 * half + i, vfma(b, c, a * s))
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def norm_heads(model, y, rows, weight):
     dim = field(model, of.DIM)
     for r in range(rows):
@@ -111,7 +111,7 @@ def norm_heads(model, y, rows, weight):
             put(one + i, get(one + i) * factor * get(weight + i))
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 9)
 def add_linear(model, call, own, rows, width, weight, bias, x, tile):
     """X += one tile of a linear layer onto HIDDEN columns."""
     hidden, kind = field(model, of.HIDDEN), field(model, of.KIND)
@@ -125,7 +125,7 @@ def add_linear(model, call, own, rows, width, weight, bias, x, tile):
         put(at, get(at) + get(y + 64 * r))
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 6)
 def gate(model, layer, call, own, rows, tile):
     """silu(gate) · up of 32 columns, packed into GATED."""
     hidden, inner, kind = field(model, of.HIDDEN), field(model, of.INNER), field(model, of.KIND)

@@ -10,10 +10,15 @@ from __future__ import annotations
 import operator
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
-from numba import types
+from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
+
+from bdcli.cpu import code_folder
+
+numba.config.CACHE_DIR = str(code_folder())  # before anything is compiled
 
 LANES = 16
 F32, I32, I16, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
@@ -65,6 +70,11 @@ def call(builder, name, result, *operands):
     kind = ir.FunctionType(result, [o.type for o in operands])
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(function, operands)
+
+
+def ask(builder, address):
+    """Ask for a cache line, into the second level."""
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address), I32(0), I32(2), I32(1))
 
 
 def fma(builder, a, b, c):
@@ -133,6 +143,27 @@ def compiled(result, *arguments):
 
 
 _i, _f, _v, _none = types.int64, types.float32, Vector, types.void
+
+
+def machine_code(result, *arguments):
+    """Compiles a function of numbers and addresses once, and lets other compiled code call it by its symbol.
+
+    numba links callees into every caller and optimises them there again, which for code this size takes minutes; a
+    symbol is compiled once. Nothing here raises, so the error model is numpy's: no checks for division by zero.
+    """
+    signature = result(*arguments)
+
+    def wrap(function):
+        name = f"bdcli_{function.__name__}"
+        code = cfunc(signature, nopython=True, cache=True, error_model="numpy")(function)
+        llvmlite.binding.add_symbol(name, code.address)
+        _code.append(code)
+        return types.ExternalFunction(name, signature)
+
+    return wrap
+
+
+_code: list = []  # keeps what symbols point to
 
 get_f32 = compiled(_f, _i)(lambda b, at: load(b, at, F32, 4))
 get_i64 = compiled(_i, _i)(lambda b, at: load(b, at, I64, 8))

@@ -8,7 +8,7 @@ the other rows or on the number of threads, so that verifying several tokens wri
 
 from __future__ import annotations
 
-from numba import njit
+from numba import types
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.attention import attend, merge, project_head, unseen_ranges, used_slots
@@ -16,11 +16,24 @@ from bdcli.cpu.draws import best, draw
 from bdcli.cpu.layout import field
 from bdcli.cpu.micro import PAIRS
 from bdcli.cpu.rows import add_linear, embed, gate, linear, normed
-from bdcli.cpu.simd import get_i64, put_i64
+from bdcli.cpu.simd import get_i64, machine_code, put_i64
 from bdcli.cpu.threads import barrier, claim
 
 
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 5)
+def logits_of(model, call, phase, x, rows):
+    """Tiles of the lm head."""
+    vocab, hidden, kind = field(model, of.VOCAB), field(model, of.HIDDEN), field(model, of.KIND)
+    task = claim(call, phase)
+    while task * of.TILE_COLUMNS < vocab:
+        first = task * of.TILE_COLUMNS
+        count = min(of.TILE_COLUMNS, vocab - first)
+        weight = field(model, of.HEAD) + first * hidden * (2 if kind == PAIRS else 4)
+        linear(kind, weight, hidden, x, rows, field(call, of.LOGITS) + 4 * first, 4 * vocab, count)
+        task = claim(call, phase)
+
+
+@machine_code(types.int64, *[types.int64] * 8)
 def forward(model, call, thread, phase, start, rows, tokens, logit_rows):
     """Append `rows` tokens at positions start.. and leave logits of the last `logit_rows`; returns the next phase."""
     own = field(call, of.OWN) + thread * field(call, of.OWN_BYTES)
@@ -69,20 +82,7 @@ def forward(model, call, thread, phase, start, rows, tokens, logit_rows):
     return barrier(call, thread, phase)
 
 
-@njit(nogil=True)
-def logits_of(model, call, phase, x, rows):
-    """Tiles of the lm head."""
-    vocab, hidden, kind = field(model, of.VOCAB), field(model, of.HIDDEN), field(model, of.KIND)
-    task = claim(call, phase)
-    while task * of.TILE_COLUMNS < vocab:
-        first = task * of.TILE_COLUMNS
-        count = min(of.TILE_COLUMNS, vocab - first)
-        weight = field(model, of.HEAD) + first * hidden * (2 if kind == PAIRS else 4)
-        linear(kind, weight, hidden, x, rows, field(call, of.LOGITS) + 4 * first, 4 * vocab, count)
-        task = claim(call, phase)
-
-
-@njit(nogil=True)
+@machine_code(types.void, *[types.int64] * 3)
 def run(model, call, thread):
     """A plain forward over ROWS tokens, or, with DRAFT > 0, as many forwards as there are tokens to draft.
 

@@ -17,7 +17,7 @@ PATIENCE = 3000  # pauses at a barrier before the processor is offered to others
 yield_processor = types.ExternalFunction("sched_yield", types.int32())
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def wait_for(address, at_least):
     """Until the value at `address` has come up to `at_least`."""
     spins = 0
@@ -28,7 +28,7 @@ def wait_for(address, at_least):
             yield_processor()
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def barrier(call, thread, phase):
     """All threads have ended phase `phase`; returns the next. Tasks of the next phase are unclaimed."""
     threads = field(call, of.THREADS)
@@ -40,7 +40,7 @@ def barrier(call, thread, phase):
     return phase + 1
 
 
-@njit(nogil=True)
+@njit(error_model="numpy")
 def claim(call, phase):
     """The next task of the phase, from 0; its number is for the caller to bound."""
     return fetch_add(field(call, of.CLAIMS) + 64 * (phase % 3), 1)
