@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 
-import torch
 from torch import Tensor
 
 from bdcli.controller import AutoGamma, Controller, FixedGamma
@@ -23,10 +22,11 @@ CHECK_ROWS = 8  # rows of the many-row forwards that `teacher_force` measures th
 
 
 class TieRule:
-    """Would one-row greedy decoding have chosen these tokens? In fp32 exactly, else within the error of the dtype.
+    """Would one-row greedy decoding have chosen these tokens? Exactly where the engine is exact, else within its error.
 
-    One-row and many-row kernels round differently. The RMS difference of their logits on the same positions is the
-    error; a token whose one-row logit lies within TIE_FACTOR errors of the best is a tie, beyond it a difference.
+    In low precision torch's one-row and many-row kernels round differently. The RMS difference of their logits on the
+    same positions is the error; a token whose one-row logit lies within TIE_FACTOR errors of the best is a tie, beyond
+    it a difference.
     """
 
     def __init__(self, exact: bool):
@@ -62,7 +62,7 @@ def teacher_force(target: Reader, prompt: list[int], text: list[int]) -> TieRule
 
     Two passes over the text, one row and several rows at a time; afterwards the target holds what it did.
     """
-    rule, held = TieRule(target.model.dtype is torch.float32), len(prompt) - 1
+    rule, held = TieRule(target.exact), len(prompt) - 1
     fed = [prompt[-1], *text[:-1]]
     target.rollback(held)
     alone = [target.feed([token], 1)[0].clone() for token in fed]
@@ -93,7 +93,7 @@ class Baseline:
             return
         self._due = written + self._gap
         if speculator.sampling.greedy and self._rule is None:
-            self._rule = TieRule(speculator.target.model.dtype is torch.float32)
+            self._rule = TieRule(speculator.target.exact)
         ids, cache = speculator.ids, speculator.target.cache
         first = len(ids) - len(step.tokens)
         saved = cache.save(first - 1)

@@ -1,4 +1,4 @@
-"""Static KV caches: `FullCache` for the target, `OfficialCache` and `BudgetCache` for the drafter.
+"""Static KV caches that keep what they are given: `FullCache` for the target, `OfficialCache` as the paper's drafter.
 
 All are preallocated; rollback sets an integer. A cache holds rotated keys, so it owns the RoPE tables, and it
 computes attention because only it knows what a query may see. Batch is 1; shapes as in `bdcli.model.Cache`.
@@ -12,12 +12,19 @@ from torch import Tensor
 
 from bdcli.model import PREFILL_BLOCK, Model
 from bdcli.rope import RopeTable
+<<<<<<< HEAD
 from bdcli.select import SCORING_QUERIES, official_chunks, prompt_chunks
 from bdcli.views import CHUNK, View
+=======
+from bdcli.select import official_chunks
+from bdcli.views import CHUNK
+>>>>>>> 53905dc (Compiled decoding on CPUs: engine choice, caches in panels, a cache a file)
 
 
-class _Cache:
+class Cached:
     """What all caches share: geometry, RoPE table, length, and splitting qk into rotated q and k."""
+
+    reads_whole_prompt = False
 
     def __init__(self, model: Model, positions: int, total_length: int):
         c = model.config
@@ -58,14 +65,16 @@ class _Cache:
         return out.view(self.kv_heads, group, rows, self.head_dim).permute(2, 0, 1, 3).reshape(rows, -1)
 
 
-class FullCache(_Cache):
+class FullCache(Cached):
     """Every key and value of the sequence. Entries sit at their position; `capacity` bounds prompt + new + draft."""
 
     max_rows = PREFILL_BLOCK
+    reads_whole_prompt = True
 
     def __init__(self, model: Model, capacity: int, total_length: int | None = None):
         super().__init__(model, capacity, total_length or capacity)
         self.capacity = capacity
+        self._prompt: int | None = None
         self.shift = 0  # slot of position p is p - shift
         self._allocate(capacity)
         self._triangle = self._zeros(PREFILL_BLOCK, PREFILL_BLOCK).fill_(-torch.inf).triu_(1)
@@ -85,6 +94,7 @@ class FullCache(_Cache):
 
     def end_prefill(self) -> None:
         self.length = self.peak_entries = self._prompt
+        self._prompt = None
 
     @property
     def slots(self) -> int:
@@ -106,7 +116,7 @@ class FullCache(_Cache):
         self.count(start + rows)
         stop = start + rows - self.shift
         mask = None
-        if rows > 1:
+        if rows > 1 and self._prompt is None:
             mask = self._zeros(rows, stop)
             mask[:, stop - rows :] = self._triangle[:rows, :rows]
         return slice(stop - rows, stop), stop, self.rope.rows(slice(start, start + rows)), mask
@@ -121,6 +131,13 @@ class FullCache(_Cache):
     def read(self, layer: int, plan: tuple, q: Tensor) -> Tensor:
         _, stop, _, mask = plan
         return self._attend(q, self.keys[layer, :, :stop], self.values[layer, :, :stop], mask)
+
+    def read_prompt(self, layer: int, q: Tensor) -> Tensor:
+        """Causal attention [T, H·D] of all prompt queries q [T, H, D] at once."""
+        k, v = self.keys[layer, :, : q.shape[0]], self.values[layer, :, : q.shape[0]]
+        gqa = self.heads != self.kv_heads
+        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], is_causal=True, enable_gqa=gqa)
+        return out[0].transpose(0, 1).reshape(q.shape[0], -1)
 
     def save(self, start: int) -> tuple[int, Tensor, Tensor]:
         """Copy of the entries from position `start` on; `restore` puts them back."""
@@ -169,6 +186,7 @@ class OfficialCache(FullCache):
         self.keys, self.values = self._kept_keys, self._kept_values
         del self._kept_keys, self._kept_values
         self.length, self.peak_entries = self._prompt, self.kept
+<<<<<<< HEAD
         self.shift = self._prompt - self.kept
 
 
@@ -373,3 +391,6 @@ class BudgetCache(_Cache):
         scores[..., scores.shape[-1] - mask.shape[1] :].add_(mask[:, None])
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(self.kv_heads, rows * group, -1)
         return torch.bmm(weights, v).view(self.kv_heads, rows, group, dim).transpose(0, 1).reshape(rows, -1)
+=======
+        self.shift, self._prompt = self._prompt - self.kept, None
+>>>>>>> 53905dc (Compiled decoding on CPUs: engine choice, caches in panels, a cache a file)

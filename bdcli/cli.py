@@ -31,8 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Select, Positions, Dtype, BaselineMode, Trim = (
-    StrEnum(name.title(), list(CHOICES[name])) for name in ("select", "positions", "dtype", "baseline", "trim")
+Select, Positions, Dtype, EngineName, BaselineMode, Trim = (
+    StrEnum(name.title(), list(CHOICES[name]))
+    for name in ("select", "positions", "dtype", "engine", "baseline", "trim")
 )
 Format = StrEnum("Format", ["table", "markdown", "csv", "json"])
 
@@ -69,6 +70,7 @@ def decode(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = DEFAULT.max_new_tokens,
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where the machine computes in it.")] = DEFAULT.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = DEFAULT.device,
+    engine: Annotated[EngineName, typer.Option(help="auto: compiled where this CPU and model allow.")] = DEFAULT.engine,
     target: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.target,
     drafter: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.drafter,
     baseline: Annotated[
@@ -96,6 +98,7 @@ def decode(
         max_new_tokens=max_new_tokens,
         dtype=str(dtype),
         device=device,
+        engine=str(engine),
         baseline=str(baseline),
         check=check,
         trim=None if trim is None else str(trim),
@@ -109,7 +112,8 @@ def decode(
     store = Store(db)
     with status_line("loading torch"):
         from bdcli.runs import decode_run
-    result = decode_run(store, options, prompt, text, **({} if as_json else {"on_text": write}), meter=prefill_meter)
+    shown = {} if as_json else {"on_text": write}
+    result = decode_run(store, options, prompt, text, **shown, meter=prefill_meter, say=note)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:

@@ -15,7 +15,6 @@ import psutil
 import torch
 
 from bdcli.baseline import Baseline, warm_up
-from bdcli.cache import BudgetCache, FullCache, OfficialCache
 from bdcli.checkpoint import (
     check_vocabulary,
     eos_tokens,
@@ -25,6 +24,7 @@ from bdcli.checkpoint import (
     pick_dtype,
     resolve,
 )
+from bdcli.engine import Engine, pick_engine
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.metrics import Round, mark_loops, measure
@@ -46,6 +46,7 @@ class Pair:
     tokenizer: object
     eos: frozenset[int]
     names: tuple[str, str]
+    engine: Engine
 
 
 @dataclass
@@ -56,17 +57,19 @@ class Listener:
     progress: Callable[[str, int, int], None] | None = None
 
 
-def load_pair(options: DecodeOptions) -> Pair:
-    """Find, check and load both models. Every fault of a folder is a UserError."""
+def load_pair(options: DecodeOptions, say: Callable[[str], None] = lambda _line: None) -> Pair:
+    """Find, check and load both models and pick what runs them. Every fault of a folder is a UserError.
+
+    `say` is told what the user may have to wait for.
+    """
     target, drafter = resolve(options.target, "target"), resolve(options.drafter, "drafter")
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     tokenizer = load_tokenizer(target)
     check_vocabulary(target, drafter, tokenizer)
     models = [load_model(folder, dtype, device) for folder in (target, drafter)]
-    return Pair(
-        *models, tokenizer, eos_tokens(target), (_name(options.target, target), _name(options.drafter, drafter))
-    )
+    names = _name(options.target, target), _name(options.drafter, drafter)
+    return Pair(*models, tokenizer, eos_tokens(target), names, pick_engine(options.engine, models, say))
 
 
 def _name(given: str, folder: Path) -> str:
@@ -108,22 +111,15 @@ def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculat
 def target_reader(pair: Pair, options: DecodeOptions, prompt: int, gamma_max: int) -> Reader:
     """The target with a cache for `prompt` tokens, the new ones, and drafts of up to `gamma_max`."""
     total = prompt + options.max_new_tokens
-    return Reader(pair.target, FullCache(pair.target, total + gamma_max + 2, total))
+    return pair.engine.target(pair.target, total + gamma_max + 2, total)
 
 
 def drafter_reader(pair: Pair, options: DecodeOptions, prompt: int) -> Reader:
     """The drafter with the cache that the options ask for."""
     total = prompt + options.max_new_tokens
     capacity = total + gamma_max_of(options) + 2
-    cache: FullCache | BudgetCache
-    view = drafter_view(options, prompt)
-    if view is not None:
-        cache = BudgetCache(pair.drafter, capacity, view, total)
-    elif options.budget is not None:
-        cache = OfficialCache(pair.drafter, capacity, options.budget, total)
-    else:
-        cache = FullCache(pair.drafter, capacity, total)
-    return Reader(pair.drafter, cache, pair.target.config.vocab_size)
+    vocab, view = pair.target.config.vocab_size, drafter_view(options, prompt)
+    return pair.engine.drafter(pair.drafter, capacity, total, vocab, options.budget, view)
 
 
 def gamma_max_of(options: DecodeOptions) -> int:
@@ -183,6 +179,8 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         "drafter": pair.names[1],
         "device": str(pair.target.device),
         "dtype": str(pair.target.dtype).removeprefix("torch."),
+        "attention": pair.engine.name,
+        "attention_detail": pair.engine.detail,
         "context": len(prompt),
         "budget": options.budget if options.budget is not None else "full",
         "gamma": options.gamma if options.gamma is not None else "auto",

@@ -23,6 +23,7 @@ class Cache(Protocol):
 
     length: int
     max_rows: int  # the most rows one `plan` may have after prefill
+    reads_whole_prompt: bool  # prefill asks `read_prompt` once a layer instead of `read` once a block
 
     def begin_prefill(self, tokens: int) -> None: ...
     def end_layer(self, layer: int) -> None: ...
@@ -30,6 +31,7 @@ class Cache(Protocol):
     def plan(self, start: int, rows: int) -> object: ...
     def write(self, layer: int, plan: object, qk: Tensor, v: Tensor) -> object: ...
     def read(self, layer: int, plan: object, q: object) -> Tensor: ...
+    def read_prompt(self, layer: int, q: Tensor) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -113,15 +115,22 @@ class Model:
         x = self.embed(tokens) if tokens else None
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
+            waiting = []
             for a, b in spans:
                 plan = cache.plan(a, b - a)
                 qk, v = self.project(layer, x[a:b])
                 q = cache.write(i, plan, qk, v)
-                if not last:
+                if not last and cache.reads_whole_prompt:
+                    waiting.append(q)
+                elif not last:
                     x[a:b] = self.mix(layer, x[a:b], cache.read(i, plan, q))
                 done += 1
                 if progress:
                     progress(done, total)
+            if waiting:
+                attended = cache.read_prompt(i, torch.cat(waiting))
+                for a, b in spans:
+                    x[a:b] = self.mix(layer, x[a:b], attended[a:b])
             cache.end_layer(i)
         cache.end_prefill()
 

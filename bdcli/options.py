@@ -13,6 +13,7 @@ CHOICES = {
     "select": SELECTIONS,
     "positions": ("rebased", "absolute"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "engine": ("auto", "compiled", "torch"),
     "baseline": ("sample", "full", "off"),
     "trim": ("middle",),
 }
@@ -35,6 +36,7 @@ class DecodeOptions:
     max_new_tokens: int = 256
     dtype: str = "auto"
     device: str = "auto"
+    engine: str = "auto"
     baseline: str = "sample"
     check: bool = False
     trim: str | None = None

@@ -21,13 +21,14 @@ def decode_run(
     pair: Pair | None = None,
     on_text: Callable[[str], None] = lambda _text: None,
     meter: Callable[[], AbstractContextManager] = nullcontext,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> dict:
     """Decode `text` (read from `source`) and store the run; returns the contract's fields with run_id.
 
     Bad input raises before a row is written; after that the row ends as done, failed or interrupted. `pair` spares
     loading the models anew; `meter()` opens a progress display and hands out progress(who, done, total), or None.
     """
-    pair = pair or load_pair(options)
+    pair = pair or load_pair(options, say)
     ids = prompt_ids(pair, options, text)
     drafter_view(options, len(ids))  # refuses a budget that is too small
     dataset = "stdin" if source == "-" else Path(source).stem

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bdcli.cache import BudgetCache, FullCache
+from bdcli.budget_cache import BudgetCache
+from bdcli.cache import FullCache
 from bdcli.controller import Controller
 from bdcli.model import Model
 from bdcli.sampling import Sampling, best_tokens, check_finite, draw, verify_greedy, verify_sampled
@@ -34,6 +35,11 @@ class Reader:
     @property
     def length(self) -> int:
         return self.cache.length
+
+    @property
+    def exact(self) -> bool:
+        """A row's logits do not depend on how many rows are read at once, up to rounding that decides nothing."""
+        return self.model.dtype is torch.float32
 
     def prefill(self, tokens: list[int], progress=None) -> None:
         self.model.prefill(self._known(tokens), self.cache, progress)

@@ -82,6 +82,7 @@ class Run(Figures, table=True):
     drafter: str | None = None
     device: str | None = None
     dtype: str | None = None
+    attention: str | None = Field(default=None, description="what ran the forwards: compiled or torch")
     budget: int | str | None = Field(default=None, sa_type=NumberOrWord)
     gamma: int | str | None = Field(default=None, sa_type=NumberOrWord)
     select: str | None = None

@@ -174,6 +174,7 @@ def summary(result: dict) -> None:
         ("context", f"{result['context']} tokens, {result['new_tokens']} new"),
         ("budget", f"{result['budget']} ({view}), at most {result['max_drafter_entries']} entries held"),
         ("gamma", str(result["gamma"])),
+        ("attention", f"{result['attention']} ({result['attention_detail']})"),
         ("acceptance", f"{show('acceptance_rate', '{:.1%}', 'nothing drafted')} of {result['drafted']} drafted"),
         ("outside loops", f"{show('acceptance_rate_no_loops', '{:.1%}')}, loop rate {show('loop_rate', '{:.1%}')}"),
         ("mean length", f"{show('mean_accepted_length', '{:.2f}')} tokens per target forward"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from bdcli.model import Layer, Model
 from bdcli.prompts import stdlib_text
 
 torch.set_num_threads(1)  # two xdist workers share two cores
+os.environ["OMP_NUM_THREADS"] = "1"  # and so do compiled steps and the processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from bd_kernels.reference import budget_attention
 from conftest import tiny_model
 
-from bdcli.cache import SCORING_QUERIES, BudgetCache, FullCache, OfficialCache
+from bdcli.budget_cache import SCORING_QUERIES, BudgetCache
+from bdcli.cache import FullCache, OfficialCache
 from bdcli.errors import UserError
 from bdcli.rope import RopeTable
 from bdcli.select import choose_chunks, chunk_scores, official_chunks

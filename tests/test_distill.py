@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
-from bdcli.cache import BudgetCache, FullCache
+from bdcli.budget_cache import BudgetCache
+from bdcli.cache import FullCache
 from bdcli.checkpoint import POCKET, load_model, save_model
 from bdcli.controller import FixedGamma
 from bdcli.errors import BdcliError, NonFiniteError, UserError

@@ -10,7 +10,7 @@ import torch
 from bd_kernels import reference
 from conftest import tiny_model
 
-from bdcli.cache import BudgetCache
+from bdcli.budget_cache import BudgetCache
 from bdcli.config import RopeConfig
 from bdcli.rope import RopeTable
 from bdcli.sampling import verify_greedy, verify_sampled

@@ -9,6 +9,7 @@ import torch
 from bdcli.baseline import warm_up
 from bdcli.checkpoint import POCKET, eos_tokens
 from bdcli.decode import Pair, gamma_max_of, make_speculator
+from bdcli.engine import pick_engine
 from bdcli.options import SELECTIONS, DecodeOptions
 
 BUDGETS, GAMMAS, POSITIONS = (64, 256, 512, None), (1, 3, 8, None), ("rebased", "absolute")
@@ -37,10 +38,11 @@ def wanted(prompt: tuple[int, ...], new: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def check(pocket, prompt, case, new=NEW):
+def check(pocket, prompt, case, new=NEW, runner="auto"):
     target, drafter, tokenizer = pocket
     options = DecodeOptions(**case, max_new_tokens=new, dtype="float32", device="cpu")
-    pair = Pair(target, drafter, tokenizer, eos_tokens(POCKET / "target"), ("pocket", "pocket"))
+    runs = pick_engine(runner, [target, drafter], print)
+    pair = Pair(target, drafter, tokenizer, eos_tokens(POCKET / "target"), ("pocket", "pocket"), runs)
     engine = make_speculator(pair, options, len(prompt))
     engine.prefill(list(prompt))
     controller = warm_up(engine, options.gamma, gamma_max_of(options))
@@ -55,6 +57,12 @@ def check(pocket, prompt, case, new=NEW):
 def test_whole_cross_on_short_prompts(case, pocket, text_ids):
     for length in SHORT:
         check(pocket, text_ids[5000 : 5000 + length], case)
+
+
+@pytest.mark.parametrize("case", CROSS[1::7], ids=name)
+def test_the_torch_engine_on_part_of_it(case, pocket, text_ids):
+    for length in SHORT[1:]:
+        check(pocket, text_ids[5000 : 5000 + length], case, runner="torch")
 
 
 @pytest.mark.parametrize("case", CROSS[::13], ids=name)

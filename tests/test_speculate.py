@@ -37,6 +37,8 @@ class TableReader:
     def rollback(self, length):
         self.length = min(self.length, length)
 
+    draft = Reader.draft
+
 
 def table(seed, sharpness=2.0):
     return torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed)) * sharpness

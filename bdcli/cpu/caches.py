@@ -11,7 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from bdcli.cache import BudgetCache, FullCache, OfficialCache
+from bdcli.budget_cache import BudgetCache
+from bdcli.cache import FullCache, OfficialCache
 from bdcli.cpu import layout as of
 from bdcli.model import Model
 from bdcli.views import View

@@ -2,14 +2,13 @@
 
 The caller's thread is one of them; the others wait in compiled code without the interpreter lock: they spin for a
 moment, because the next step usually comes soon, and then sleep on a semaphore. Their number honours OMP_NUM_THREADS
-and the processors this process may run on.
+and the processors this process may run on (`support.thread_limit`).
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
-import os
 import threading
 
 import numpy as np
@@ -17,6 +16,7 @@ from numba import njit, types
 
 from bdcli.cpu.simd import exchange, fetch_add, get_i64, observe, pause, publish, put_i64
 from bdcli.cpu.step import run
+from bdcli.cpu.support import thread_limit
 from bdcli.cpu.threads import wait_for, yield_processor
 
 SPINS = 2000  # pauses between steps before a thread offers its processor to others
@@ -85,13 +85,6 @@ def step(shared, model, call, threads):
 def publish_stop(shared, threads):
     publish(shared + STOP, 1)
     begin_round(shared, threads)
-
-
-def thread_limit() -> int:
-    """Threads that this process should use: OMP_NUM_THREADS if set, within the processors it may run on."""
-    allowed = len(os.sched_getaffinity(0))
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return max(1, min(allowed, int(wanted))) if wanted.isdigit() and int(wanted) > 0 else allowed
 
 
 class Pool:

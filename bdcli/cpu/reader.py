@@ -43,6 +43,10 @@ class CompiledReader(Reader):
         self._pool = pool()
         self._table: Tensor | None = None
 
+    @property
+    def exact(self) -> bool:
+        return True  # bit for bit, in every dtype (`micro`)
+
     # -- tables
 
     def _address(self, tensor: Tensor | None) -> int:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdcli.cache import BudgetCache, FullCache, OfficialCache
+from bdcli.budget_cache import BudgetCache
+from bdcli.cache import FullCache, OfficialCache
 from bdcli.model import Model
 from bdcli.sampling import Sampling
 from bdcli.views import plan_view

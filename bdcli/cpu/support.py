@@ -1,0 +1,58 @@
+"""Whether this machine and these models can use compiled steps, without compiling anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+
+from bdcli.cpu import code_folder
+from bdcli.model import Model
+
+
+def obstacle(models: list[Model]) -> str | None:
+    """Why compiled steps cannot run here, in a few words; None when they can."""
+    if any(m.device.type != "cpu" for m in models):
+        return f"{models[0].device.type} device"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"{platform.system()} on {platform.machine()}, not Linux on x86-64"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed"
+    if not {"avx2", "fma"} <= processor_features():
+        return "a processor without AVX2 and FMA"
+    return next((why for why in map(_shape, models) if why), None)
+
+
+def _shape(model: Model) -> str | None:
+    c = model.config
+    if model.dtype not in (torch.bfloat16, torch.float32):
+        return str(model.dtype).removeprefix("torch.")
+    odd = {"hidden size": c.hidden_size, "MLP width": c.intermediate_size, "head dimension": c.head_dim}
+    return next((f"{name} {size} is no multiple of 32" for name, size in odd.items() if size % 32), None)
+
+
+def processor_features() -> set[str]:
+    import llvmlite.binding
+
+    return {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
+
+
+def thread_limit() -> int:
+    """Threads that this process should use: OMP_NUM_THREADS if set, within the processors it may run on."""
+    allowed = len(os.sched_getaffinity(0))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return max(1, min(allowed, int(wanted))) if wanted.isdigit() and int(wanted) > 0 else allowed
+
+
+def describe() -> str:
+    vectors = "AVX-512" if "avx512f" in processor_features() else "AVX2"
+    threads = thread_limit()
+    return f"numba, {vectors}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def is_compiled() -> bool:
+    """False when the next use has to compile first."""
+    return any(code_folder().rglob("*.nbc"))

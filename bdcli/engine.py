@@ -1,0 +1,68 @@
+"""What runs the forwards of decoding: compiled steps on processors they were written for, torch everywhere else.
+
+The choice is made once, said once, and stored with the run (`attention`); nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bdcli.budget_cache import BudgetCache
+from bdcli.cache import FullCache, OfficialCache
+from bdcli.errors import UserError
+from bdcli.model import Model
+from bdcli.speculate import Reader
+from bdcli.views import View
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A kind of reader and the caches that go with it. `name` is compiled or torch; `detail` is for people."""
+
+    name: str
+    detail: str
+    reader: type[Reader]
+    full: type[FullCache]
+    official: type[OfficialCache]
+    budget: type[BudgetCache]
+
+    def target(self, model: Model, capacity: int, total: int) -> Reader:
+        """`model` with a full cache for `capacity` positions; `total` is the length RoPE is planned for."""
+        return self.reader(model, self.full(model, capacity, total))
+
+    def drafter(
+        self, model: Model, capacity: int, total: int, vocab: int, budget: int | None, view: View | None
+    ) -> Reader:
+        """`model` under a view; without one, under the paper's rule for `budget`, or with a full cache."""
+        if view is not None:
+            cache = self.budget(model, capacity, view, total)
+        elif budget is not None:
+            cache = self.official(model, capacity, budget, total)
+        else:
+            cache = self.full(model, capacity, total)
+        return self.reader(model, cache, vocab)
+
+
+def torch_engine(why: str = "asked for") -> Engine:
+    return Engine("torch", why, Reader, FullCache, OfficialCache, BudgetCache)
+
+
+def pick_engine(wanted: str, models: list[Model], say: Callable[[str], None]) -> Engine:
+    """`wanted` is auto, compiled or torch. Raises UserError when compiled is asked for and cannot run."""
+    from bdcli.cpu import support
+
+    if wanted == "torch":
+        return torch_engine()
+    why = support.obstacle(models)
+    if why is None:
+        if not support.is_compiled():
+            say("compiling for this processor, once: some 10 seconds")
+        from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
+        from bdcli.cpu.reader import CompiledReader
+
+        kinds = CompiledReader, PanelFullCache, PanelOfficialCache, PanelBudgetCache
+        return Engine("compiled", support.describe(), *kinds)
+    if wanted == "compiled":
+        raise UserError(f"--engine compiled cannot run here ({why})", "Leave --engine out to decode with torch")
+    return torch_engine(why)
