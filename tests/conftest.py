@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import sys
 from dataclasses import dataclass
 
@@ -21,16 +22,23 @@ torch.set_num_threads(1)  # two xdist workers share two cores
 os.environ["OMP_NUM_THREADS"] = "1"  # and so do compiled steps and the processes that tests start
 
 
+compiled_only = pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64", reason="compiled steps are for Linux on x86-64"
+)
+
+
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path, monkeypatch):
     """No test touches the user's store."""
     monkeypatch.setenv("BDCLI_DB", str(tmp_path / "runs.db"))
 
 
-def tiny_model(layers=2, heads=4, kv_heads=2, dim=8, vocab=41, seed=0, dtype=torch.float32, spread=0.35) -> Model:
+def tiny_model(
+    layers=2, heads=4, kv_heads=2, dim=8, vocab=41, seed=0, dtype=torch.float32, spread=0.35, hidden=24, inner=40,
+    biases=False, qk_norm=False,
+) -> Model:  # fmt: skip
     """Random weights, large enough that attention is far from uniform."""
     g = torch.Generator().manual_seed(seed)
-    hidden, inner = 24, 40
 
     def weight(*shape):
         return (torch.randn(*shape, generator=g) * spread).to(dtype)
@@ -40,8 +48,9 @@ def tiny_model(layers=2, heads=4, kv_heads=2, dim=8, vocab=41, seed=0, dtype=tor
 
     rope = RopeConfig("default", 10000.0, dim, 4096)
     config = ModelConfig(
-        vocab, hidden, inner, layers, heads, kv_heads, dim, 4096, 1e-5, rope, False, False, False, False, False, None
-    )
+        vocab, hidden, inner, layers, heads, kv_heads, dim, 4096, 1e-5, rope, False, biases, biases, biases, qk_norm,
+        None,
+    )  # fmt: skip
     blocks = [
         Layer(
             norm(),
@@ -53,6 +62,12 @@ def tiny_model(layers=2, heads=4, kv_heads=2, dim=8, vocab=41, seed=0, dtype=tor
         )
         for _ in range(layers)
     ]
+    for block in blocks:
+        if biases:
+            for name in ("qkv", "out", "gate_up", "down"):
+                setattr(block, name + "_bias", weight(getattr(block, name).shape[0]))
+        if qk_norm:
+            block.qk_norm = 1 + weight(heads + kv_heads, dim)
     return Model(config, weight(vocab, hidden), blocks, norm(), weight(vocab, hidden))
 
 

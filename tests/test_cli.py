@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import compiled_only
 from safetensors.torch import load_file, save_file
 
 from bdcli.checkpoint import POCKET
@@ -91,8 +92,16 @@ def test_all_baselines_and_dtypes_write_the_same_text(cli, prompt):
 
 
 def test_bfloat16_is_checked_by_the_tie_rule(cli, prompt):
-    result = cli("decode", prompt, "--max-new-tokens", 48, "--dtype", "bfloat16", "--check", "--json").json
+    same = ["decode", prompt, "--max-new-tokens", 48, "--dtype", "bfloat16", "--check", "--json"]
+    result = cli(*same, "--engine", "torch").json
     assert result["output_equal"] is True and result["logit_error"] > 0 and result["ties"] < 5
+
+
+@compiled_only
+def test_compiled_steps_leave_nothing_to_tie(cli, prompt):
+    result = cli("decode", prompt, "--max-new-tokens", 48, "--dtype", "bfloat16", "--check", "--json").json
+    assert result["attention"] == "compiled" and result["drafted"] > 0
+    assert result["output_equal"] is True and result["logit_error"] == 0 and result["ties"] == 0
 
 
 def test_sampling_is_seeded_and_never_called_equal(cli, prompt):

@@ -72,7 +72,7 @@ ORDER = [
     ["page"],
     ["cache", "checkpoint", "train.view_forward", "train.optimizers", "train.corpus", "train.scratch"],
     ["train.trainer", "budget_cache"],
-    ["speculate", "train.acceptance", "cpu"],
+    ["speculate", "train.acceptance", "cpu.code"],
     ["cpu.simd", "cpu.support"],
     ["cpu.layout", "cpu.micro"],
     ["cpu.rows", "cpu.draws", "cpu.threads"],

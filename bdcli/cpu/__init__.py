@@ -2,32 +2,3 @@
 
 data flows  simd -> layout, micro -> rows, attention, draws -> threads, step -> pool -> caches, reader
 """
-
-from __future__ import annotations
-
-import functools
-import hashlib
-import os
-import tempfile
-from pathlib import Path
-
-
-@functools.cache
-def code_folder() -> Path:
-    """Where machine code is kept between runs: a folder of its own for each version of this package's sources.
-
-    numba looks at the file of a function to see whether its code is stale, not at the files of what it calls.
-    """
-    from platformdirs import user_cache_path
-
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    name = f"code-{hashlib.sha256(sources).hexdigest()[:16]}"
-    for place in (user_cache_path("bdcli"), Path(tempfile.gettempdir()) / f"bdcli-{os.getuid()}"):
-        folder = place / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path(tempfile.mkdtemp(prefix="bdcli-"))

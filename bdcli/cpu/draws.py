@@ -53,7 +53,7 @@ def masked_exp(at, least):
     return vexp(get(at))
 
 
-@njit(error_model="numpy")
+@machine_code(types.float32, types.int64, types.int64, types.float32)
 def soften(q, count, least):
     """Exponentials in place, 0 below `least`; their sum. Every value is at most 0."""
     whole = count // 16 * 16
@@ -111,7 +111,7 @@ def serve(logits, count, q, temperature, top_k, top_p):
     return sums
 
 
-@njit(error_model="numpy")
+@machine_code(types.float64, types.int64, types.int64)
 def uniform(seed, counter):
     """A float64 in [0, 1): 53 bits of Philox 4x32-10 at `counter` under key `seed`."""
     mask = np.uint64(0xFFFFFFFF)

@@ -16,7 +16,7 @@ from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from bdcli.cpu import code_folder
+from bdcli.cpu.code import code_folder
 
 numba.config.CACHE_DIR = str(code_folder())  # before anything is compiled
 
@@ -157,13 +157,13 @@ def machine_code(result, *arguments):
         name = f"bdcli_{function.__name__}"
         code = cfunc(signature, nopython=True, cache=True, error_model="numpy")(function)
         llvmlite.binding.add_symbol(name, code.address)
-        _code.append(code)
+        entries[function.__name__] = code
         return types.ExternalFunction(name, signature)
 
     return wrap
 
 
-_code: list = []  # keeps what symbols point to
+entries: dict = {}  # what symbols point to; `entries[name].ctypes` can be called from Python
 
 get_f32 = compiled(_f, _i)(lambda b, at: load(b, at, F32, 4))
 get_i64 = compiled(_i, _i)(lambda b, at: load(b, at, I64, 8))

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from bdcli.cpu import code_folder
+from bdcli.cpu.code import code_folder
 from bdcli.model import Model
 
 

@@ -1,0 +1,320 @@
+"""Compiled steps against torch and plain maths: odd shapes, fresh random inputs, every view, every kind of weight."""
+
+import math
+
+import pytest
+import torch
+from conftest import compiled_only, tiny_model
+from scipy.stats import chisquare
+
+from bdcli.budget_cache import BudgetCache
+from bdcli.cache import FullCache, OfficialCache
+from bdcli.cpu import support
+from bdcli.engine import pick_engine, torch_engine
+from bdcli.errors import NonFiniteError, UserError
+from bdcli.sampling import Sampling
+from bdcli.speculate import Speculator
+from bdcli.views import View, plan_view
+
+pytestmark = compiled_only
+DTYPES = [torch.float32, torch.bfloat16]
+FRESH = torch.Generator()
+FRESH.seed()
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=FRESH)
+
+
+def entry(name):
+    from bdcli.cpu import reader, simd  # noqa: F401
+
+    return simd.entries[name].ctypes
+
+
+def fits(counts, law):
+    """Chi-square at 1e-4."""
+    law = law.double() / law.double().sum()
+    return chisquare(counts.double(), counts.sum().double() * law).pvalue > 1e-4
+
+
+# -- the two products
+
+
+def rows_dot(w, x):
+    pair = 2 if w.dtype is torch.bfloat16 else 1
+    packed = x if pair == 1 else x.view(len(x), -1, 16, 2).transpose(2, 3).contiguous()
+    y, size, width = torch.full((len(x), len(w)), torch.nan), w.element_size(), w.shape[1]
+    shape = (len(w) << 32) | (width * size // 64)
+    places = w.data_ptr(), width * size, packed.data_ptr(), 4 * width, y.data_ptr(), 4 * len(w)
+    entry("rows_dot")(len(x), pair - 1, *places, shape)
+    return y
+
+
+def scores(keys, x):
+    """x [R, D] against keys [S, D] through key panels."""
+    from bdcli.cpu.caches import key_panels
+
+    panels, y = key_panels(keys).contiguous(), torch.zeros(len(x), len(keys))
+    pair, dim = 2 if keys.dtype is torch.bfloat16 else 1, keys.shape[1]
+    shape = (len(keys) // 16 << 32) | (dim // pair)
+    places = panels.data_ptr(), 64, panels[0].nbytes, x.data_ptr(), 4 * dim, y.data_ptr(), 4 * len(keys)
+    entry("panels")(len(x), pair - 1, *places, shape, 0)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_equal_plain_maths_whatever_the_rows(dtype):
+    for product, columns, width in ((rows_dot, 37, 32), (rows_dot, 5, 704), (scores, 48, 96), (scores, 16, 32)):
+        w, x = randn(columns, width).to(dtype), randn(8, width)
+        wanted = x.double() @ w.double().T
+        together = product(w, x)
+        assert (together - wanted).abs().max() < 1e-5 * wanted.abs().max() * math.sqrt(width)
+        for rows in range(1, 8):  # bit for bit: a row does not know how many it is computed with
+            assert torch.equal(product(w, x[:rows].contiguous()), together[:rows])
+
+
+def test_exponential_and_rounding():
+    x = -torch.cat((randn(1000).abs() * 20, torch.tensor([0.0, 1e-30, 86.9, 87.1, 1e30, torch.inf])))
+    q = x.clone()
+    entry("soften")(q.data_ptr(), len(q), -math.inf)
+    wanted = torch.where(x < -87, 0, x.double().exp())
+    assert ((q - wanted).abs() <= 3e-7 * wanted + 1e-37).all()
+
+
+# -- whole forwards
+
+SHAPES = [
+    {"hidden": 64, "inner": 96, "dim": 32, "heads": 4, "kv_heads": 2},
+    {"hidden": 96, "inner": 160, "dim": 64, "heads": 3, "kv_heads": 3, "biases": True, "vocab": 131},
+    {"hidden": 32, "inner": 32, "dim": 96, "heads": 6, "kv_heads": 1, "qk_norm": True, "layers": 3},
+    {"hidden": 64, "inner": 64, "dim": 128, "heads": 2, "kv_heads": 1, "vocab": 17},
+]
+VIEWS = {
+    "full": None,
+    "official": 64,
+    "window": View(52, 4, 0, 9, True),
+    "absolute": View(52, 4, 0, 9, False),
+    "chunk": View(60, 4, 16, 9, True),
+    "no sinks": View(40, 0, 0, 9, True),
+}
+
+
+def reader(engine, model, view, capacity):
+    budget, view = (view, None) if isinstance(view, int) else (None, view)
+    return engine.drafter(model, capacity, capacity, model.config.vocab_size, budget, view)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"D{s['dim']}")
+def test_forwards_equal_torchs(shape, kind, dtype):
+    """Rounds with drafts, rejections and a prompt that ends anywhere; bf16 is held to torch's own bf16 error."""
+    seed = int(torch.randint(10**6, (), generator=FRESH))
+    exact = tiny_model(**shape, seed=seed, spread=0.15)
+    model = tiny_model(**shape, seed=seed, spread=0.15, dtype=dtype)
+    for prompt in (0, 3, 70, 131) if kind != "chunk" else (70, 131):
+        ids = torch.randint(model.config.vocab_size, (prompt + 60,), generator=FRESH).tolist()
+        plain, truth = (reader(torch_engine(), m, VIEWS[kind], prompt + 80) for m in (model, exact))
+        fast = reader(pick_engine("compiled", [model], print), model, VIEWS[kind], prompt + 80)
+        readers, at, errors, floor = (plain, truth, fast), prompt, [], []
+        for each in readers:
+            each.prefill(ids[:prompt])
+        for rows, back in ((1, 0), (2, 0), (9, 4), (1, 0), (9, 9), (8, 3), (3, 0), (9, 0), (9, 2), (2, 1)):
+            got, want, ours = (each.feed(ids[at : at + rows], rows) for each in readers)
+            errors.append((ours - want).square().mean())
+            floor.append((got - want).square().mean())
+            at += rows - back
+            for each in readers:
+                each.rollback(at)
+        error = torch.stack(errors).mean().sqrt() / want.std()
+        assert error < (1e-5 if dtype is torch.float32 else 1.2 * torch.stack(floor).mean().sqrt() / want.std())
+        assert fast.cache.peak_entries == plain.cache.peak_entries
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_row_is_the_same_alone_and_among_others(kind):
+    """Bit for bit in bf16, across block and chunk borders: verification writes what plain decoding writes."""
+    model = tiny_model(**SHAPES[0], seed=3, dtype=torch.bfloat16)
+    engine, prompt = pick_engine("compiled", [model], print), 505
+    ids = torch.randint(41, (prompt + 40,), generator=FRESH).tolist()
+    one, many = (reader(engine, model, VIEWS[kind], prompt + 60) for _ in range(2))
+    for each in (one, many):
+        each.prefill(ids[:prompt])
+    for first in range(prompt, prompt + 40, 10):
+        alone = torch.cat([one.feed(ids[i : i + 1], 1) for i in range(first, first + 10)])
+        assert torch.equal(many.feed(ids[first : first + 10], 10), alone)
+
+
+def test_long_feeds_are_read_in_parts_and_give_only_the_rows_asked_for():
+    model = tiny_model(**SHAPES[0], seed=1)
+    engine = pick_engine("compiled", [model], print)
+    ids = torch.randint(41, (150,), generator=FRESH).tolist()
+    plain, fast = (reader(e, model, None, 160) for e in (torch_engine(), engine))
+    for tokens, rows in ((ids[:75], 3), (ids[75:80], 5), (ids[80:150], 66)):
+        assert torch.allclose(fast.feed(tokens, rows), plain.feed(tokens, rows), atol=1e-4)
+
+
+def test_threads_change_nothing(monkeypatch):
+    from bdcli.cpu import pool
+
+    model = tiny_model(**SHAPES[2], seed=5, dtype=torch.bfloat16)
+    ids = torch.randint(41, (700,), generator=FRESH).tolist()
+    outputs = []
+    for threads in (1, 2, 3):
+        own = pool.Pool(threads)
+        monkeypatch.setattr("bdcli.cpu.reader.pool", lambda own=own: own)
+        fast = reader(pick_engine("compiled", [model], print), model, None, 720)
+        fast.prefill(ids[:690])
+        outputs.append(torch.cat([fast.feed(ids[690:697], 7), fast.feed(ids[697:698], 1)]))
+        own.close()
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def test_saved_entries_come_back():
+    model = tiny_model(**SHAPES[0], seed=2)
+    fast = reader(pick_engine("compiled", [model], print), model, None, 120)
+    fast.prefill(list(range(40)))
+    fast.feed([1, 2, 3, 4], 1)
+    saved = fast.cache.save(37)
+    keys, values = fast.cache.panel_keys.clone(), fast.cache.panel_values.clone()
+    fast.rollback(38)
+    fast.feed([7] * 6, 1)
+    fast.cache.restore(saved)
+    assert fast.length == 44
+    assert torch.equal(fast.cache.panel_keys, keys) and torch.equal(fast.cache.panel_values, values)
+
+
+# -- drafting
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_draft_is_what_torch_drafts(kind):
+    model = tiny_model(**SHAPES[0], seed=4)
+    ids = torch.randint(41, (140,), generator=FRESH).tolist()
+    plain, fast = (
+        reader(e, model, VIEWS[kind], 200) for e in (torch_engine(), pick_engine("compiled", [model], print))
+    )
+    greedy = Sampling()
+    for each in (plain, fast):
+        each.prefill(ids[:130])
+    for length, gamma in ((131, 5), (133, 1), (134, 8), (140, 3)):
+        drafts = [each.draft(ids[:length], gamma, greedy, FRESH)[0] for each in (plain, fast)]
+        assert drafts[0] == drafts[1] and len(drafts[0]) == gamma
+        for each in (plain, fast):
+            each.rollback(length)
+
+
+@pytest.mark.parametrize("law", [(0.7, 0, 1.0), (1.0, 0, 0.8), (1.3, 5, 1.0), (1.0, 7, 0.6)], ids=str)
+def test_draws_follow_the_serving_distribution(law):
+    """q is the law that torch computes from the same logits, and tokens are drawn from it."""
+    temperature, top_k, top_p = law
+    sampling = Sampling(temperature, top_k, top_p)
+    model = tiny_model(**SHAPES[0], seed=6)
+    plain, fast = (reader(e, model, None, 60) for e in (torch_engine(), pick_engine("compiled", [model], print)))
+    for each in (plain, fast):
+        each.prefill([1, 2, 3])
+    wanted = sampling.distribution(plain.feed([4], 1))[0]
+    counts = torch.zeros(41)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4000):
+        drafted, q = fast.draft([1, 2, 3, 4], 1, sampling, generator)
+        fast.rollback(3)
+        counts[drafted[0]] += 1
+        assert q[0, drafted[0]] > 0
+    assert torch.allclose(q[0], wanted, atol=1e-5)
+    seen = wanted > 0
+    assert counts[~seen].sum() == 0
+    assert fits(counts[seen], wanted[seen])
+
+
+def test_philox_equals_the_published_vectors():
+    """Random123's known answers for Philox 4x32-10; the first two words make 53 bits."""
+    for seed, counter, words in ((0, 0, (0x6627E8D5, 0xE169C58D)),):
+        wanted = (((words[0] << 32) | words[1]) >> 11) * 2.0**-53
+        assert entry("uniform")(seed, counter) == wanted
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.5), Sampling(1.0, 0, 0.8)], ids=["t0.5", "top-p"])
+def test_sampled_pairs_follow_the_targets_law(sampling):
+    """20,000 draws through compiled target and drafter: the joint law of two tokens is the target's."""
+    shape = SHAPES[0] | {"vocab": 5, "spread": 0.12}
+    target, drafter = tiny_model(**shape, seed=1), tiny_model(**shape, seed=2)
+    engine = pick_engine("compiled", [target, drafter], print)
+    prompt, plain = [1, 2, 3], reader(torch_engine(), target, None, 20)
+    plain.prefill(prompt[:-1])
+    first = sampling.distribution(plain.feed([3], 1))[0]
+    joint = torch.zeros(5, 5)
+    for token in range(5):
+        joint[token] = first[token] * sampling.distribution(plain.feed([token], 1))[0]
+        plain.rollback(3)
+    run = Speculator(reader(engine, target, None, 20), reader(engine, drafter, None, 20), sampling, 0)
+    run.prefill(prompt)
+    counts = torch.zeros(5, 5)
+    for _ in range(20_000):
+        while len(run.new_tokens) < 2:
+            run.round(2)
+        counts[tuple(run.new_tokens[:2])] += 1
+        del run.ids[3:]
+        run.target.rollback(2)
+        run.drafter.rollback(2)
+    seen = joint > 0
+    assert counts[~seen].sum() == 0
+    assert fits(counts[seen], joint[seen])
+
+
+# -- what can go wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_weights_are_an_error_on_both_sides(dtype):
+    model, broken = (tiny_model(**SHAPES[0], seed=0, dtype=dtype) for _ in range(2))
+    broken.layers[1].down[3, 5] = torch.nan
+    engine = pick_engine("compiled", [model], print)
+    for pair in ((broken, model), (model, broken)):
+        run = Speculator(*(reader(engine, m, None, 40) for m in pair), Sampling(), 0)
+        run.prefill([1, 2, 3])
+        with pytest.raises(NonFiniteError, match="target" if pair[0] is broken else "drafter"):
+            run.round(2)
+
+
+def test_a_cache_refuses_what_it_has_no_room_for():
+    model = tiny_model(**SHAPES[0], seed=0)
+    engine = pick_engine("compiled", [model], print)
+    full = reader(engine, model, None, 32)
+    full.prefill(list(range(30)))
+    with pytest.raises(RuntimeError, match="cannot hold"):
+        full.feed([1, 2, 3], 1)
+    ring = reader(engine, model, plan_view(40, "window", "rebased", 4, 90), 120)
+    ring.prefill([1] * 90)
+    ring.feed([1] * 6, 1)
+    ring.rollback(80)
+    with pytest.raises(RuntimeError, match="rolled back further"):
+        ring.feed([1], 1)
+
+
+def test_the_choice_of_engine_is_explained(monkeypatch):
+    fits, odd = tiny_model(**SHAPES[0]), tiny_model()
+    assert pick_engine("auto", [fits], print).name == "compiled"
+    assert pick_engine("torch", [fits], print).name == "torch"
+    engine = pick_engine("auto", [fits, odd], print)
+    assert engine.name == "torch" and "hidden size 24 is no multiple of 32" in engine.detail
+    with pytest.raises(UserError, match="--engine compiled cannot run here"):
+        pick_engine("compiled", [odd], print)
+    half = tiny_model(**SHAPES[0], dtype=torch.float16)
+    assert "float16" in pick_engine("auto", [half], print).detail
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert "aarch64" in pick_engine("auto", [fits], print).detail
+
+
+def test_threads_honour_limits(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3})
+    for given, wanted in (("", 4), ("2", 2), ("9", 4), ("3,2", 3), ("0", 4), ("x", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert support.thread_limit() == wanted
+
+
+def test_the_plain_twins_are_the_caches_of_torch():
+    assert (torch_engine().full, torch_engine().budget) == (FullCache, BudgetCache)
+    assert all(issubclass(getattr(pick_engine("compiled", [], print), n), k) for n, k in
+               (("full", FullCache), ("official", OfficialCache), ("budget", BudgetCache)))  # fmt: skip
