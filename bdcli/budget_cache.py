@@ -7,10 +7,8 @@ from torch import Tensor
 
 from bdcli.cache import Cached
 from bdcli.model import Model
-from bdcli.select import choose_chunks, chunk_scores
-from bdcli.views import CHUNK, View
-
-SCORING_QUERIES = 16  # last prompt queries whose mean scores the chunks
+from bdcli.select import SCORING_QUERIES, prompt_chunks
+from bdcli.views import View
 
 
 class BudgetCache(Cached):
@@ -66,16 +64,8 @@ class BudgetCache(Cached):
 
     def _choose(self, layer: int) -> None:
         """Keep sinks, the best chunks between them and the window, and the window itself; drop the layer's rest."""
-        view, n = self.view, self._prompt
-        count = view.chosen // CHUNK
-        end = n - view.window
-        first = view.sinks + (end - view.sinks) % CHUNK  # whole chunks, aligned to where the window starts
-        queries, keys = self._last_queries, self._layer_keys[first:end]
-        if view.rebased:  # score each chunk as if it stood in the middle of the chosen ones
-            rank = torch.arange(CHUNK, device=self.device) + view.sinks + (view.chosen - CHUNK) // 2
-            rows = self.rope.rows(rank.repeat((end - first) // CHUNK))
-            keys = self.rope.rotate(self._raw_keys[first:end], rows)
-        index = choose_chunks(chunk_scores(queries, keys, CHUNK), count, CHUNK) + first  # [Hkv, chosen]
+        view, end = self.view, self._prompt - self.view.window
+        index = prompt_chunks(self.rope, view, self._last_queries, self._layer_keys, self._raw_keys)
         gather = index.T[..., None].expand(-1, -1, self.head_dim)
         kept = self._raw_keys.gather(0, gather)
         if view.rebased:

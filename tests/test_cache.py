@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from bd_kernels.reference import budget_attention
 from conftest import tiny_model
 
-from bdcli.budget_cache import SCORING_QUERIES, BudgetCache
+from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache, OfficialCache
 from bdcli.errors import UserError
 from bdcli.rope import RopeTable
-from bdcli.select import choose_chunks, chunk_scores, official_chunks
+from bdcli.select import SCORING_QUERIES, choose_chunks, chunk_scores, official_chunks
 from bdcli.views import CHUNK, View, gamma_limit, plan_view
 
 
