@@ -22,6 +22,7 @@ import psutil
 from platformdirs import user_data_path
 from sqlalchemy import JSON, String, event, inspect, text
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, Session, SQLModel, create_engine, select
 
@@ -207,22 +208,26 @@ class Store:
         cursor.close()
 
     def _create(self) -> None:
-        """Tables, and columns that a newer version added. Two processes may do this at once."""
-        for attempt in range(3):
-            try:
-                SQLModel.metadata.create_all(self._engine)
-                break
-            except OperationalError as error:
-                if "already exists" not in str(error) or attempt == 2:
-                    raise
-        known = inspect(self._engine)
+        """Tables, and columns that a newer version added. Several processes may do this at once."""
         with self._engine.begin() as connection:
-            for table in (Run.__table__, Prompt.__table__, Evaluation.__table__, Loss.__table__):
-                present = {column["name"] for column in known.get_columns(table.name)}
-                for column in table.columns:
-                    if column.name not in present:
-                        kind = column.type.compile(self._engine.dialect)
-                        connection.execute(text(f'ALTER TABLE "{table.name}" ADD COLUMN "{column.name}" {kind}'))
+            for table in SQLModel.metadata.sorted_tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+                for index in table.indexes:
+                    connection.execute(CreateIndex(index, if_not_exists=True))
+        for table in SQLModel.metadata.sorted_tables:
+            present = {column["name"] for column in inspect(self._engine).get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in present:
+                    self._add_column(table.name, column)
+
+    def _add_column(self, table: str, column) -> None:
+        kind = column.type.compile(self._engine.dialect)
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(text(f'ALTER TABLE "{table}" ADD COLUMN "{column.name}" {kind}'))
+        except OperationalError as error:
+            if "duplicate column" not in str(error):  # else another process was quicker
+                raise
 
     def _mark_interrupted(self) -> None:
         with Session(self._engine) as session:
