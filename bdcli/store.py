@@ -209,16 +209,16 @@ class Store:
 
     def _create(self) -> None:
         """Tables, and columns that a newer version added. Several processes may do this at once."""
-        with self._engine.begin() as connection:
-            for table in SQLModel.metadata.sorted_tables:
-                connection.execute(CreateTable(table, if_not_exists=True))
-                for index in table.indexes:
-                    connection.execute(CreateIndex(index, if_not_exists=True))
         for table in SQLModel.metadata.sorted_tables:
+            with self._engine.begin() as connection:
+                connection.execute(CreateTable(table, if_not_exists=True))
             present = {column["name"] for column in inspect(self._engine).get_columns(table.name)}
             for column in table.columns:
                 if column.name not in present:
                     self._add_column(table.name, column)
+            with self._engine.begin() as connection:
+                for index in table.indexes:
+                    connection.execute(CreateIndex(index, if_not_exists=True))
 
     def _add_column(self, table: str, column) -> None:
         kind = column.type.compile(self._engine.dialect)
