@@ -96,17 +96,14 @@ def bootstrap(
 ) -> tuple[float | None, float | None]:
     """95 % percentile bootstrap interval of `statistic` over items drawn with replacement (Efron 1979).
 
-    None with fewer than two items, or where the statistic has no value.
+    None with fewer than two items, or where the statistic of all has no value.
     """
-    rng = random.Random(0)
-    values = (
-        sorted(v for _ in range(resamples) if (v := statistic(rng.choices(items, k=len(items)))) is not None)
-        if len(items) > 1
-        else []
-    )
-    if not values:
+    if len(items) < 2 or statistic(items) is None:
         return None, None
-    return values[int(0.025 * len(values))], values[min(len(values) - 1, math.ceil(0.975 * len(values)) - 1)]
+    rng = random.Random(0)
+    drawn = (statistic(rng.choices(items, k=len(items))) for _ in range(resamples))
+    values = sorted(value for value in drawn if value is not None)
+    return values[int(0.025 * len(values))], values[math.ceil(0.975 * len(values)) - 1]
 
 
 def _ratio(part: float, whole: float | None) -> float | None:

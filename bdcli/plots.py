@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -74,7 +73,7 @@ def plot(runs: list[Run], path: Path) -> None:
     done = [r for r in done if _comparable(r) == _comparable(done[0])]
     datasets = sorted({r.dataset for r in done}) if done[0].experiment else [None]
     shape = (2, 2) if len(datasets) == 1 else (len(datasets), 4)
-    size = 4.9 * shape[1], 3.7 * shape[0]
+    size = 4.9 * shape[1], 4.3 * shape[0]
     figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     for row, dataset in zip(axes.reshape(-1, 4), datasets):
         here = [r for r in done if dataset in (None, r.dataset)]
@@ -103,13 +102,14 @@ def _by_budget(axis, runs: list[Run]) -> None:
     axis.set_xticks(range(len(budgets)), [str(b) for b in budgets])
     axis.set(xlabel="drafter KV budget (entries per layer and head)", ylabel=f"acceptance rate (%), γ = {gamma}")
     axis.set_title("Acceptance against budget", fontsize=10)
-    axis.set_ylim(0, _ceiling(axis))
+    axis.set_ylim(0, min(100.0, axis.get_ylim()[1]))
     _legend(axis)
 
 
 def _by_context(axis, runs: list[Run]) -> None:
     """A line a family and budget."""
     runs, gamma = _one_gamma([r for r in runs if r.drafted])
+    _context_axis(axis, runs)
     for name in FAMILIES:
         mine = [r for r in runs if (family(r) if family(r) != "full" else "bd") == name]
         for i, budget in enumerate(sorted({r.budget for r in mine}, key=_budget_order)):
@@ -117,15 +117,15 @@ def _by_context(axis, runs: list[Run]) -> None:
             style = {"color": colour, "marker": marker, "linestyle": STYLES[i % 4]}
             points = _at_contexts([r for r in mine if r.budget == budget])
             _line(axis, points, "acceptance_rate", 100, f"{label} {budget or ''}".strip(), style)
-    _context_axis(axis, runs)
     axis.set_ylabel(f"acceptance rate (%), γ = {gamma}")
     axis.set_title("Acceptance against context", fontsize=10)
-    axis.set_ylim(0, _ceiling(axis))
+    axis.set_ylim(0, min(100.0, axis.get_ylim()[1]))
     _legend(axis)
 
 
 def _speedups(axis, runs: list[Run]) -> None:
     """A line a family: at each context its fastest arm."""
+    _context_axis(axis, runs)
     for name, (label, colour, marker) in FAMILIES.items():
         if name == "ar":
             continue
@@ -138,7 +138,6 @@ def _speedups(axis, runs: list[Run]) -> None:
             points.append((context, max(arms.values(), key=lambda rows: _median(rows, "speedup") or 0.0)))
         _line(axis, points, "speedup", 1, label, style)
     axis.axhline(1, color="0.35", linewidth=1)
-    _context_axis(axis, runs)
     axis.set_ylabel("speedup over AR (×)")
     axis.set_title("Speedup against context, fastest arm of each kind", fontsize=10)
     axis.set_ylim(bottom=0)
@@ -161,7 +160,11 @@ def _memory(axis, runs: list[Run]) -> None:
         for budget, r in best.items():
             if isinstance(budget, int):
                 place = (r.peak_memory_bytes / 1e6, r.tokens_per_second)
-                axis.annotate(str(budget), place, (4, 3), textcoords="offset points", fontsize=7, color="0.3")
+                offset = (5, -2) if name != "naive" else (-5, -2)
+                side = "left" if name != "naive" else "right"
+                axis.annotate(
+                    str(budget), place, offset, textcoords="offset points", fontsize=6.5, color=colour, ha=side
+                )
     axis.set(xlabel="peak memory: weights, KV caches, work (MB)", ylabel="decode speed (tokens/s)")
     axis.set_title(f"Speed against memory at {_k(longest)}", fontsize=10)
     axis.set_ylim(bottom=0)
@@ -182,7 +185,7 @@ def _at_contexts(runs: list[Run]) -> list[tuple[int, list[Run]]]:
 
 
 def _line(axis, points: list[tuple[float, list[Run]]], field: str, factor: float, label: str, style: dict) -> None:
-    """Medians at each x, with the cells' own 95 % intervals where there are any."""
+    """Medians at each x, with the cells' own 95 % intervals where there are any, drawn thin and a little apart."""
     points = [(x, rows) for x, rows in points if _median(rows, field) is not None]
     if not points:
         return
@@ -191,7 +194,9 @@ def _line(axis, points: list[tuple[float, list[Run]]], field: str, factor: float
     ends = [[_median(rows, f"{field.removesuffix('_rate')}_{end}") for _, rows in points] for end in ("low", "high")]
     if None not in (*ends[0], *ends[1]):
         spread = [[abs(y - factor * e) for y, e in zip(ys, end)] for end in ends]
-        axis.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=style["color"], alpha=0.35, capsize=2, linewidth=1)
+        aside = (len(axis.containers) - 3) * (0.02 if axis.get_xscale() == "linear" else 0.008)
+        moved = [x + aside if axis.get_xscale() == "linear" else x * 2 ** (2 * aside) for x in xs]
+        axis.errorbar(moved, ys, yerr=spread, fmt="none", ecolor=style["color"], alpha=0.4, capsize=2, linewidth=0.9)
 
 
 def _context_axis(axis, runs: list[Run]) -> None:
@@ -202,14 +207,12 @@ def _context_axis(axis, runs: list[Run]) -> None:
     axis.set_xlabel("context (prompt tokens)")
 
 
-def _ceiling(axis) -> float:
-    """A round limit above everything drawn, so that panels are comparable and nothing sits on the edge."""
-    return min(100.0, 10 * math.ceil(axis.get_ylim()[1] / 10 + 0.5))
-
-
 def _legend(axis) -> None:
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=7.5, ncols=2, handlelength=2.6, columnspacing=1.2)
+        axis.legend(
+            frameon=False, fontsize=7.5, ncols=3, handlelength=2.6, columnspacing=1.2,
+            loc="upper center", bbox_to_anchor=(0.5, -0.17),
+        )  # fmt: skip
 
 
 def _pyplot(path: Path):

@@ -22,6 +22,7 @@ from bdcli.decode import Pair
 from bdcli.metrics import Round
 
 PREFILL_ROWS = 512
+TRIAL_TOKENS = 16
 
 
 class Clock:
@@ -138,11 +139,10 @@ class HfMethod(Method):
         return self._write(prompt, seed, self.recipe.max_new_tokens)
 
     def _write(self, prompt: list[int], seed: int, limit: int) -> Outcome:
-        hf = self.models.transformers
-        return self._timed(prompt, hf.rolled_back(), seed, limit, hf.prefill_s)
+        return self._timed(prompt, self.models.transformers.rolled_back(), seed, limit)
 
     @torch.inference_mode()
-    def _timed(self, prompt: list[int], cache, seed: int, limit: int, prefill_s: float) -> Outcome:
+    def _timed(self, prompt: list[int], cache, seed: int, limit: int) -> Outcome:
         hf, r, eos = self.models.transformers, self.recipe, sorted(self.models.pair.eos)
         clock, widths = Clock(), []
         hook = hf.target.register_forward_pre_hook(
@@ -172,7 +172,7 @@ class HfMethod(Method):
         return Outcome(
             tokens=tokens,
             rounds=_rounds(clock.blocks, widths),
-            ttft_s=prefill_s + clock.blocks[0][0] - started,
+            ttft_s=hf.prefill_s + clock.blocks[0][0] - started,
             finish_reason="stop" if tokens and tokens[-1] in eos else "length",
             entries=None,
             drafter_kv_bytes=0,
@@ -194,21 +194,37 @@ def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[Round]:
 
 
 class HfAutoregressive(HfMethod):
-    """Plain `generate`, with a dynamic and with a static cache; the faster of the two is reported."""
+    """Plain `generate`, with a dynamic or a static cache: whichever was faster in a trial at this prompt length."""
 
-    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:  # noqa: ARG002
-        limit = self.recipe.max_new_tokens
-        dynamic = self._write(prompt, seed, limit)
-        static = self._timed(prompt, self._static(prompt, limit), seed, limit, self.models.transformers.prefill_s)
-        return min(dynamic, static, key=lambda o: sum(r.seconds for r in o.rounds) / len(o.tokens))
+    def __init__(self, models, arm: Arm):
+        super().__init__(models, arm)
+        self._choice: dict[int, bool] = {}  # prompt length -> is the static cache the faster one?
+        self._static = None
 
-    def _static(self, prompt: list[int], limit: int):
+    def prepare(self, prompt: list[int]) -> None:
+        super().prepare(prompt)
+        n = len(prompt)
+        if n not in self._choice:
+            limit = min(TRIAL_TOKENS, self.recipe.max_new_tokens)
+            trials = [self._write(prompt, 0, limit), self._timed(prompt, self._filled(prompt), 0, limit)]
+            dynamic, static = (sum(r.seconds for r in trial.rounds) / len(trial.tokens) for trial in trials)
+            self._choice[n] = static < dynamic
+        self._static = self._filled(prompt) if self._choice[n] else None
+
+    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:
+        if self._static is None:
+            return super().generate(prompt, held, seed)
+        outcome = self._timed(prompt, self._static, seed, self.recipe.max_new_tokens)
+        self._static = None
+        return outcome
+
+    def _filled(self, prompt: list[int]):
         """A static cache with the entries of the dynamic one."""
         from transformers import StaticCache
 
         hf = self.models.transformers
         source = hf.rolled_back()
-        cache = StaticCache(config=hf.target.config, max_cache_len=len(prompt) + limit)
+        cache = StaticCache(config=hf.target.config, max_cache_len=len(prompt) + self.recipe.max_new_tokens)
         for i, layer in enumerate(source.layers):
             cache.update(layer.keys, layer.values, i)
         return cache
