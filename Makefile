@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CTX ?= 4k
 BUDGET ?= 512
 
-.PHONY: demo test test-slow test-gpu lint readme clean
+.PHONY: demo test test-slow test-gpu lint results clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,9 +30,9 @@ test-gpu: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 
-# Measures the README's table and plot anew (20 minutes for 6 books on 2 cores): make readme BOOKS=folder-of-txt-files
-readme: $(VENV)/.installed
-	$(BIN)/python scripts/readme_table.py measure $(BOOKS)
+# Measures RESULTS.md and README's table and picture anew, and goes on after a stop: make results BOOKS=folder-of-txt-files
+results: $(VENV)/.installed
+	$(BIN)/python scripts/results.py measure --books $(BOOKS) $(RESULTS_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

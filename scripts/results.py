@@ -30,7 +30,7 @@ DB, PAGE, README, PICTURE = (ROOT / p for p in ("docs/results.db", "RESULTS.md",
 WORK = ROOT / "runs" / "results.db"
 BEGIN, END = "<!-- table: scripts/results.py render -->", "<!-- end of table -->"
 REPEATED = ("bd-512",)  # measured three times over, at the shortest context
-SHOWN = ("bd-256", "bd-512", "bd-1024", "bd-2048", "full")  # README's rows
+SHOWN = ("bd-256", "bd-512", "bd-2048", "full", "hf-assisted")  # README's rows
 
 app = typer.Typer(add_completion=False)
 
@@ -40,7 +40,9 @@ def measure(
     books: Annotated[Path, typer.Option(help="Folder of .txt books.")],
     qmsum: Annotated[Path | None, typer.Option(help="LongBench rows, .jsonl.")] = None,
     lwm: Annotated[Path | None, typer.Option(help="Documents to be summarised, .jsonl.")] = None,
-    paper_samples: Annotated[int, typer.Option(help="Prompts of the paper's protocol, one of them warm-up.")] = 4,
+    paper_samples: Annotated[
+        int, typer.Option(help="Prompts of the paper's protocol, one of them warm-up; 0 skips it.")
+    ] = 4,
     options: Annotated[
         list[str] | None, typer.Option(help="More words for every bdcli bench; may be repeated.")
     ] = None,
@@ -55,7 +57,8 @@ def measure(
         _bench(
             own, "--datasets", sets[0], "--ctx", "4k", "--arms", ",".join(REPEATED), "--seed", str(100 + turn), *extra
         )
-    _bench(published, "--datasets", ",".join(sets), "--samples", str(paper_samples), *extra)
+    if paper_samples:
+        _bench(published, "--datasets", ",".join(sets), "--samples", str(paper_samples), *extra)
     keep()
     render()
 
@@ -127,7 +130,7 @@ def render() -> None:
 
 
 def readme_table(main: list[Run]) -> str:
-    names = "context, budget, acceptance, outside loops, mean length, AR tok/s, tok/s, speedup, 95 %, loops, entries"
+    names = "context, arm, acceptance, outside loops, mean length, AR tok/s, tok/s, speedup, 95 %, loops, entries"
     lines = ["| " + names.replace(", ", " | ") + " |", "|" + " ---: |" * len(names.split(", "))]
     for run in sorted((r for r in main if r.arm in SHOWN), key=lambda r: (r.context, SHOWN.index(r.arm))):
         lines.append("| " + " | ".join(_readme_row(run)) + " |")
@@ -135,19 +138,20 @@ def readme_table(main: list[Run]) -> str:
 
 
 def _readme_row(run: Run) -> list[str]:
-    clean = run.acceptance_rate_no_loops
+    if not run.valid:
+        return [f"{run.context // 1024}k", run.arm, "invalid", *[""] * 8]
     return [
         f"{run.context // 1024}k",
-        str(run.budget),
-        f"{run.acceptance_rate:.1%}",
-        f"{clean:.1%}" if clean is not None else "none clean",
+        run.arm,
+        _rate(run.acceptance_rate),
+        _rate(run.acceptance_rate_no_loops),
         f"{run.mean_accepted_length:.2f}",
         f"{run.ar_tokens_per_second:.1f}",
         f"{run.tokens_per_second:.1f}",
         f"{run.speedup:.2f}×",
         f"{run.speedup_low:.2f}–{run.speedup_high:.2f}",
         f"{run.loop_rate:.0%}",
-        str(run.max_drafter_entries),
+        str(run.max_drafter_entries or ""),
     ]
 
 
@@ -200,7 +204,7 @@ def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> s
         "## Where we are beaten\n\nBy data set and context, every arm faster than our fastest budgeted one.\n",
         "\n".join(f"* {line}" for line in losses(main)) or "Nowhere in this matrix.",
         "\n## Every cell\n",
-        markdown(list(COLUMNS), [[show(r) for show in COLUMNS.values()] for r in main if r.tokens_per_second]),
+        markdown(list(COLUMNS), [[show(r) for show in COLUMNS.values()] for r in main if r.speedup]),
         "",
         "\n".join(f"* {line.partition(' (')[0]}: {line.rpartition('): ')[2]}" for line in refused(main)),
         *_repeats(repeats),
