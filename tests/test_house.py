@@ -10,7 +10,6 @@ import pytest
 import typer
 
 from bdcli.cli import app
-from bdcli.store import Store
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = typer.main.get_command(app).commands

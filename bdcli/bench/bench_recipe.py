@@ -51,6 +51,7 @@ class BenchRecipe:
     protocol: Literal["default", "paper"] = _setting("default", "paper: show the published figures beside ours")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "auto: bf16 where it is native")
     device: str = _setting("auto", "auto, cpu, cuda, ...")
+    engine: Literal["auto", "compiled", "torch"] = _setting("auto", "what runs the forwards of our arms")
     temperature: float = _setting(0.0, "0 is greedy")
     top_k: int = _setting(0, "0 is off")
     top_p: float = _setting(1.0, "1 is off")

@@ -20,7 +20,7 @@ Pair = tuple[Prompt, Prompt]  # an arm's prompt and AR's of the same ids
 # What `bdcli bench --json` says about a cell, by the store's names.
 CELL_FIELDS = (
     "run_id", "arm", "dataset", "context", "budget", "gamma", "method", "select", "positions", "target", "drafter",
-    "device", "dtype", "temperature", "acceptance_rate", "acceptance_low", "acceptance_high",
+    "device", "attention", "dtype", "temperature", "acceptance_rate", "acceptance_low", "acceptance_high",
     "acceptance_rate_no_loops", "mean_accepted_length", "ttft_s", "tokens_per_second", "ar_tokens_per_second",
     "ar_variation", "speedup", "speedup_low", "speedup_high", "speedup_no_loops", "loop_rate", "output_equal", "ties",
     "max_drafter_entries", "drafter_kv_bytes", "target_kv_bytes", "peak_memory_bytes", "valid", "invalid_reason",

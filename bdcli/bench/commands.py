@@ -43,6 +43,7 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, compiled or torch.")] = None,
     target: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
     drafter: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
     naive: Annotated[str | None, typer.Option(help="Undistilled drafter of the arms window and chunk.")] = None,
@@ -65,7 +66,7 @@ def bench(
         raise UserError(f"--protocol {protocol}: unknown", "Known: default, paper")
     given = _protocol(protocol, recipe) + list(overrides or []) + list(QUICK if quick else ())
     plain = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    plain |= {"dtype": dtype, "device": device, "target": target, "drafter": drafter, "naive": naive}
+    plain |= {"dtype": dtype, "device": device, "engine": engine, "target": target, "drafter": drafter, "naive": naive}
     given += [f"{key}={json.dumps(value)}" for key, value in plain.items() if value is not None]
     if ctx is not None:
         from bdcli.options import parse_context
@@ -99,7 +100,7 @@ def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool
     with status_line("loading torch and models"):
         from bdcli.bench.matrix import Sweep, Watcher
 
-        sweep = Sweep(settings, store, Watcher(), fresh)
+        sweep = Sweep(settings, store, Watcher(say=note), fresh)
     for line in sweep.plan():
         note(line)
     if dry_run:

@@ -17,8 +17,8 @@ MIN_SAMPLES = 2  # below it there is no interval
 MAX_LOOP_RATE = 0.5  # beyond it the figures describe a loop
 # An arm and its AR must agree in all of these, or their ratio says nothing.
 SAME = (
-    "experiment", "dataset", "context", "target", "machine", "host", "device", "dtype", "temperature", "top_k", "top_p",
-    "git_revision",
+    "experiment", "dataset", "context", "target", "machine", "host", "device", "attention", "dtype", "temperature",
+    "top_k", "top_p", "git_revision",
 )  # fmt: skip
 STOP_RULES = ("max_new_tokens", "eos")
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-import torch
-
 from bdcli.baseline import teacher_force
 from bdcli.bench.bench_recipe import Arm, BenchRecipe
 from bdcli.bench.cells import cell_json, counted, digest, seal, summarise
@@ -44,6 +42,7 @@ class Watcher:
 
     arm: Callable[[str, float, float], None] = lambda *_: None
     cells: Callable[[list[Run]], None] = lambda *_: None
+    say: Callable[[str], None] = lambda _line: None
 
 
 class Sweep:
@@ -51,7 +50,7 @@ class Sweep:
 
     def __init__(self, recipe: BenchRecipe, store: Store, watcher: Watcher, fresh: bool = False):
         self.recipe, self.store, self.watcher = recipe, store, watcher
-        self.models = Models(recipe)
+        self.models = Models(recipe, watcher.say)
         pair = self.models.pair
         self.greedy = recipe.temperature == 0
         self.methods = {name: METHODS[arm.method](self.models, arm) for name, arm in recipe.arms.items()}
@@ -208,6 +207,7 @@ class Sweep:
             target=pair.names[0],
             drafter=drafter and self.models.with_drafter(drafter).names[1],
             device=str(pair.target.device),
+            attention=pair.engine.name,
             dtype=str(pair.target.dtype).removeprefix("torch."),
             budget="full" if arm.method == "full" else arm.budget,
             gamma=0 if arm.method in ("ar", "hf-ar") else arm.gamma,
@@ -271,7 +271,7 @@ class Sweep:
         ar = rows.get(self.ar)
         if not self.greedy or ar is None or ar.error is not None:
             return
-        exact = held.target.model.dtype is torch.float32
+        exact = held.target.exact
         for row in rows.values():
             if row.error is not None or row.output_equal is not None:
                 continue

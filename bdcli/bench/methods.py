@@ -7,6 +7,7 @@ affair, `generate` writes. The engine's methods differ in their drafter alone an
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,6 +18,8 @@ from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Held, Method, Outcome
 from bdcli.checkpoint import check_vocabulary, load_model, resolve
 from bdcli.decode import Pair, drafter_reader, effective_positions, gamma_max_of, load_pair
+from bdcli.engine import pick_engine
+from bdcli.errors import UserError
 from bdcli.metrics import Round
 from bdcli.options import DecodeOptions
 from bdcli.sampling import Sampling
@@ -28,13 +31,15 @@ class Models:
     """Every model that the arms of a recipe need, each loaded once, when first asked for."""
 
     recipe: BenchRecipe
+    say: Callable[[str], None] = lambda _line: None
     _pairs: dict[str | None, Pair] = field(default_factory=dict)
 
     @cached_property
     def pair(self) -> Pair:
         """The target and the measured drafter."""
         r = self.recipe
-        return load_pair(DecodeOptions(target=r.target, drafter=r.drafter, dtype=r.dtype, device=r.device))
+        options = DecodeOptions(target=r.target, drafter=r.drafter, dtype=r.dtype, device=r.device, engine=r.engine)
+        return load_pair(options, self.say)
 
     def with_drafter(self, name: str | None) -> Pair:
         """The target with the drafter `name`; None means that none is used."""
@@ -44,6 +49,8 @@ class Models:
             folder, target = resolve(name, "drafter"), resolve(self.recipe.target, "target")
             check_vocabulary(target, folder, self.pair.tokenizer)
             drafter = load_model(folder, self.pair.target.dtype, self.pair.target.device)
+            if pick_engine(self.recipe.engine, [self.pair.target, drafter], self.say).name != self.pair.engine.name:
+                raise UserError(f"drafter {name} cannot run in the engine of the others", "Give --engine torch")
             self._pairs[name] = replace(self.pair, drafter=drafter, names=(self.pair.names[0], name))
         return self._pairs[name]
 
