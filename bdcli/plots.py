@@ -44,7 +44,7 @@ FAMILIES = {  # label, colour, marker; the same in every panel
     "official": ("official selection", PALETTE[2], "D"),
     "full": ("full-cache drafter", PALETTE[5], "^"),
     "lookup": ("prompt lookup", PALETTE[4], "v"),
-    "ar": ("AR", "0.35", "|"),
+    "ar": ("AR", "black", "*"),
     "hf-ar": ("transformers AR", PALETTE[6], "x"),
     "hf-assisted": ("transformers assisted", PALETTE[3], "P"),
     "hf-lookup": ("transformers lookup", "0.55", "X"),
@@ -145,7 +145,7 @@ def _speedups(axis, runs: list[Run]) -> None:
 
 
 def _memory(axis, runs: list[Run]) -> None:
-    """Every arm at the longest context; numbers beside the points are budgets."""
+    """Every arm at the longest context; the numbers are budgets."""
     longest = max(_nominal(r.context) for r in runs)
     here = [r for r in runs if _nominal(r.context) == longest and r.peak_memory_bytes and r.tokens_per_second]
     for name, (label, colour, marker) in FAMILIES.items():
@@ -153,18 +153,10 @@ def _memory(axis, runs: list[Run]) -> None:
         if mine:
             places = [(r.peak_memory_bytes / 1e6, r.tokens_per_second) for r in mine]
             axis.plot(*zip(*places), linestyle="", color=colour, marker=marker, label=label, markersize=6)
-        best = {
-            b: max((r for r in mine if r.budget == b), key=lambda r: r.tokens_per_second)
-            for b in {r.budget for r in mine}
-        }
-        for budget, r in best.items():
-            if isinstance(budget, int):
+        for r in mine if name == "bd" else []:
+            if r.gamma == "auto" or not any(o.budget == r.budget and o.gamma == "auto" for o in mine):
                 place = (r.peak_memory_bytes / 1e6, r.tokens_per_second)
-                offset = (5, -2) if name != "naive" else (-5, -2)
-                side = "left" if name != "naive" else "right"
-                axis.annotate(
-                    str(budget), place, offset, textcoords="offset points", fontsize=6.5, color=colour, ha=side
-                )
+                axis.annotate(str(r.budget), place, (6, -2), textcoords="offset points", fontsize=6.5, color=colour)
     axis.set(xlabel="peak memory: weights, KV caches, work (MB)", ylabel="decode speed (tokens/s)")
     axis.set_title(f"Speed against memory at {_k(longest)}", fontsize=10)
     axis.set_ylim(bottom=0)
