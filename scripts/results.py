@@ -198,7 +198,8 @@ def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> s
         f"\nTolerance: AR's speed over the prompts of a cell varies by {unsteady} (standard deviation / mean), so "
         f"ratios closer than about {2 * spread:.0%} are not told apart; intervals are 95 % bootstraps over prompts. "
         "In bf16 a text counts as equal when every differing choice lies within four times our engine's logit error "
-        "(none where its rows do not depend on each other); peers round otherwise, so theirs may part from ours, which is shown and no fault.\n",
+        "(none where its rows do not depend on each other); peers round otherwise, so theirs may part from ours, which "
+        "is shown and no fault.\n",
         "## Side by side\n\nSpeedup over AR (95 % interval), tokens per second. Arms named -g5 and -g8 draft that "
         "many tokens a round; the others choose as they go. Peers (hf-) run the same weights, prompts, dtype and stop "
         "rules in transformers, each with the faster of the caches it supports.\n",
