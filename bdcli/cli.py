@@ -143,7 +143,7 @@ def report(
     status: Annotated[str | None, typer.Option(help="done, failed, interrupted or running.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Newest runs to show; 0 shows all.")] = 0,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = "table",
-    run: Annotated[str | None, typer.Option(help="One distil run: its acceptance grid, step by step.")] = None,
+    run: Annotated[str | None, typer.Option(help="One distil or pretrain run: what it measured, step by step.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw acceptance and speedup to a .png, .svg or .pdf file.")] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write tables and pictures as one page that needs no other file.")
@@ -159,7 +159,10 @@ def report(
         parse_context(ctx)
     store = Store(db, readonly=True)
     if run is not None:
-        evaluations = store.evaluations(run)
+        evaluations, losses = store.evaluations(run), store.losses(run)
+        if losses and plot is None:
+            typer.echo(shown.losses(losses, str(form)))
+            return
         if not evaluations:
             raise UserError(f"run {run} has no acceptance grid", "See bdcli report --command distill")
         if plot is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bdcli.bench.cells import best
 from bdcli.bench.gates import join_objections, seal_objections
 from bdcli.options import parse_context
-from bdcli.store import Evaluation, Run, Store
+from bdcli.store import Evaluation, Loss, Run, Store
 
 NEAR = 0.125  # `--ctx 8k` keeps contexts within this share of 8192
 
@@ -274,13 +274,27 @@ def curve_rows(evaluations: list[Evaluation]) -> list[list[str]]:
 
 
 def curves(evaluations: list[Evaluation], form: str) -> str:
-    """The grid of one run as table, markdown, csv or json; csv and json hold every column, unformatted."""
-    raw = [e.model_dump(mode="json") for e in evaluations]
+    """The grid of one distil run as table, markdown, csv or json; csv and json hold every column, unformatted."""
+    return _measurements("evaluations", Evaluation, evaluations, curve_rows(evaluations), form)
+
+
+def losses(found: list[Loss], form: str) -> str:
+    """Held-out losses of one pretrain run, step by step, in the forms of `curves`."""
+    head = ["step", "tokens", "context", "loss", "long context is worth"]
+    body = [
+        [str(x.step), str(x.tokens), str(x.context), f"{x.nll:.3f}", f"{x.tail_nll_short - x.tail_nll:+.3f} nat"]
+        for x in found
+    ]
+    return _measurements("losses", Loss, found, [head, *body], form)
+
+
+def _measurements(name: str, kind: type, found: list, rows: list[list[str]], form: str) -> str:
+    raw = [x.model_dump(mode="json") for x in found]
     if form == "json":
-        return json.dumps({"evaluations": raw}, indent=2, ensure_ascii=False)
+        return json.dumps({name: raw}, indent=2, ensure_ascii=False)
     if form == "csv":
-        return _csv(list(Evaluation.model_fields), raw)
-    head, *body = curve_rows(evaluations)
+        return _csv(list(kind.model_fields), raw)
+    head, *body = rows
     if form == "markdown":
         return markdown(head, body)
     widths = [max(map(len, column)) for column in zip(head, *body)]

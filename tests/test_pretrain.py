@@ -259,6 +259,9 @@ def test_the_command(tmp_path, cli, text):
     from bdcli.store import Store
 
     assert [x.step for x in Store().losses(row["run_id"])] == [0, 2]
+    shown = cli("report", "--run", row["run_id"])
+    assert shown.code == 0 and "long context is worth" in shown.out and len(shown.out.splitlines()) == 3
+    assert len(cli("report", "--run", row["run_id"], "--format", "json").json["losses"]) == 2
     bad = cli(
         "pretrain", path, "--set", "schedule.tokenz=3", "--set", "optimizer.lr=-1", "--set", "corpus.weights=[1, 2]"
     )
