@@ -184,11 +184,16 @@ class Distillation:
         """Steps with a grid every so often. Returns why it stopped early, or None, and target tokens per second."""
         p, o = trainer.progress, self.recipe.optimizer
         grid_s = self._measure(trainer, passages)
-        first, trained_s, stopped = p.step, 0.0, None
+        first, trained_s, stopped, opened = p.step, 0.0, None, time.monotonic()
         with deferred_interrupt() as interrupted:
             while p.step < o.steps and not stopped:
                 began = time.monotonic()
-                loss = trainer.step(partial(self._parts, windows, p.step), warm_cosine(p.step, o.warmup, o.steps))
+                at = p.step
+                if o.follow == "time" and self.deadline < math.inf:
+                    share = (began - opened) / max(1.0, self.deadline - 1.5 * grid_s - opened)
+                    at = max(at, round(first + share * (o.steps - first)))
+                rate = self.ranks.agreed(warm_cosine(at, o.warmup, o.steps))
+                loss = trainer.step(partial(self._parts, windows, p.step), rate)
                 step_s = time.monotonic() - began
                 trained_s += step_s
                 self.watcher.progress("distil", p.step, o.steps, f"loss {loss:.3f}")

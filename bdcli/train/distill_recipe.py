@@ -64,6 +64,9 @@ class Optimizer(Updates):
     steps: int = setting(150, "optimizer steps")
     windows_per_step: int = setting(1, "windows whose gradients make one step")
     warmup: int = setting(10, "linear warm-up steps; a cosine to zero follows")
+    follow: Literal["steps", "time"] = setting(
+        "steps", "where the cosine stands: at the step, or further on where --max-minutes is nearer than the last step"
+    )
 
 
 @dataclass(frozen=True)
