@@ -161,7 +161,7 @@ def report(
     if run is not None:
         evaluations, losses = store.evaluations(run), store.losses(run)
         if losses and plot is None:
-            typer.echo(shown.losses(losses, str(form)))
+            typer.echo(shown.held_out(losses, str(form)))
             return
         if not evaluations:
             raise UserError(f"run {run} has no acceptance grid", "See bdcli report --command distill")

@@ -278,7 +278,7 @@ def curves(evaluations: list[Evaluation], form: str) -> str:
     return _measurements("evaluations", Evaluation, evaluations, curve_rows(evaluations), form)
 
 
-def losses(found: list[Loss], form: str) -> str:
+def held_out(found: list[Loss], form: str) -> str:
     """Held-out losses of one pretrain run, step by step, in the forms of `curves`."""
     head = ["step", "tokens", "context", "loss", "long context is worth"]
     body = [
