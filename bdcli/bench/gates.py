@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 
 from bdcli.bench.bench_recipe import BUDGETED, PEER_METHODS
 from bdcli.bench.cells import counted, paired, seal
+from bdcli.metrics import LOOP_GRAM
 from bdcli.store import Prompt, Run
 
 MIN_SAMPLES = 2  # below it there is no interval
-MAX_LOOP_RATE = 0.5  # beyond it the figures describe a loop
+MAX_LOOPED = 0.9  # share of the tokens that can end a repeated 8-gram beyond which the figures describe a loop
 # An arm and its AR must agree in all of these, or their ratio says nothing.
 SAME = (
     "experiment", "dataset", "context", "target", "machine", "host", "device", "attention", "dtype", "temperature",
@@ -95,7 +96,7 @@ def figure_objections(run: Run, rows: Sequence[Prompt]) -> Iterator[str]:
     most = max((row.max_drafter_entries or 0 for row in good), default=0)
     if bounded and most > run.budget:
         yield f"the drafter held {most} entries, its budget is {run.budget}"
-    tokens = sum(row.new_tokens for row in good)
-    rate = sum(row.loop_rate * row.new_tokens for row in good) / tokens if tokens else 0.0
-    if rate > MAX_LOOP_RATE:
-        yield f"the text loops: {rate:.0%} of its tokens repeat"
+    able = sum(max(0, row.new_tokens - LOOP_GRAM + 1) for row in good)
+    looped = sum(row.loop_rate * row.new_tokens for row in good)
+    if able and looped > MAX_LOOPED * able:
+        yield f"the text loops: {looped:.0f} of the {able} tokens that can repeat do"
