@@ -213,6 +213,7 @@ def _pyplot(path: Path):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "bdcli"
     from matplotlib import pyplot
 
     return pyplot
@@ -225,7 +226,8 @@ def _tidy(axis) -> None:
 
 def _write_figure(pyplot, figure, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=150)
+        # the same runs give the same file
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
         raise UserError(f"--plot {path}: {error.strerror}", "Give a path in an existing folder") from None
     finally:

@@ -42,6 +42,9 @@ def measure(
     books: Annotated[Path, typer.Option(help="Folder of .txt books.")],
     qmsum: Annotated[Path | None, typer.Option(help="LongBench rows, .jsonl.")] = None,
     lwm: Annotated[Path | None, typer.Option(help="Documents to be summarised, .jsonl.")] = None,
+    paper_gammas: Annotated[
+        str, typer.Option(help="γ of the paper's grids to measure; long ones take hours.")
+    ] = "5,10,15",
     paper_samples: Annotated[
         int, typer.Option(help="Prompts of the paper's protocol, one of them warm-up; 0 skips it.")
     ] = 4,
@@ -60,7 +63,9 @@ def measure(
             own, "--datasets", sets[0], "--ctx", "4k", "--arms", ",".join(REPEATED), "--seed", str(100 + turn), *extra
         )
     if paper_samples:
-        _bench(published, "--datasets", ",".join(sets), "--samples", str(paper_samples), *extra)
+        tried = [int(g) for g in paper_gammas.split(",")]
+        arms = ",".join(f"g{g}-at-{c}" for c, grid in paper.GRIDS.items() for g in tried if g in grid)
+        _bench(published, "--datasets", ",".join(sets), "--arms", arms, "--samples", str(paper_samples), *extra)
     keep()
     render()
 
@@ -219,6 +224,16 @@ def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> s
         "\n".join(paper.lines(published)) if published else "",
     ]
     return "\n".join(part for part in parts if part != "") + "\n"
+
+
+def _paper_head(published: list[Run]) -> str:
+    run = published[0]
+    tried = sorted({int(name[1:].partition("-")[0]) for r in published for name in r.config["beside"] if name != "ar"})
+    return (
+        f"\n## The paper's protocol\n\nGreedy, {run.config['max_new_tokens']} new tokens, the first prompt a warm-up, "
+        f"and for every cell the fastest of γ {', '.join(map(str, tried))} (the paper's grids are 5 to 60, 5 to 30 and "
+        f"5 to 40); {run.prompts} prompts a cell counted here, 9 there.\n"
+    )
 
 
 def _repeats(repeats: list[Run]) -> list[str]:

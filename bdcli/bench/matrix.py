@@ -198,7 +198,9 @@ class Sweep:
         drafter = r.drafter_of(arm)
         self._cells[key] = self.store.begin(
             "bench",
-            settings | {"arm": asdict(arm), "sources": r.datasets[dataset], "eos": sorted(pair.eos)},
+            settings
+            | {"arm": asdict(arm), "sources": r.datasets[dataset], "eos": sorted(pair.eos)}
+            | {"beside": list(r.arms_at(context))},
             experiment=self.key,
             arm=name,
             method=arm.method,
