@@ -8,7 +8,6 @@ the replay gives drafted and accepted tokens of real decoding exactly (fp32), el
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache, OfficialCache
+from bdcli.metrics import bootstrap
 from bdcli.model import Model
 from bdcli.sampling import Sampling
 from bdcli.views import plan_view
 
-RESAMPLES = 1000
 GREEDY = Sampling()
 
 
@@ -170,13 +169,9 @@ def acceptance_cell(
 
 def _interval(played: Sequence[Replay]) -> tuple[float | None, float | None]:
     """95 % percentile bootstrap over passages; None with fewer than three."""
-    if len(played) < 3:
-        return None, None
-    rng = random.Random(0)
-    rates = []
-    for _ in range(RESAMPLES):
-        drawn = rng.choices(played, k=len(played))
+
+    def rate(drawn: Sequence[Replay]) -> float:
         drafted = sum(p.drafted for p in drawn)
-        rates.append(sum(p.accepted for p in drawn) / drafted if drafted else 0.0)
-    rates.sort()
-    return rates[int(0.025 * RESAMPLES)], rates[int(0.975 * RESAMPLES) - 1]
+        return sum(p.accepted for p in drawn) / drafted if drafted else 0.0
+
+    return bootstrap(played, rate) if len(played) >= 3 else (None, None)
