@@ -47,7 +47,7 @@ def measure(
     ] = "5,10,15",
     paper_samples: Annotated[
         int, typer.Option(help="Prompts of the paper's protocol, one of them warm-up; 0 skips it.")
-    ] = 4,
+    ] = 10,
     options: Annotated[
         list[str] | None, typer.Option(help="More words for every bdcli bench; may be repeated.")
     ] = None,
@@ -214,16 +214,18 @@ def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> s
         "\n".join(f"* {line}" for line in losses(main)) or "Nowhere in this matrix.",
         "\n## Every cell\n",
         markdown(list(COLUMNS), [[show(r) for show in COLUMNS.values()] for r in main if r.speedup]),
-        "",
-        "\n".join(f"* {line.partition(' (')[0]}: {line.rpartition('): ')[2]}" for line in refused(main)),
+        *([_refused(main)] if refused(main) else []),
         *_repeats(repeats),
-        "\n## The paper's protocol\n\nGreedy, 256 new tokens, first prompt warm-up, the fastest γ of a grid for every "
-        f"cell ({published[0].prompts} prompts counted here, 9 there).\n"
-        if published
-        else "",
+        *([_paper_head(published)] if published else []),
         "\n".join(paper.lines(published)) if published else "",
     ]
     return "\n".join(part for part in parts if part != "") + "\n"
+
+
+def _refused(main: list[Run]) -> str:
+    """The cells whose figures do not count, with the reasons."""
+    bad = [r for r in main if not r.valid]
+    return "\nRefused:\n\n" + "\n".join(f"* {r.dataset} at {r.context}, {r.arm}: {r.invalid_reason}" for r in bad)
 
 
 def _paper_head(published: list[Run]) -> str:
