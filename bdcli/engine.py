@@ -59,8 +59,11 @@ def pick_engine(wanted: str, models: list[Model], say: Callable[[str], None]) ->
         if not support.is_compiled():
             say("compiling for this processor, once: some 10 seconds")
         from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
+        from bdcli.cpu.memory import settle
         from bdcli.cpu.reader import CompiledReader
 
+        for model in models:
+            settle(model)
         kinds = CompiledReader, PanelFullCache, PanelOfficialCache, PanelBudgetCache
         return Engine("compiled", support.describe(), *kinds)
     if wanted == "compiled":

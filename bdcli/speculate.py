@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -77,6 +78,10 @@ class Reader:
     def _known(self, tokens: list[int]) -> list[int]:
         own = self.model.config.vocab_size
         return tokens if own >= self.vocab else [token if token < own else 0 for token in tokens]
+
+    def exclusive(self) -> AbstractContextManager:
+        """Entered while rounds run: keeps others' threads off the processors that this reader's work needs."""
+        return nullcontext()
 
     def rollback(self, length: int) -> None:
         """Forget everything from position `length` on; nothing happens where less is held."""
@@ -158,6 +163,10 @@ class Speculator:
 
     def round(self, gamma: int) -> Step:
         """Draft `gamma` tokens, verify them, append what is kept to `ids`."""
+        with self.target.exclusive():
+            return self._round(gamma)
+
+    def _round(self, gamma: int) -> Step:
         started = time.perf_counter()
         ids, kept = self.ids, len(self.ids)
         try:
@@ -194,10 +203,11 @@ class Speculator:
     def one_row(self, tokens: list[int]) -> tuple[Tensor, float]:
         """One autoregressive step of the target: logits [1, V] and seconds, the choice of a token included."""
         started = time.perf_counter()
-        logits = self.target.feed(tokens, 1)
-        best_tokens(logits, "target")
-        if not self.sampling.greedy:
-            draw(self.sampling.distribution(logits)[0], torch.Generator(logits.device).manual_seed(0))
+        with self.target.exclusive():
+            logits = self.target.feed(tokens, 1)
+            best_tokens(logits, "target")
+            if not self.sampling.greedy:
+                draw(self.sampling.distribution(logits)[0], torch.Generator(logits.device).manual_seed(0))
         return logits, time.perf_counter() - started
 
 

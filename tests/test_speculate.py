@@ -37,7 +37,7 @@ class TableReader:
     def rollback(self, length):
         self.length = min(self.length, length)
 
-    draft = Reader.draft
+    draft, exclusive = Reader.draft, Reader.exclusive
 
 
 def table(seed, sharpness=2.0):

@@ -6,19 +6,17 @@ layer, so that no second copy of it ever lives. After prefill only compiled code
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache, OfficialCache
 from bdcli.cpu import layout as of
+from bdcli.cpu.memory import huge_zeros
 from bdcli.model import Model
 from bdcli.views import View
 
 PANEL = 16
-PAGE, HUGE_PAGE, MADV_HUGEPAGE = 4096, 2 << 20, 14  # Linux
 
 
 def round_up(count: int) -> int:
@@ -39,16 +37,6 @@ def value_panels(values: Tensor) -> Tensor:
     return values.view(*lead, slots // pair, pair, dim).transpose(-1, -2)
 
 
-def _huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on large pages where the system gives them when asked: fewer address look-ups while a cache is streamed."""
-    memory = torch.empty(shape, dtype=dtype)
-    first = -(-memory.data_ptr() // PAGE) * PAGE
-    size = memory.data_ptr() + memory.nbytes - first
-    if size >= HUGE_PAGE:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_HUGEPAGE)  # a wish: may fail
-    return memory.zero_()
-
-
 class _Panels:
     """Storage in panels for `slots` entries (a multiple of 16) per layer and KV head, and its geometry.
 
@@ -61,8 +49,8 @@ class _Panels:
         self._slots = slots
         pair = 2 if self.dtype is torch.bfloat16 else 1
         lead = self.layers, self.kv_heads
-        self.panel_keys = _huge_zeros((*lead, slots // PANEL, self.head_dim // pair, PANEL, pair), self.dtype)
-        self.panel_values = _huge_zeros((*lead, slots // pair, self.head_dim, pair), self.dtype)
+        self.panel_keys = huge_zeros((*lead, slots // PANEL, self.head_dim // pair, PANEL, pair), self.dtype)
+        self.panel_values = huge_zeros((*lead, slots // pair, self.head_dim, pair), self.dtype)
         self.geometry = {
             of.SLOTS: slots, of.SHIFT: 0, of.RING: 0, of.WINDOW: 0, of.SINKS: 0, of.PREFIX: 0, of.RING_AT: 0,
             of.LAST_RANK: -1,

@@ -19,7 +19,7 @@ from bdcli.cpu.step import run
 from bdcli.cpu.support import thread_limit
 from bdcli.cpu.threads import wait_for, yield_processor
 
-SPINS = 2000  # pauses between steps before a thread offers its processor to others
+SPINS = 100_000  # pauses between steps before a thread offers its processor to others; about a millisecond
 YIELDS = 200  # offers before it sleeps
 
 # Shared by all, a cache line each; then SLEEPER bytes a thread: whether it sleeps, and its semaphore.

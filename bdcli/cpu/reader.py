@@ -5,11 +5,16 @@ Prefill stays torch's, whose GEMMs are fast; decoding and drafting read the mode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
+from bdcli.cpu.memory import huge_zeros
 from bdcli.cpu.micro import FLOATS, PAIRS
 from bdcli.cpu.pool import pool
 from bdcli.model import Layer, Model
@@ -41,7 +46,8 @@ class CompiledReader(Reader):
         super().__init__(model, cache, vocab)
         self._kept: list[Tensor] = []  # what addresses in the tables point to
         self._pool = pool()
-        self._table: Tensor | None = None
+        self._table: np.ndarray | None = None
+        self._tokens = np.zeros(0, np.int64)
 
     @property
     def exact(self) -> bool:
@@ -62,7 +68,7 @@ class CompiledReader(Reader):
         """The model's table and scratch for steps of up to MAX_CALL_ROWS rows. Called once the prompt is read."""
         m, c, cache = self.model, self.model.config, self.cache
         size = of.MODEL_FIELDS + c.layers * of.LAYER_FIELDS
-        self._table = torch.zeros(size, dtype=torch.int64)
+        self._table = np.zeros(size, np.int64)
         rope = RopeTable(c.rope, cache.capacity, cache.total_length, torch.float32, m.device)
         fields = {
             of.KIND: PAIRS if m.dtype is torch.bfloat16 else FLOATS,
@@ -88,7 +94,7 @@ class CompiledReader(Reader):
             at = of.MODEL_FIELDS + i * of.LAYER_FIELDS
             for field, value in self._layer_fields(i, layer).items():
                 self._table[at + field] = value
-        self._call = torch.zeros(of.CALL_FIELDS, dtype=torch.int64)
+        self._call = np.zeros(of.CALL_FIELDS, np.int64)
         self._plan_scratch()
 
     def _layer_fields(self, i: int, layer: Layer) -> dict[int, int]:
@@ -124,15 +130,19 @@ class CompiledReader(Reader):
         self._call[of.OWN_BYTES] = offset
         shared[of.OWN] = offset * threads
         total = sum(-(-size // 64) * 64 for size in shared.values()) + 64
-        memory = torch.zeros(total, dtype=torch.uint8)
+        memory = huge_zeros((total,), torch.uint8)
         at = -(-self._address(memory) // 64) * 64
         for field, size in shared.items():
             self._call[field] = at
             at += -(-size // 64) * 64
-        self._arrived = memory[int(self._call[of.ARRIVED]) - memory.data_ptr() :][: 4 * 64].view(torch.int64)
+        first = int(self._call[of.ARRIVED]) - memory.data_ptr()
+        self._counts = memory.numpy()[first : first + 4 * 64].view(np.int64)
         self._call[of.THREADS] = threads
 
     # -- steps
+
+    def exclusive(self) -> AbstractContextManager:
+        return _one_torch_thread()
 
     def feed(self, tokens: list[int], rows: int) -> Tensor:
         """As `Reader.feed`; a row's logits do not depend on the other rows."""
@@ -153,20 +163,22 @@ class CompiledReader(Reader):
         call[of.LOGIT_ROWS], call[of.LOGITS] = wanted, logits.data_ptr()
         self._run(len(tokens))
 
-    def _begin(self, tokens: list[int], drafts: int) -> Tensor:
+    def _begin(self, tokens: list[int], drafts: int) -> np.ndarray:
         if self._table is None:
             self._build()
         read = len(tokens) + max(0, drafts - 1)
         self.cache.admit(self.cache.length, read)
-        self._tokens = torch.tensor([*tokens, *[0] * drafts])
+        if len(self._tokens) < len(tokens) + drafts:
+            self._tokens = np.zeros(2 * (len(tokens) + drafts), np.int64)
+        self._tokens[: len(tokens)] = tokens
         call = self._call
-        call[of.ROWS], call[of.START], call[of.TOKENS] = len(tokens), self.cache.length, self._tokens.data_ptr()
+        call[of.ROWS], call[of.START], call[of.TOKENS] = len(tokens), self.cache.length, self._tokens.ctypes.data
         call[of.DRAFT] = drafts
-        self._arrived.zero_()
+        self._counts[:] = 0
         return call
 
     def _run(self, read: int) -> None:
-        self._pool.run(self._table.data_ptr(), self._call.data_ptr())
+        self._pool.run(self._table.ctypes.data, self._call.ctypes.data)
         self.cache.length += read
         self.cache.count(self.cache.length)
 
@@ -190,11 +202,22 @@ class CompiledReader(Reader):
             _set_float(call, of.TEMPERATURE, sampling.temperature)
             _set_float(call, of.TOP_P, sampling.top_p)
         self._run(len(tokens) + gamma - 1)
-        drafted = self._tokens[len(tokens) :].tolist()
+        drafted = self._tokens[len(tokens) : len(tokens) + gamma].tolist()
         if min(drafted) < 0:
             raise non_finite("drafter")
         return drafted, q
 
 
-def _set_float(table: Tensor, field: int, value: float) -> None:
-    table.view(torch.float32)[2 * field] = value
+def _set_float(table: np.ndarray, field: int, value: float) -> None:
+    table.view(np.float32)[2 * field] = value
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """torch's threads spin for milliseconds after each operation that used them; a round has to do without them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
