@@ -25,23 +25,26 @@ class TieRule:
     """Would one-row greedy decoding have chosen these tokens? Exactly where the engine is exact, else within its error.
 
     In low precision torch's one-row and many-row kernels round differently. The RMS difference of their logits on the
-    same positions is the error; a token whose one-row logit lies within TIE_FACTOR errors of the best is a tie, beyond
-    it a difference.
+    same positions is the error; a token whose one-row logit lies within TIE_FACTOR errors of the best, or one unit in
+    its last place (logits are themselves rounded to the dtype), is a tie, beyond it a difference.
     """
 
-    def __init__(self, exact: bool):
-        self._exact = exact
-        self._gaps: list[float] = []  # best one-row logit minus that of the emitted token, where they differ
+    def __init__(self, target: Reader):
+        self._exact = target.exact
+        self._unit = torch.finfo(target.model.dtype).eps
+        # best one-row logit minus that of the emitted token, and one unit of the best, where they differ
+        self._gaps: list[tuple[float, float]] = []
         self._squares, self._logits = 0.0, 0
 
     def compare(self, one_row: Tensor, many_rows: Tensor, token: int) -> None:
         """One emitted `token` and the logits [V] of its position, from a forward over one row and over several."""
         self._squares += float((one_row - many_rows).square().sum())
         self._logits += one_row.shape[-1]
-        gap = float(one_row.max() - one_row[token])
+        best = float(one_row.max())
+        gap = best - float(one_row[token])
         # an exact tie is broken by index, so equal logits can still be a different argmax
         if gap > 0 or int(one_row.argmax()) != token:
-            self._gaps.append(gap)
+            self._gaps.append((gap, self._unit * abs(best)))
 
     @property
     def logit_error(self) -> float:
@@ -49,7 +52,7 @@ class TieRule:
 
     @property
     def ties(self) -> int:
-        return 0 if self._exact else sum(gap <= TIE_FACTOR * self.logit_error for gap in self._gaps)
+        return 0 if self._exact else sum(gap <= max(TIE_FACTOR * self.logit_error, unit) for gap, unit in self._gaps)
 
     @property
     def equal(self) -> bool:
@@ -62,7 +65,7 @@ def teacher_force(target: Reader, prompt: list[int], text: list[int]) -> TieRule
 
     Two passes over the text, one row and several rows at a time; afterwards the target holds what it did.
     """
-    rule, held = TieRule(target.exact), len(prompt) - 1
+    rule, held = TieRule(target), len(prompt) - 1
     fed = [prompt[-1], *text[:-1]]
     target.rollback(held)
     alone = [target.feed([token], 1)[0].clone() for token in fed]
@@ -93,7 +96,7 @@ class Baseline:
             return
         self._due = written + self._gap
         if speculator.sampling.greedy and self._rule is None:
-            self._rule = TieRule(speculator.target.exact)
+            self._rule = TieRule(speculator.target)
         ids, cache = speculator.ids, speculator.target.cache
         first = len(ids) - len(step.tokens)
         saved = cache.save(first - 1)

@@ -78,6 +78,7 @@ ORDER = [
     ["cpu.rows", "cpu.draws", "cpu.threads"],
     ["cpu.attention"],
     ["cpu.step"],
+    ["cpu.memory"],
     ["cpu.pool", "cpu.caches"],
     ["cpu.reader"],
     ["engine"],
