@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 
+import torch
 from torch import Tensor
 
 from bdcli.controller import AutoGamma, Controller, FixedGamma
