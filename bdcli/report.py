@@ -188,18 +188,25 @@ def _csv(names: list[str], records: list[dict]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def as_table(runs: list[Run]):
-    """A rich table; columns in which no run has anything are left out."""
+# Which columns a narrow terminal keeps, most wanted first; the others follow in their order.
+WANTED = ("arm", "ctx", "budget", "speedup", "tok/s", "acceptance", "γ", "dataset", "95 %", "valid", "run", "status")
+
+
+def as_table(runs: list[Run], width: int | None = None):
+    """A rich table; columns in which no run has anything are left out, and those that do not fit into `width`."""
     from rich.table import Table
 
-    cells = rows(runs)
+    cells, names = rows(runs), list(COLUMNS)
     table = Table(header_style="bold", box=None, pad_edge=False)
-    keep = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
+    keep = [i for i in range(len(names)) if any(row[i] for row in cells)]
+    room, fit = width or 10**6, []
+    for i in sorted(keep, key=lambda i: WANTED.index(names[i]) if names[i] in WANTED else len(WANTED) + i):
+        room -= max(len(names[i]), *(len(row[i]) for row in cells)) + 2
+        if room >= 0:
+            fit.append(i)
+    keep = sorted(fit)
     for i in keep:
-        name = list(COLUMNS)[i]
-        table.add_column(
-            name, justify="left" if name in LEFT else "right", no_wrap=name in ("run", "ctx", "speedup", "arm")
-        )
+        table.add_column(names[i], justify="left" if names[i] in LEFT else "right", no_wrap=True)
     for row in cells:
         table.add_row(*(row[i] for i in keep))
     return table
@@ -212,7 +219,7 @@ def print_table(runs: list[Run]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 240  # a pipe has no width; do not cut columns
-    console.print(as_table(runs))
+    console.print(as_table(runs, console.width))
 
 
 def side_by_side(runs: list[Run]) -> tuple[list[str], list[list[str]]]:

@@ -193,7 +193,7 @@ def summary(result: dict) -> None:
 def sweep_meter(table, brief):
     """Yields (arm(what, done, total), cells(runs)): a live table with a bar and an ETA on an interactive stderr.
 
-    Elsewhere a line after every prompt. `table(runs)` makes a rich table, `brief(runs)` a line.
+    Elsewhere a line after every prompt. `table(runs, width)` makes a rich table, `brief(runs)` a line.
     """
     if not sys.stderr.isatty():
         progress: dict[str, object] = {"share": 0.0, "what": ""}
@@ -216,4 +216,4 @@ def sweep_meter(table, brief):
         def arm(what: str, done: float, total: float) -> None:
             bar.update(task, completed=done / total, description=what)
 
-        yield arm, lambda runs: live.update(Group(table(runs), bar))
+        yield arm, lambda runs: live.update(Group(table(runs, live.console.width), bar))
