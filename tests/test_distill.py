@@ -254,13 +254,6 @@ def adds_up(a):
     return a["read"] == a["kept"] + sum(a["dropped"].values()) + a["failed"] > 0
 
 
-def stopped_after_one_step(folder):
-    """A run whose time is over once its material is made."""
-    Distillation(SMALL, folder, Watcher()).material().passages()
-    Distillation(SMALL, folder, Watcher()).material().windows()
-    return Distillation(SMALL, folder, Watcher(), deadline=0.0).run(resume=False)
-
-
 def test_a_run_measures_before_and_after_and_writes_a_drafter(tmp_path):
     grids = []
     job = Distillation(SMALL, tmp_path / "run", Watcher(grid=lambda step, cells: grids.append((step, cells))))
@@ -299,12 +292,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
 
 
 def test_out_of_time_still_measures(tmp_path):
-    outcome = stopped_after_one_step(tmp_path / "run")
+    outcome = Distillation(SMALL, tmp_path / "run", Watcher(), deadline=0.0).run(resume=False)
     assert outcome.stopped == "out of time" and outcome.steps == 1 and outcome.after
+    assert outcome.windows["kept"] == 5, "windows need no target: those that it was to write keep the corpus text"
+    manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
+    assert sum(shard["late"] for shard in manifest["shards"]) > 0
 
 
 def test_damaged_and_foreign_states_are_refused_and_kept(tmp_path):
-    stopped_after_one_step(tmp_path / "run")
+    Distillation(SMALL, tmp_path / "run", Watcher(), deadline=0.0).run(resume=False)
     state = tmp_path / "run" / "state.pt"
     other = replace(SMALL, optimizer=replace(SMALL.optimizer, lr=1e-5))  # the material fits, the state does not
     with pytest.raises(UserError, match="belongs to another recipe"):

@@ -62,7 +62,8 @@ class Accounts:
 class Material:
     """Windows and passages of one recipe, made with `pair` (loaded from `folders`) and kept in the folder `out`.
 
-    `deadline` (of `time.monotonic`) ends making: what exists by then is all there is, and the manifest says so.
+    After `deadline` (of `time.monotonic`) the target writes no more: passages are those that exist, windows keep the
+    text of the corpus, and the manifest counts them as `late`.
     """
 
     def __init__(
@@ -101,8 +102,6 @@ class Material:
             documents = Documents(d.sources)
             manifest["documents"] = asdict(Accounts(*documents.accounts))
             self._make_shards(manifest, documents)
-        if not manifest["shards"]:
-            raise UserError(f"no window of {d.context} tokens was made in time", "Raise --max-minutes")
         return Windows(self._out, manifest, self._pair.target.head, self._recipe)
 
     def _manifest(self) -> dict:
@@ -126,11 +125,11 @@ class Material:
         made, at = sum(s["accounts"]["kept"] for s in shards), shards[-1]["next"] if shards else 0
         next(islice(candidates, at, at), None)  # pass over what earlier shards were made of
         ended = False
-        while made < d.windows and not ended and time.monotonic() < self._deadline:
+        while made < d.windows and not ended:
             wanted, accounts, kept = min(d.shard_windows, d.windows - made), Accounts(0, 0, {}, 0), []
             while len(kept) < wanted:
                 ids = next(candidates, None)
-                if ids is None or time.monotonic() > self._deadline:
+                if ids is None:
                     ended = True
                     break
                 fate, sample = self._sample(at, ids)
@@ -142,10 +141,11 @@ class Material:
             if kept:
                 name = f"windows-{len(shards):05}.safetensors"
                 sha = self._write_shard(self._out / name, kept)
-                shards.append({"file": name, "sha256": sha, "next": at, "accounts": asdict(accounts)})
+                late = sum(int(sample["late"]) for sample in kept)
+                shards.append({"file": name, "sha256": sha, "next": at, "late": late, "accounts": asdict(accounts)})
                 made += len(kept)
                 write_text(self._out / MANIFEST, _dump(manifest))
-        if made < d.windows and time.monotonic() < self._deadline:
+        if made < d.windows:
             raise UserError(
                 f"{', '.join(d.sources)} holds {made} windows of {d.context} tokens, not {d.windows}",
                 "Lower data.windows or add sources",
@@ -156,7 +156,9 @@ class Material:
     def _sample(self, number: int, ids: list[int]) -> tuple[str, dict[str, Tensor] | None]:
         """(fate, tensors of the window) of candidate `number`; a function of recipe, number and ids."""
         d, looped, written = self._recipe.data, 0.0, False
-        if random.Random(f"{self._recipe.seed}/{number}").random() < d.written:
+        wanted = random.Random(f"{self._recipe.seed}/{number}").random() < d.written
+        late = wanted and time.monotonic() > self._deadline
+        if wanted and not late:
             written, prompt = True, ids[: -d.written_tokens]
             warmth = self._recipe.temperature if d.written_temperature is None else d.written_temperature
             try:
@@ -172,6 +174,7 @@ class Material:
         sample = {
             "ids": torch.tensor(ids, dtype=torch.int32),
             "written": torch.tensor(written),
+            "late": torch.tensor(late),
             "loop_rate": torch.tensor(looped),
         }
         return "kept", sample | self._answers(sample["ids"])
