@@ -10,9 +10,14 @@ import psutil
 import torch
 
 from bdcli.checkpoint import POCKET, cpu_has_bfloat16, load_model, load_tokenizer, pick_device, pick_dtype
+from bdcli.engine import pick_engine, torch_engine
 from bdcli.errors import BdcliError
+from bdcli.prompts import stdlib_text
 from bdcli.provenance import git_revision, machine, versions
 from bdcli.store import Store
+from bdcli.views import plan_view
+
+TOLERANCE = 1e-4  # of fp32 logits between two engines, over their spread
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def checks(store: str | None) -> Iterator[Check]:
     dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
     native = "multiplies" if cpu_has_bfloat16() else "does not multiply"
     yield Check("dtype", True, f"auto means {dtype} (this CPU {native} bf16 itself)")
-    yield Check("attention", True, "torch (eager)")
+    yield _guarded("attention", _attention)
     yield Check("stream read", True, f"{_stream_read():.1f} GB/s from memory")
     yield _guarded("store", lambda: _store(store))
     yield _guarded("pocket pair", _pocket)
@@ -67,6 +72,26 @@ def _stream_read() -> float:
         data.sum()
         best = min(best, time.perf_counter() - started)
     return data.numel() * 4 / best / 1e9
+
+
+def _attention() -> str:
+    """What `decode` would run with the pocket pair here, held against torch on a few dozen real tokens."""
+    target = load_model(POCKET / "target", torch.float32, torch.device("cpu"))
+    engine = pick_engine("auto", [target], lambda _line: None)
+    ids = load_tokenizer(POCKET / "target")(stdlib_text()[:400], verbose=False)["input_ids"]
+    plain, ours = (
+        e.drafter(target, 300, 300, target.config.vocab_size, 80, plan_view(80, "window", "rebased", 4, 60))
+        for e in (torch_engine(), engine)
+    )
+    for reader in (plain, ours):
+        reader.prefill(ids[:60])
+    wanted = plain.feed(ids[60:65], 5)
+    error = float((ours.feed(ids[60:65], 5) - wanted).abs().max() / wanted.std())
+    if not error < TOLERANCE:
+        raise BdcliError(
+            f"{engine.name} logits differ from torch's by {error:.1e} of their spread", "Use --engine torch"
+        )
+    return f"{engine.name} ({engine.detail}); logits within {error:.0e} of torch's"
 
 
 def _pocket() -> str:

@@ -25,9 +25,9 @@ import typer
 from bdcli.checkpoint import DTYPES, POCKET, load_model
 from bdcli.engine import pick_engine, torch_engine
 from bdcli.model import Model
+from bdcli.provenance import machine
 from bdcli.sampling import Sampling
 from bdcli.speculate import Reader
-from bdcli.store import machine
 from bdcli.views import plan_view
 
 CPU = torch.device("cpu")

@@ -1,6 +1,10 @@
 """Compiled steps against torch and plain maths: odd shapes, fresh random inputs, every view, every kind of weight."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,6 +309,16 @@ def test_the_choice_of_engine_is_explained(monkeypatch):
     assert "float16" in pick_engine("auto", [half], print).detail
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert "aarch64" in pick_engine("auto", [fits], print).detail
+
+
+@pytest.mark.slow
+def test_the_speed_script_prints_every_step(tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "cpu_speed.py"
+    words = ["--shapes", "pocket", "--contexts", "1024", "--rounds", "1"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True, cwd=tmp_path)
+    (found,) = json.loads(done.stdout.splitlines()[-1])
+    assert {"AR", "verify 9", "torch AR", "transformers AR bfloat16"} <= found["steps_ms"].keys()
+    assert min(found["steps_ms"].values()) > 0 and len(found["draft_ms"]) == 4
 
 
 def test_threads_honour_limits(monkeypatch):
