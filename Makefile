@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CTX ?= 4k
 BUDGET ?= 512
 
-.PHONY: demo test test-slow test-gpu lint results clean
+.PHONY: demo test test-slow test-gpu lint results speed clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ lint: $(VENV)/.installed
 # Measures RESULTS.md and README's table and picture anew, and goes on after a stop: make results BOOKS=folder-of-txt-files
 results: $(VENV)/.installed
 	$(BIN)/python scripts/results.py measure --books $(BOOKS) $(RESULTS_OPTIONS)
+
+# Compiled steps against memory speed, torch and transformers (3 minutes; needs a quiet machine)
+speed: $(VENV)/.installed
+	$(BIN)/python scripts/cpu_speed.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
