@@ -16,6 +16,8 @@ instruction was tried and was no faster; it would round x.)
 
 from __future__ import annotations
 
+import itertools
+
 from numba import types
 from numba.core import cgutils
 
@@ -61,17 +63,23 @@ def _multiply(builder, kind, sums, weights, x):
             builder.store(total, row[n])
 
 
-def _by_rows_and_kind(builder, rows, kind, emit):
-    """Code for each row count and kind, entered by a switch: inside, both are constants."""
+def _by_rows_and_kind(builder, rows, kind, count, some):
+    """Code for each row count and kind, entered by a switch: inside, both are constants.
+
+    `some(rows, kind, columns, first)` makes that many of the `count` columns; they are made in groups, then one by one.
+    """
     done = builder.append_basic_block("done")
     switch = builder.switch(builder.add(builder.mul(kind, I64(MAX_ROWS + 1)), rows), done)
-    for each in KINDS:
-        for count in range(1, MAX_ROWS + 1):
-            block = builder.append_basic_block(f"rows{count}kind{each}")
-            switch.add_case(I64(each * (MAX_ROWS + 1) + count), block)
-            builder.position_at_end(block)
-            emit(count, each)
-            builder.branch(done)
+    for each, many in itertools.product(KINDS, range(1, MAX_ROWS + 1)):
+        block = builder.append_basic_block(f"rows{many}kind{each}")
+        switch.add_case(I64(each * (MAX_ROWS + 1) + many), block)
+        builder.position_at_end(block)
+        group = _columns(many)
+        whole = builder.mul(builder.udiv(count, I64(group)), I64(group))
+        for first, stop, columns in ((I64(0), whole, group), (whole, count, 1)):
+            with cgutils.for_range_slice(builder, first, stop, I64(columns), intp=I64) as (at, _):
+                some(many, each, columns, at)
+        builder.branch(done)
     builder.position_at_end(done)
 
 
@@ -87,10 +95,6 @@ def _offset(builder, base, *terms):
 
 @compiled(types.void, *[types.int64] * 9)
 def _rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
-    """y[r, n] for n < shape >> 32 and k over (shape & 0xffffffff) steps. `*_row` are bytes between rows.
-
-    x is float; for PAIRS each 32 of it are the 16 even ones, then the 16 odd ones.
-    """
     count, steps = builder.lshr(shape, I64(32)), builder.and_(shape, I64(0xFFFFFFFF))
 
     def some(rows, kind, columns, first):
@@ -119,25 +123,11 @@ def _rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
                 place = _offset(builder, y, (r, y_row), (builder.add(first, I64(n)), I64(4)))
                 builder.store(value, pointer(builder, place), align=4)
 
-    def all_of(rows, kind):
-        columns = _columns(rows)
-        whole = builder.mul(builder.udiv(count, I64(columns)), I64(columns))
-        with cgutils.for_range_slice(builder, I64(0), whole, I64(columns), intp=I64) as (first, _):
-            some(rows, kind, columns, first)
-        with cgutils.for_range_slice(builder, whole, count, I64(1), intp=I64) as (first, _):
-            some(rows, kind, 1, first)
-
-    _by_rows_and_kind(builder, rows, kind, all_of)
+    _by_rows_and_kind(builder, rows, kind, count, some)
 
 
 @compiled(types.void, *[types.int64] * 11)
 def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead):
-    """y[r, 16 j + lane] += Σ_s over shape >> 32 panels j and (shape & 0xffffffff) steps s; y is float.
-
-    Panel j's step s lies at p + j·p_panel + s·p_step: 16 floats, or 16 bf16 pairs whose halves belong to two
-    neighbouring values of x. `ahead` is how many bytes beyond each step its successor in another call lies: it is
-    asked for early, because memory should work while this call multiplies.
-    """
     count, steps = builder.lshr(shape, I64(32)), builder.and_(shape, I64(0xFFFFFFFF))
 
     def some(rows, kind, columns, first):
@@ -167,22 +157,24 @@ def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, 
             for total, place in zip(row, at):
                 builder.store(builder.load(total, typ=F32S), pointer(builder, place), align=4)
 
-    def all_of(rows, kind):
-        columns = _columns(rows)
-        whole = builder.mul(builder.udiv(count, I64(columns)), I64(columns))
-        with cgutils.for_range_slice(builder, I64(0), whole, I64(columns), intp=I64) as (first, _):
-            some(rows, kind, columns, first)
-        with cgutils.for_range_slice(builder, whole, count, I64(1), intp=I64) as (first, _):
-            some(rows, kind, 1, first)
-
-    _by_rows_and_kind(builder, rows, kind, all_of)
+    _by_rows_and_kind(builder, rows, kind, count, some)
 
 
 @machine_code(types.void, *[types.int64] * 9)
 def rows_dot(rows, kind, w, w_row, x, x_row, y, y_row, shape):
+    """y[r, n] for n < shape >> 32 and k over (shape & 0xffffffff) steps. `*_row` are bytes between rows.
+
+    x is float; for PAIRS each 32 of it are the 16 even ones, then the 16 odd ones.
+    """
     _rows_dot(rows, kind, w, w_row, x, x_row, y, y_row, shape)
 
 
 @machine_code(types.void, *[types.int64] * 11)
 def panels(rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead):
+    """y[r, 16 j + lane] += Σ_s over shape >> 32 panels j and (shape & 0xffffffff) steps s; y is float.
+
+    Panel j's step s lies at p + j·p_panel + s·p_step: 16 floats, or 16 bf16 pairs whose halves belong to two
+    neighbouring values of x. `ahead` is how many bytes beyond each step its successor in another call lies: it is
+    asked for early, because memory should work while this call multiplies.
+    """
     _panels(rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead)
