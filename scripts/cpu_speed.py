@@ -22,6 +22,7 @@ from typing import Annotated
 import torch
 import typer
 
+from bdcli.bench.peers import cache_argument
 from bdcli.checkpoint import DTYPES, POCKET, load_model
 from bdcli.engine import pick_engine, torch_engine
 from bdcli.model import Model
@@ -116,7 +117,7 @@ def hugging_face(folder: Path, length: int, dtype: torch.dtype) -> Callable[[], 
 
     @torch.inference_mode()
     def step() -> None:
-        model(torch.tensor([[5]]), past_key_values=cache, use_cache=True).logits.argmax(-1).item()
+        model(torch.tensor([[5]]), use_cache=True, **{cache_argument(): cache}).logits.argmax(-1).item()
         cache.crop(-1)
 
     return step

@@ -8,9 +8,10 @@ block, is not counted either. Time to first token is the reading of the prompt a
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -65,17 +66,18 @@ class Transformers:
         )
         return model.to(like.device).eval()
 
-    @cached_property
+    @functools.cached_property
     def target(self):
         model = self.load(self.recipe.target, "target")
         prepare = model.prepare_inputs_for_generation
 
-        def behind_the_cache(input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+        def behind_the_cache(input_ids, next_sequence_length=None, *rest, **kwargs):
             """Assisted generation (seen in transformers 5.23) would read what a cache it is given holds once more."""
-            held = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cache = rest[0] if rest else kwargs.get(cache_argument())
+            held = cache.get_seq_length() if cache is not None else 0
             if next_sequence_length is None and held:
                 next_sequence_length = input_ids.shape[1] - held
-            return prepare(input_ids, next_sequence_length, past_key_values, **kwargs)
+            return prepare(input_ids, next_sequence_length, *rest, **kwargs)
 
         model.prepare_inputs_for_generation = behind_the_cache
         return model
@@ -106,11 +108,19 @@ class Transformers:
         return self._cache
 
 
+@functools.cache
+def cache_argument() -> str:
+    """What `transformers` calls the KV cache in its calls: `cache` since 5.24, `past_key_values` before."""
+    from transformers import LlamaForCausalLM
+
+    return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
 def fill(model, ids: list[int], cache) -> None:
     """Read ids in blocks, without logits but the last row's."""
     for start in range(0, len(ids), PREFILL_ROWS):
         block = torch.tensor([ids[start : start + PREFILL_ROWS]], device=model.device)
-        model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=block, use_cache=True, logits_to_keep=1, **{cache_argument(): cache})
 
 
 class HfMethod(Method):
@@ -158,11 +168,11 @@ class HfMethod(Method):
             out = hf.target.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 max_new_tokens=limit,
                 eos_token_id=eos or None,
                 pad_token_id=eos[0] if eos else 0,
                 streamer=clock,
+                **{cache_argument(): cache},
                 **sampling,
                 **self.extra(),
             )
