@@ -65,7 +65,7 @@ def measure(
     if paper_samples:
         tried = [int(g) for g in paper_gammas.split(",")]
         arms = ",".join(f"g{g}-at-{c}" for c, grid in paper.GRIDS.items() for g in tried if g in grid)
-        _bench(published, "--datasets", ",".join(sets), "--arms", arms, "--samples", str(paper_samples), *extra)
+        _bench(published, "--datasets", ",".join(sets), *extra, "--arms", arms, "--samples", str(paper_samples))
     keep()
     render()
 
