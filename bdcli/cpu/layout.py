@@ -10,7 +10,7 @@ from numba import njit
 from bdcli.cpu.simd import get_f32, get_i64
 
 # The model, its cache's geometry, then LAYER_FIELDS for each layer. EPS and SCALE are floats in their field's low half.
-MODEL_FIELDS = 24
+MODEL_FIELDS = 23
 (
     KIND,  # micro.FLOATS or micro.PAIRS
     HIDDEN,
@@ -35,11 +35,10 @@ MODEL_FIELDS = 24
     PREFIX,  # sinks and chosen entries, slots 0 .. PREFIX - 1
     RING_AT,  # first slot of the ring: PREFIX rounded up to 16
     LAST_RANK,  # rank of a query whose view is full; -1 under absolute positions
-    MODEL_SPARE,
 ) = range(MODEL_FIELDS)
 
 # One layer. Norms and biases are floats; a bias or qk norm that is not there has address 0.
-LAYER_FIELDS = 14
+LAYER_FIELDS = 13
 (
     ATTENTION_NORM,
     QKV,
@@ -54,11 +53,10 @@ LAYER_FIELDS = 14
     DOWN_BIAS,
     KEYS,  # [Hkv][SLOTS / 16][D][16], bf16 in pairs along D: [Hkv][SLOTS / 16][D / 2][16][2]
     VALUES,  # [Hkv][SLOTS][D], bf16 in pairs along the slots: [Hkv][SLOTS / 2][D][2]
-    LAYER_SPARE,
 ) = range(LAYER_FIELDS)
 
 # One call: what to read, what to give back, and scratch.
-CALL_FIELDS = 32
+CALL_FIELDS = 27
 (
     ROWS,  # tokens of the first forward
     START,  # position of the first
@@ -87,7 +85,7 @@ CALL_FIELDS = 32
     TILE,  # offset of rows [ROWS, TILE_COLUMNS]
     UNSEEN,  # offset of int64 [ROWS, UNSEEN_RANGES, 2]
     SCORES,  # offset of float [8, BLOCK]
-) = range(27)
+) = range(CALL_FIELDS)
 
 UNSEEN_RANGES = 4  # ranges of slots that a row may not see
 TILE_COLUMNS = 64  # weight rows of a task

@@ -26,7 +26,6 @@ F32S, I32S, I16S = (ir.VectorType(t, LANES) for t in (F32, I32, I16))
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 WIDE = bool(_FEATURES.get("avx512f"))  # 32 registers of 16 floats, against 16 of 8
-FAST_ENOUGH = bool(_FEATURES.get("avx2") and _FEATURES.get("fma"))
 
 
 class _VectorType(types.Type):
@@ -86,16 +85,6 @@ def widen_pairs(builder, pairs):
     low = builder.shl(pairs, constant(16, I32S))
     high = builder.and_(pairs, constant(0xFFFF0000, I32S))
     return builder.bitcast(low, F32S), builder.bitcast(high, F32S)
-
-
-def _round_bf16(builder, bits, kind):
-    """Float bits to the 16 bits of the nearest bf16, ties to even; `kind` is i32 or its vector."""
-
-    def const(value):
-        return constant(value, kind) if isinstance(kind, ir.VectorType) else kind(value)
-
-    odd = builder.and_(builder.lshr(bits, const(16)), const(1))
-    return builder.lshr(builder.add(bits, builder.add(odd, const(0x7FFF))), const(16))
 
 
 def _exp(builder, x):
@@ -167,7 +156,6 @@ entries: dict = {}  # what symbols point to; `entries[name].ctypes` can be calle
 
 get_f32 = compiled(_f, _i)(lambda b, at: load(b, at, F32, 4))
 get_i64 = compiled(_i, _i)(lambda b, at: load(b, at, I64, 8))
-get_i32 = compiled(_i, _i)(lambda b, at: b.sext(load(b, at, I32, 4), I64))
 get = compiled(_v, _i)(lambda b, at: load(b, at, F32S, 4))
 spread = compiled(_v, _f)(splat)
 vfma = compiled(_v, _v, _v, _v)(fma)
@@ -197,12 +185,11 @@ def put(b, at, x):
 
 @compiled(_none, _i, _f)
 def put_bf16_one(b, at, x):
-    b.store(b.trunc(_round_bf16(b, b.bitcast(x, I32), I32), I16), pointer(b, at), align=2)
-
-
-@compiled(_none, _i, _v)
-def put_bf16(b, at, x):
-    b.store(b.trunc(_round_bf16(b, b.bitcast(x, I32S), I32S), I16S), pointer(b, at), align=2)
+    """The nearest bf16, ties to even."""
+    bits = b.bitcast(x, I32)
+    odd = b.and_(b.lshr(bits, I32(16)), I32(1))
+    rounded = b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16))
+    b.store(b.trunc(rounded, I16), pointer(b, at), align=2)
 
 
 @compiled(_f, _v)
