@@ -28,7 +28,6 @@ class BudgetCache(Cached):
         self.values = self._zeros(*shape, view.budget, self.head_dim)
         self._oldest = view.sinks  # position of the first ring entry ever stored
         self._written = 0  # one past the highest position ever stored; a rollback may not reach below its window
-        self._prompt: int | None = None
         # while a chunk prefill runs: one layer's full keys, rotated and raw, its values, its last queries
         self._layer_keys = self._raw_keys = self._layer_values = self._last_queries = None
         # slot j is seen by query t iff (t - j) mod ring < window: a contiguous slice of one doubled row
@@ -36,16 +35,10 @@ class BudgetCache(Cached):
         self._steady = torch.zeros(2 * view.ring, dtype=self.dtype, device=self.device)
         self._steady.masked_fill_(age >= view.window, -torch.inf)
 
-    @property
-    def kv_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
-
     # -- prefill
 
     def begin_prefill(self, tokens: int) -> None:
-        if self.length:
-            raise RuntimeError("prefill needs an empty cache")
-        self._prompt = tokens
+        super().begin_prefill(tokens)
         if self.view.chosen:
             if tokens < self.view.budget:
                 raise RuntimeError("a view with chosen chunks needs a prompt longer than the budget")

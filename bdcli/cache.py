@@ -30,10 +30,20 @@ class Cached:
         self.rope = RopeTable(c.rope, positions, total_length, self.dtype, self.device)
         self.length = 0
         self.peak_entries = 0
+        self._prompt: int | None = None  # tokens of the prompt while it is read
 
     def _zeros(self, *shape: int) -> Tensor:
         # zeros, not empty: a masked slot must not hold a NaN, because 0 · NaN is NaN
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def begin_prefill(self, tokens: int) -> None:
+        if self.length:
+            raise RuntimeError("prefill needs an empty cache")
+        self._prompt = tokens
 
     def end_layer(self, layer: int) -> None:
         """Called when `layer` has seen the whole prompt."""
@@ -69,7 +79,6 @@ class FullCache(Cached):
     def __init__(self, model: Model, capacity: int, total_length: int | None = None):
         super().__init__(model, capacity, total_length or capacity)
         self.capacity = capacity
-        self._prompt: int | None = None
         self.shift = 0  # slot of position p is p - shift
         self._allocate(capacity)
         self._triangle = self._zeros(PREFILL_BLOCK, PREFILL_BLOCK).fill_(-torch.inf).triu_(1)
@@ -77,15 +86,6 @@ class FullCache(Cached):
     def _allocate(self, slots: int) -> None:
         self.keys = self._zeros(self.layers, self.kv_heads, slots, self.head_dim)
         self.values = self._zeros(self.layers, self.kv_heads, slots, self.head_dim)
-
-    @property
-    def kv_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
-
-    def begin_prefill(self, tokens: int) -> None:
-        if self.length:
-            raise RuntimeError("prefill needs an empty cache")
-        self._prompt = tokens
 
     def end_prefill(self) -> None:
         self.length = self.peak_entries = self._prompt

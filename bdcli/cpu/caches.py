@@ -109,9 +109,9 @@ class PanelFullCache(_Panels, FullCache):
 class PanelOfficialCache(_Panels, OfficialCache):
     """The paper's drafter cache, moved into panels when its chunks are chosen."""
 
-    @property
-    def slots(self) -> int:
-        return OfficialCache.slots.fget(self) if hasattr(self, "keys") else self._slots
+    def begin_prefill(self, tokens: int) -> None:
+        super().begin_prefill(tokens)
+        self._slots = tokens  # of the one layer that is read
 
     def end_prefill(self) -> None:
         super().end_prefill()

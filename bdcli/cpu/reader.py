@@ -126,15 +126,15 @@ class CompiledReader(Reader):
         offset = 0
         for field, size in own.items():
             self._call[field] = offset
-            offset += -(-size // 64) * 64
+            offset += _lines(size)
         self._call[of.OWN_BYTES] = offset
         shared[of.OWN] = offset * threads
-        total = sum(-(-size // 64) * 64 for size in shared.values()) + 64
+        total = sum(_lines(size) for size in shared.values()) + 64
         memory = huge_zeros((total,), torch.uint8)
-        at = -(-self._address(memory) // 64) * 64
+        at = _lines(self._address(memory))
         for field, size in shared.items():
             self._call[field] = at
-            at += -(-size // 64) * 64
+            at += _lines(size)
         first = int(self._call[of.ARRIVED]) - memory.data_ptr()
         self._counts = memory.numpy()[first : first + 4 * 64].view(np.int64)
         self._call[of.THREADS] = threads
@@ -206,6 +206,11 @@ class CompiledReader(Reader):
         if min(drafted) < 0:
             raise non_finite("drafter")
         return drafted, q
+
+
+def _lines(size: int) -> int:
+    """`size` bytes, or an address, rounded up to a cache line."""
+    return -(-size // 64) * 64
 
 
 def _set_float(table: np.ndarray, field: int, value: float) -> None:
