@@ -11,6 +11,7 @@ gunzip -k docs/results.db.gz; bdcli report --db docs/results.db
 from __future__ import annotations
 
 import gzip
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -42,11 +43,8 @@ def measure(
     books: Annotated[Path, typer.Option(help="Folder of .txt books.")],
     qmsum: Annotated[Path | None, typer.Option(help="LongBench rows, .jsonl.")] = None,
     lwm: Annotated[Path | None, typer.Option(help="Documents to be summarised, .jsonl.")] = None,
-    paper_gammas: Annotated[
-        str, typer.Option(help="γ of the paper's grids to measure; long ones take hours.")
-    ] = "5,10,15",
     paper_samples: Annotated[
-        int, typer.Option(help="Prompts of the paper's protocol, one of them warm-up; 0 skips it.")
+        int, typer.Option(help="Prompts of the paper's protocol (an hour), one of them warm-up; 0 skips it.")
     ] = 10,
     options: Annotated[
         list[str] | None, typer.Option(help="More words for every bdcli bench; may be repeated.")
@@ -63,9 +61,7 @@ def measure(
             own, "--datasets", sets[0], "--ctx", "4k", "--arms", ",".join(REPEATED), "--seed", str(100 + turn), *extra
         )
     if paper_samples:
-        tried = [int(g) for g in paper_gammas.split(",")]
-        arms = ",".join(f"g{g}-at-{c}" for c, grid in paper.GRIDS.items() for g in tried if g in grid)
-        _bench(published, "--datasets", ",".join(sets), *extra, "--arms", arms, "--samples", str(paper_samples))
+        _bench(published, "--datasets", ",".join(sets), *extra, "--samples", str(paper_samples))
     keep()
     render()
 
@@ -230,11 +226,18 @@ def _refused(main: list[Run]) -> str:
 
 def _paper_head(published: list[Run]) -> str:
     run = published[0]
-    tried = sorted({int(name[1:].partition("-")[0]) for r in published for name in r.config["beside"] if name != "ar"})
+    tried: dict[tuple[int, int], set[int]] = {}
+    names = " ".join(name for r in published for name in r.config["beside"])
+    for budget, gamma, context in re.findall(r"(?:b(\d+)-)?g(\d+)-at-(\d+)", names):
+        tried.setdefault((int(budget or paper.BUDGET), int(context)), set()).add(int(gamma))
+    grids = "; ".join(
+        f"{', '.join(map(str, sorted(gammas)))} at budget {budget} and {context // 1024}k"
+        for (budget, context), gammas in sorted(tried.items(), reverse=True)
+    )
     return (
         f"\n## The paper's protocol\n\nGreedy, {run.config['max_new_tokens']} new tokens, the first prompt a warm-up, "
-        f"and for every cell the fastest of γ {', '.join(map(str, tried))} (the paper's grids are 5 to 60, 5 to 30 and "
-        f"5 to 40); {run.prompts} prompts a cell counted here, 9 there.\n"
+        f"and for every cell the fastest of γ {grids} (the paper's grids: 5 to 60, 5 to 30 and 5 to 40); {run.prompts} "
+        f"prompts a cell counted here, 9 there; commit {run.git_revision}.\n"
     )
 
 
