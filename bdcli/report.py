@@ -139,6 +139,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "mean length": ("mean_accepted_length", _number(2)),
     "tok/s": ("tokens_per_second", _number(1)),
     "AR tok/s": ("ar_tokens_per_second", _number(1)),
+    "AR varies": ("ar_variation", _percent),
     "speedup": ("speedup", lambda value: "" if value is None else f"{value:.2f}×"),
     "95 %": ("", _interval),
     "memory": ("peak_memory_bytes", _mb),

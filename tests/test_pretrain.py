@@ -17,7 +17,7 @@ from bdcli.rope import RopeTable
 from bdcli.train.corpus import Corpus
 from bdcli.train.data import documents, measured_windows
 from bdcli.train.optimizers import Muon, make_optimizers, orthogonal, trapezoid
-from bdcli.train.pretrain import Pretraining
+from bdcli.train.pretrain import Pretraining, skipped
 from bdcli.train.pretrain_recipe import Corpus as Mix
 from bdcli.train.pretrain_recipe import HeldOut, MuonUpdates, PretrainRecipe, Schedule, Shape
 from bdcli.train.recall import recall_documents
@@ -272,3 +272,23 @@ def test_the_command(tmp_path, cli, text):
     assert many.code == 2 and all(key in many.err for key in ("optimizer.lr", "corpus.weights", "schedule.contexts"))
     gone = cli("pretrain", path, "--set", "corpus.sources=[nowhere.txt]")
     assert gone.code == 2 and "nowhere.txt does not exist" in gone.err
+
+
+def test_skips_spread_short_windows_over_the_reach():
+    made = [skipped(64, 1000, 3, step) for step in range(400)]
+    gaps = [int(p[-1]) - 63 for p in made]
+    assert all(p[0] == 0 and p.diff().min() == 1 and (p.diff() > 1).sum() <= 1 and p[-1] < 1000 for p in made)
+    assert 140 < gaps.count(0) < 260 and max(gaps) > 800 and sum(0 < gap < 30 for gap in gaps) > 60
+    assert torch.equal(skipped(64, 1000, 3, 7), made[7]) and skipped(64, 0, 3, 7).equal(torch.arange(64))
+
+
+def test_a_skip_moves_positions_and_nothing_else():
+    """The loss at skipped positions is that of the decode forward fed at those positions."""
+    model, ids = tiny_model(layers=2), torch.randint(0, 41, (1, 40))
+    rope = RopeTable(model.config.rope, 300, 300, torch.float32, model.device)
+    near, gone = torch.arange(40), torch.arange(40)
+    gone[25:] += 200
+    plain, moved, shifted = (causal_hidden(model, rope, ids, None, p)[0] for p in (near, gone, near + 250))
+    torch.testing.assert_close(shifted, plain, rtol=1e-4, atol=1e-4)  # only distances matter
+    torch.testing.assert_close(moved[:25], plain[:25])
+    assert (moved[25:] - plain[25:]).abs().amax(-1).min() > 1e-4

@@ -6,6 +6,7 @@ For people whose model has no small sibling: the pocket target, and a drafter to
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -170,12 +171,10 @@ class Pretraining:
         return folder
 
     def _check_positions(self) -> None:
-        longest, held = (
-            max(self.recipe.schedule.contexts + self.recipe.held_out.contexts),
-            self.model.config.max_position,
-        )
+        s, held = self.recipe.schedule, self.model.config.max_position
+        longest = max(*s.contexts, *self.recipe.held_out.contexts, s.reach)
         if longest > held:
-            raise UserError(f"the recipe needs {longest} positions, the model has {held}", "Lower the contexts")
+            raise UserError(f"the recipe needs {longest} positions, the model has {held}", "Lower the contexts and reach")
 
     def _held_out(self, tokenizer) -> Tensor:
         h = self.recipe.held_out
@@ -203,7 +202,7 @@ class Pretraining:
                     break
                 context = self.stage(done)
                 windows = corpus.take(p.cursor, context, max(1, s.tokens_per_step // context)).to(self.device)
-                parts = partial(self._parts, windows, block)
+                parts = partial(self._parts, windows, block, skipped(context, s.reach, r.seed, p.step))
                 loss = trainer.step(parts, trapezoid(done, s.warmup, s.decay))
                 p.tokens += windows.numel()
                 step_s = time.monotonic() - began
@@ -243,22 +242,23 @@ class Pretraining:
         trainer.save(self.out / STATE, key)
         save_model(self.model, start, self.out / "model")
 
-    def _parts(self, windows: Tensor, block, pieces: int) -> list[Callable[[], Tensor]]:
+    def _parts(self, windows: Tensor, block, positions: Tensor, pieces: int) -> list[Callable[[], Tensor]]:
         rows = max(1, self.recipe.schedule.micro_tokens // windows.shape[1] // pieces)
-        return [partial(self.loss, w, windows.shape[0], block) for w in windows.split(rows)]
+        return [partial(self.loss, w, windows.shape[0], block, positions) for w in windows.split(rows)]
 
-    def loss(self, windows: Tensor, of: int, block=causal_block) -> Tensor:
+    def loss(self, windows: Tensor, of: int, block=causal_block, positions: Tensor | None = None) -> Tensor:
         """Share of windows [N, T] in the mean next-token cross-entropy of `of` windows."""
-        x, following = self._rows(windows, block)
+        x, following = self._rows(windows, block, positions)
         share = of * (windows.shape[1] - 1)
         return head_loss(x, self.model.head, ArgmaxTarget(following), "ce", denominator=float(share))[0]
 
-    def _rows(self, windows: Tensor, block=causal_block) -> tuple[Tensor, Tensor]:
+    def _rows(self, windows: Tensor, block=causal_block, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normed last hidden states [N·(T - 1), hidden] of all positions but the last, and the tokens that follow."""
         c = self.model.config
-        rope = RopeTable(c.rope, windows.shape[1], windows.shape[1], self.dtype, self.device)
+        length = windows.shape[1] if positions is None else int(positions[-1]) + 1
+        rope = RopeTable(c.rope, length, length, self.dtype, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x = causal_hidden(self.model, rope, windows, block)
+            x = causal_hidden(self.model, rope, windows, block, positions)
         x = F.rms_norm(x, (c.hidden_size,), self.model.norm, c.norm_eps).to(self.dtype)
         return x[:, :-1].reshape(-1, c.hidden_size), windows[:, 1:].reshape(-1)
 
@@ -297,6 +297,19 @@ class Pretraining:
         p.history.append({"step": p.step, "tokens": p.tokens, "measured": [asdict(m) for m in found]})
         self.measured(p.step, p.tokens, found)
         return time.monotonic() - began
+
+
+def skipped(length: int, reach: int, seed: int, step: int) -> Tensor:
+    """Positions [length] of the windows of one step: 0.. in order, with at most one gap, all below max(length, reach).
+
+    Positional skip-wise training (PoSE, Zhu et al. 2023): short windows teach distances of up to `reach`. Half the
+    steps skip nothing; the others skip log-uniformly many positions at a uniform place.
+    """
+    rng, positions = random.Random(f"skip {seed} {step}"), torch.arange(length)
+    if reach > length and rng.random() < 0.5:
+        gap = int(math.exp(rng.uniform(0, math.log(reach - length))))
+        positions[rng.randrange(1, length) :] += gap
+    return positions
 
 
 def missing(recipe: PretrainRecipe) -> Iterator[tuple[str, str]]:

@@ -36,6 +36,9 @@ class Schedule:
     tokens: int = setting(20_000_000, "tokens to read in all")
     contexts: tuple[int, ...] = setting((1024, 4096), "window length of each stage, one after another")
     shares: tuple[float, ...] = setting((0.8, 0.2), "share of the run that each stage takes")
+    reach: int = setting(
+        0, "positions that shorter windows are spread over, in half the steps, by one skip (PoSE); 0 never skips"
+    )
     tokens_per_step: int = setting(16384, "tokens whose gradients make one step; a longer window is a step of its own")
     micro_tokens: int = setting(8192, "tokens that go through the model at once; a longer window goes alone")
     warmup: float = setting(0.02, "share of the run over which the learning rate rises")
@@ -103,6 +106,8 @@ class PretrainRecipe:
         }.items():
             if value <= 0:
                 yield key, "must be above 0"
+        if s.reach < 0:
+            yield "schedule.reach", "must not be negative"
         for key in ("warmup", "decay"):
             if not 0 <= getattr(s, key) <= 1:
                 yield f"schedule.{key}", "must lie in 0 .. 1"

@@ -43,12 +43,12 @@ def view_hidden(model: Model, rope: RopeTable, ids: Tensor, views: Sequence[View
     return x
 
 
-def causal_hidden(model: Model, rope: RopeTable, ids: Tensor, block=None) -> Tensor:
+def causal_hidden(model: Model, rope: RopeTable, ids: Tensor, block=None, positions: Tensor | None = None) -> Tensor:
     """Residual rows before the final norm, [N, T, hidden], of N texts ids [N, T], each seeing its whole past.
 
-    `block` may be a compiled `causal_block`.
+    `block` may be a compiled `causal_block`. `positions` [T] are those of every text, 0..T-1 when None.
     """
-    cos, sin = rope.rows(slice(0, ids.shape[1]))
+    cos, sin = rope.rows(slice(0, ids.shape[1]) if positions is None else positions)
     x = F.embedding(ids.flatten(), model.embedding)
     for layer in model.layers:
         x = (block or causal_block)(model, layer, x, cos, sin, ids.shape[0])
