@@ -22,8 +22,11 @@ _NAMES = "Give a folder, a hub name like owner/model, or pocket"
 _IGNORED = ("rotary_emb.inv_freq",)  # tables that old checkpoints carry
 
 
-def resolve(name: str, role: str) -> Path:
-    """Folder of a model. `name` is `pocket`, a folder, or a hub name `owner/model`; role is target or drafter."""
+def resolve(name: str, role: str, pickles: bool = False) -> Path:
+    """Folder of a model. `name` is `pocket`, a folder, or a hub name `owner/model`; role is target or drafter.
+
+    From the hub come safetensors, or with `pickles` .bin weights, for `bdcli convert`.
+    """
     if name == "pocket":
         return POCKET / role
     path = Path(name).expanduser()
@@ -38,7 +41,8 @@ def resolve(name: str, role: str) -> Path:
 
     hint = f"Download it where there is a network: hf download {name}; then pass its folder"
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+        wanted = [*_HUB_FILES, *(["pytorch_model*.bin"] if pickles else [])]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HUB_DUPLICATES))
     except GatedRepoError:
         raise UserError(f"--{role} {name}: its owner asks for a login", f"Run hf auth login, then: {hint}") from None
     except RepositoryNotFoundError:
@@ -165,9 +169,11 @@ class _Weights:
         elif (folder / "model.safetensors").exists():
             files = ["model.safetensors"]
         elif list(folder.glob("*.bin")):
-            raise UserError(f"{folder} has only .bin weights, which can run code when loaded", "Convert to safetensors")
+            hint = f"Make safetensors of them: bdcli convert {folder} NEW_FOLDER"
+            raise UserError(f"{folder} has only .bin weights, which can run code when loaded", hint)
         else:
-            raise UserError(f"{folder} holds no model.safetensors", "Point at a Hugging Face model folder")
+            hint = "Point at a Hugging Face model folder; of .bin weights on the hub bdcli convert makes one"
+            raise UserError(f"{folder} holds no model.safetensors", hint)
         self._where = {}
         for name in files:
             path = folder / name

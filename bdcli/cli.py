@@ -222,6 +222,19 @@ def prompt(
 
 
 @app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a model with .bin weights.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write a .bin checkpoint as safetensors; files that hold more than tensors are refused."""
+    with status_line("converting"):
+        from bdcli.convert import convert as write_folder
+
+        write_folder(model, out)
+    typer.echo(out)
+
+
+@app.command()
 def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
     """Check this machine, the store and the pocket pair."""
     with status_line("checking"):

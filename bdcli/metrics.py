@@ -92,9 +92,13 @@ def measure(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[Round]) 
 
 
 def bootstrap(
-    items: Sequence[T], statistic: Callable[[Sequence[T]], float | None], resamples: int = RESAMPLES
+    items: Sequence[T],
+    statistic: Callable[[Sequence[T]], float | None],
+    resamples: int = RESAMPLES,
+    tail: float = 0.025,
 ) -> tuple[float | None, float | None]:
-    """95 % percentile bootstrap interval of `statistic` over items drawn with replacement (Efron 1979).
+    """Percentile bootstrap interval of `statistic` over items drawn with replacement, `tail` left out at each end
+    (Efron 1979): 95 % by default; each bound alone is a one-sided one of 1 - `tail`.
 
     None with fewer than two items, or where the statistic of all has no value.
     """
@@ -103,7 +107,7 @@ def bootstrap(
     rng = random.Random(0)
     drawn = (statistic(rng.choices(items, k=len(items))) for _ in range(resamples))
     values = sorted(value for value in drawn if value is not None)
-    return values[int(0.025 * len(values))], values[math.ceil(0.975 * len(values)) - 1]
+    return values[int(tail * len(values))], values[math.ceil((1 - tail) * len(values)) - 1]
 
 
 def _ratio(part: float, whole: float | None) -> float | None:

@@ -6,6 +6,7 @@ Weights have the names and layouts of Hugging Face checkpoints on disk (`bdcli.c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -134,22 +135,36 @@ class Model:
             cache.end_layer(i)
         cache.end_prefill()
 
-    @torch.inference_mode()
     def forward(self, tokens: list[int], cache: Cache, rows: int) -> Tensor:
         """Append `tokens` to the cache; fp32 logits [rows, V] of the last `rows` of them, at most `cache.max_rows`."""
-        if rows > cache.max_rows:
-            raise RuntimeError(f"{rows} rows at once, but this cache takes {cache.max_rows}")
-        head = max(0, len(tokens) - cache.max_rows)
-        for a in range(0, head, cache.max_rows):  # a lagging cache catches up in blocks it can hold
-            self._append(tokens[a : min(a + cache.max_rows, head)], cache)
-        return self.logits(self._append(tokens[head:], cache)[-rows:])
+        return self.forward_together([tokens], [cache], [rows])[0]
 
-    def _append(self, tokens: list[int], cache: Cache) -> Tensor:
-        x = self.embed(tokens)
-        plan = cache.plan(cache.length, len(tokens))
+    @torch.inference_mode()
+    def forward_together(
+        self, tokens: Sequence[list[int]], caches: Sequence[Cache], rows: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """`forward` of several texts, each with a cache of its own: the weights are read once for all of them."""
+        unread = []
+        for text, cache, wanted in zip(tokens, caches, rows, strict=True):
+            if wanted > cache.max_rows:
+                raise RuntimeError(f"{wanted} rows at once, but this cache takes {cache.max_rows}")
+            head = max(0, len(text) - cache.max_rows)
+            for a in range(0, head, cache.max_rows):  # a lagging cache catches up in blocks it can hold
+                self._append([text[a : min(a + cache.max_rows, head)]], [cache])
+            unread.append(text[head:])
+        ends = self._append(unread, caches).split([len(text) for text in unread])
+        return self.logits(torch.cat([x[-wanted:] for x, wanted in zip(ends, rows)])).split(list(rows))
+
+    def _append(self, tokens: Sequence[list[int]], caches: Sequence[Cache]) -> Tensor:
+        """Residual rows [Σ T, hidden] of tokens appended to their caches, text after text."""
+        sizes = [len(text) for text in tokens]
+        x = self.embed([token for text in tokens for token in text])
+        plans = [cache.plan(cache.length, size) for cache, size in zip(caches, sizes)]
         for i, layer in enumerate(self.layers):
             qk, v = self.project(layer, x)
-            q = cache.write(i, plan, qk, v)
-            x = self.mix(layer, x, cache.read(i, plan, q))
-        cache.length += len(tokens)
+            texts = zip(caches, plans, qk.split(sizes), v.split(sizes))
+            seen = [cache.read(i, plan, cache.write(i, plan, qk, v)) for cache, plan, qk, v in texts]
+            x = self.mix(layer, x, torch.cat(seen) if len(seen) > 1 else seen[0])
+        for cache, size in zip(caches, sizes):
+            cache.length += size
         return x

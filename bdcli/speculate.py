@@ -8,7 +8,7 @@ roll back by moving an integer. Each model is fed `ids[length:]`, so a full acce
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -20,7 +20,7 @@ from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache
 from bdcli.controller import Controller
 from bdcli.model import Model
-from bdcli.sampling import Sampling, best_tokens, check_finite, draw, verify_greedy, verify_sampled
+from bdcli.sampling import Sampling, Verdict, best_tokens, check_finite, draw, verify_greedy, verify_sampled
 
 
 class Reader:
@@ -49,6 +49,17 @@ class Reader:
         """Append `tokens`; fp32 logits [rows, V] of the last `rows`."""
         return self._aligned(self.model.forward(self._known(tokens), self.cache, rows))
 
+    @classmethod
+    def feed_together(
+        cls, readers: Sequence[Reader], tokens: Sequence[list[int]], rows: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """`feed` of readers of one model, each with a text of its own."""
+        if len(readers) == 1:
+            return [readers[0].feed(tokens[0], rows[0])]
+        known = [reader._known(text) for reader, text in zip(readers, tokens)]
+        logits = readers[0].model.forward_together(known, [reader.cache for reader in readers], rows)
+        return [reader._aligned(part) for reader, part in zip(readers, logits)]
+
     def _aligned(self, logits: Tensor) -> Tensor:
         """Logits [T, V] of the model's own vocabulary cut or filled to the target's."""
         missing = self.vocab - logits.shape[-1]
@@ -63,17 +74,33 @@ class Reader:
 
         q [γ, V], the serving distribution of this model.
         """
-        drafted, rows, unread = [], [], ids[self.length :]
-        for _ in range(gamma):
-            logits = self.feed(unread, 1)
-            best = best_tokens(logits, "drafter")
-            if sampling.greedy:
-                drafted += best
-            else:
-                rows.append(sampling.distribution(logits))
-                drafted.append(draw(rows[-1][0], generator))
-            unread = drafted[-1:]
-        return drafted, torch.cat(rows) if rows else None
+        return self.draft_together([self], [ids], [gamma], sampling, [generator])[0]
+
+    @classmethod
+    def draft_together(
+        cls,
+        readers: Sequence[Reader],
+        ids: Sequence[list[int]],
+        gammas: Sequence[int],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+    ) -> list[tuple[list[int], Tensor | None]]:
+        """`draft` of readers of one model, each with a text of its own."""
+        drafted: list[list[int]] = [[] for _ in readers]
+        rows: list[list[Tensor]] = [[] for _ in readers]
+        unread = [text[reader.length :] for reader, text in zip(readers, ids, strict=True)]
+        for place in range(max(gammas)):
+            going = [i for i, gamma in enumerate(gammas) if place < gamma]
+            logits = cls.feed_together([readers[i] for i in going], [unread[i] for i in going], [1] * len(going))
+            for i, row in zip(going, logits):
+                best = best_tokens(row, "drafter")
+                if sampling.greedy:
+                    drafted[i] += best
+                else:
+                    rows[i].append(sampling.distribution(row))
+                    drafted[i].append(draw(rows[i][-1][0], generators[i]))
+                unread[i] = drafted[i][-1:]
+        return [(tokens, torch.cat(q) if q else None) for tokens, q in zip(drafted, rows)]
 
     def _known(self, tokens: list[int]) -> list[int]:
         own = self.model.config.vocab_size
@@ -154,12 +181,19 @@ class Speculator:
             gamma = min(controller.choose(), left - 1) if self.drafter is not None else 0
             step = self.round(gamma)
             controller.observe(step.drafted, step.accepted, step.draft_s, step.verify_s)
-            end = next((i for i, token in enumerate(step.tokens) if token in eos), None)
+            end = self.cut_at(eos, len(step.tokens))
             if end is not None:
-                del self.ids[len(self.ids) - len(step.tokens) + end + 1 :]
-                step = replace(step, tokens=step.tokens[: end + 1], accepted=min(step.accepted, end + 1))
-                self.finish_reason = "stop"
+                step = replace(step, tokens=step.tokens[:end], accepted=min(step.accepted, end))
             yield step
+
+    def cut_at(self, eos: frozenset[int], last: int) -> int | None:
+        """End the text behind the first EOS among its `last` tokens; how many of them are left, None without one."""
+        first = len(self.ids) - last
+        end = next((i for i, token in enumerate(self.ids[first:], 1) if token in eos), None)
+        if end is not None:
+            del self.ids[first + end :]
+            self.finish_reason = "stop"
+        return end
 
     def round(self, gamma: int) -> Step:
         """Draft `gamma` tokens, verify them, append what is kept to `ids`."""
@@ -176,17 +210,22 @@ class Speculator:
             logits = self.target.feed(ids[self.target.length :], len(draft) + 1)
         finally:
             del ids[kept:]
+        verdict = self.settle(draft, q, logits)
+        verify_s = time.perf_counter() - drafted_at
+        return Step(verdict.tokens, len(draft), verdict.accepted, drafted_at - started, verify_s, logits)
+
+    def settle(self, draft: list[int], q: Tensor | None, logits: Tensor) -> Verdict:
+        """Verify `draft`, drawn from q [γ, V], by the target's logits [γ + 1, V]; append what is kept and roll back."""
         if self.sampling.greedy:
             verdict = verify_greedy(draft, logits)
         else:
             check_finite(logits, "target")
             verdict = verify_sampled(draft, q, self.sampling.distribution(logits), self.generator)
-        ids.extend(verdict.tokens)
-        self.target.rollback(len(ids) - 1)
+        self.ids.extend(verdict.tokens)
+        self.target.rollback(len(self.ids) - 1)
         if self.drafter is not None:
-            self.drafter.rollback(len(ids) - 1)
-        verify_s = time.perf_counter() - drafted_at
-        return Step(verdict.tokens, len(draft), verdict.accepted, drafted_at - started, verify_s, logits)
+            self.drafter.rollback(len(self.ids) - 1)
+        return verdict
 
     def _propose(self, gamma: int) -> Tensor | None:
         """Append `gamma` draft tokens to `ids`, or what a Proposer has; returns q [γ, V] when sampling."""

@@ -140,6 +140,7 @@ class Evaluation(SQLModel, table=True):
     budget: int | str = Field(sa_type=NumberOrWord)
     gamma: int
     acceptance_rate: float | None = None
+    acceptance_rate_no_loops: float | None = None
     low: float | None = Field(default=None, description="95 % bootstrap interval over passages")
     high: float | None = None
     mean_accepted_length: float | None = None
@@ -254,18 +255,8 @@ class Store:
         """Write a row with status running; returns its run_id."""
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        run = Run(
-            run_id=run_id,
-            started_at=now,
-            command=command,
-            status="running",
-            config=config,
-            **_process(),
-            machine=machine(),
-            git_revision=git_revision(),
-            versions=versions(),
-            **fields,
-        )
+        known = {"machine": machine(), "git_revision": git_revision(), "versions": versions(), **_process()}
+        run = Run(run_id=run_id, started_at=now, command=command, status="running", config=config, **known, **fields)
         with self._explained(), Session(self._engine) as session:
             session.add(run)
             session.commit()
@@ -276,10 +267,7 @@ class Store:
         with self._explained(), Session(self._engine) as session:
             run = session.get(Run, run_id)
             run.status, run.error, run.finished_at = status, error, datetime.now(UTC)
-            for name, value in fields.items():
-                if name not in Run.model_fields:
-                    raise AttributeError(f"the store has no column {name}")
-                setattr(run, name, value)
+            _assign(run, fields)
             run.prompts = len(prompts)
             session.add(run)
             session.add_all(prompts)
@@ -289,10 +277,7 @@ class Store:
         """Change columns of a row that goes on. Unknown keys are a programming error and raise."""
         with self._explained(), Session(self._engine) as session:
             run = session.get(Run, run_id)
-            for name, value in fields.items():
-                if name not in Run.model_fields:
-                    raise AttributeError(f"the store has no column {name}")
-                setattr(run, name, value)
+            _assign(run, fields)
             session.add(run)
             session.commit()
 
@@ -355,6 +340,13 @@ def _writable(path: Path) -> bool:
     if not place.exists():
         return True
     return bool(place.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(place, os.W_OK)
+
+
+def _assign(run: Run, fields: dict) -> None:
+    for name, value in fields.items():
+        if name not in Run.model_fields:
+            raise AttributeError(f"the store has no column {name}")
+        setattr(run, name, value)
 
 
 def _compact(value: object) -> str:

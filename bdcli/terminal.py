@@ -6,6 +6,9 @@ import contextlib
 import sys
 import time
 
+from bdcli.errors import BdcliError
+from bdcli.flags import INTERRUPTED
+
 QUIET_S = 60  # longest silence of a phase where no bar can be drawn
 
 
@@ -16,6 +19,19 @@ def note(line: str) -> None:
 def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def run_script(app) -> None:
+    """Run the commands of a script: an expected error is one line and an exit code, as for `bdcli`."""
+    try:
+        code = app(standalone_mode=False)
+    except BdcliError as error:
+        note(f"error: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        note("interrupted; the same command goes on")
+        code = INTERRUPTED
+    sys.exit(code or 0)
 
 
 @contextlib.contextmanager
@@ -119,6 +135,7 @@ def show_grids(result: dict) -> None:
     Console().print(table)
     print(
         f"run {result['run_id']}: {result['steps']} steps, best at {result['best_step']}, {result['skipped']} skipped"
+        + (f", stopped: {result['stopped']}" if result["stopped"] else "")
     )
     print(
         f"{result['tokens_per_second']:.0f} target tokens/s, {result['positions_per_target_token']:.2f} supervised "
@@ -133,6 +150,8 @@ def show_accounts(result: dict) -> None:
         a = result[what]
         dropped = ", ".join(f"{count} {why}" for why, count in a["dropped"].items() if count) or "none"
         print(f"{what}: {a['read']} read, {a['kept']} kept, dropped: {dropped}, {a['failed']} failed")
+    if result["written"]:
+        print(f"{result['written']} ends written by the target, mean loop rate {result['loop_rate']:.0%}")
     print(f"{result['shards']} shards, {result['bytes'] / 1e6:.1f} MB, {result['passages']} held-out passages")
     print(f"run {result['run_id']}: {result['folder']}")
 

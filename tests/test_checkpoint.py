@@ -7,7 +7,7 @@ import shutil
 import socket
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -344,6 +344,49 @@ def test_eos_tokens(tmp_path, generation, config, expected):
 
 def test_eos_tokens_of_the_pocket_pair():
     assert eos_tokens(POCKET / "target") == eos_tokens(POCKET / "drafter") == {1}
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_bin_weights_are_converted_on_request_only(tmp_path, cli, shards):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(POCKET / "drafter", old)
+    weights = load_file(old / "model.safetensors")
+    (old / "model.safetensors").unlink()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied, as .bin files have it
+    names = sorted(weights)
+    if shards == 1:
+        torch.save(weights, old / "pytorch_model.bin")
+    else:
+        where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+        for file in set(where.values()):
+            torch.save({n: weights[n] for n in names if where[n] == file}, old / file)
+        (old / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(UserError, match=r"bdcli convert .*old NEW_FOLDER"):
+        load_model(old, torch.float32, CPU)
+    done = cli("convert", old, new)
+    assert done.code == 0 and done.out.strip() == str(new), done.err
+    mine, theirs = (load_model(f, torch.float32, CPU).tensors() for f in (new, POCKET / "drafter"))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert load_tokenizer(new).get_vocab() == load_tokenizer(POCKET / "drafter").get_vocab()
+    assert "exists" in cli("convert", old, new).err and "safetensors already" in cli("convert", new, tmp_path / "x").err
+
+
+def test_what_is_not_only_tensors_is_never_opened(tmp_path, cli, capfd):
+    shutil.copy(POCKET / "drafter" / "config.json", tmp_path)
+    for body, message in ((Trap(), "more than tensors"), ({"epoch": 3}, "no table of tensors")):
+        torch.save(body, tmp_path / "pytorch_model.bin")
+        found = cli("convert", tmp_path, tmp_path / "new")
+        assert found.code == 2 and message in found.err and not (tmp_path / "new").exists()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK torn")
+    assert "pytorch_model.bin is damaged" in cli("convert", tmp_path, tmp_path / "new").err
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert "does not exist" in cli("convert", tmp_path, tmp_path / "new").err
+    assert "this must never run" not in capfd.readouterr().out
 
 
 def test_device_and_dtype():

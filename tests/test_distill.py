@@ -16,6 +16,7 @@ from bdcli.cache import FullCache
 from bdcli.checkpoint import POCKET, load_model, save_model
 from bdcli.controller import FixedGamma
 from bdcli.errors import BdcliError, NonFiniteError, UserError
+from bdcli.metrics import Round, looped_tokens, mark_loops
 from bdcli.prompts import HELD_OUT
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
@@ -126,19 +127,27 @@ def test_the_replayed_grid_is_what_decoding_does(gamma, budget, pocket, text_ids
     steps = list(engine.rounds(new, frozenset(), FixedGamma(gamma)))
     passage = Passage("x", tuple(prompt), tuple(engine.new_tokens), new)
     found = chances(drafter, passage, budget, "window", "rebased", gamma)
-    played = replay(found, gamma, new)
+    looped = looped_tokens(prompt, engine.new_tokens)
+    played = replay(found, gamma, new, looped)
     assert (played.drafted, played.accepted, played.rounds) == (
         sum(s.drafted for s in steps),
         sum(s.accepted for s in steps),
         len(steps),
     )
+    told = [Round(len(s.tokens), s.drafted, s.accepted, 1.0) for s in steps]
+    clean = [r for r in mark_loops(prompt, engine.new_tokens, told) if not r.looped]
+    assert (played.clean_drafted, played.clean_accepted) == (
+        sum(r.drafted for r in clean),
+        sum(r.accepted for r in clean),
+    )
     assert 0 < played.accepted < played.drafted
 
 
 def test_replay_by_hand():
-    played = replay([1, 1, 0, 1, 0, 1], gamma=2, limit=6)
+    played = replay([1, 1, 0, 1, 0, 1], gamma=2, limit=6, looped=[False] * 3 + [True] * 3)
     # rounds: TT + one more (at 2), T + recovered (at 4), the last token alone
     assert (played.rounds, played.drafted, played.accepted) == (3, 2 + 2 + 0, 2 + 1)
+    assert (played.clean_drafted, played.clean_accepted) == (2, 2)
 
 
 @pytest.mark.parametrize("gamma", [1, 3])
@@ -212,7 +221,7 @@ def test_training_text_never_holds_measured_text(pocket):
     assert len(names) > 100 and not names & {*HELD_OUT, "held out"}
     source = Documents(["stdlib"])
     windows = list(itertools.islice(source.windows(tokenizer, 512, seed=3), 5))
-    assert [len(w) for w in windows] == [512] * 5
+    assert [len(w.ids) for w in windows] == [512] * 5 and not any(w.asked for w in windows)
     assert windows[0] != next(source.windows(tokenizer, 512, seed=4))
     read, kept, dropped, failed = source.accounts
     assert read == kept + sum(dropped.values()) + failed and dropped["held out"] == 1
@@ -297,6 +306,24 @@ def test_out_of_time_still_measures(tmp_path):
     assert outcome.windows["kept"] == 5, "windows need no target: those that it was to write keep the corpus text"
     manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
     assert sum(shard["late"] for shard in manifest["shards"]) > 0
+
+
+def test_training_stops_when_acceptance_does_not_get_better_and_keeps_the_best(tmp_path):
+    """A rate of nearly nothing never betters the first grid: two more are measured, then it ends."""
+    still = replace(
+        SMALL,
+        optimizer=replace(SMALL.optimizer, lr=1e-12, steps=30),
+        evaluation=replace(SMALL.evaluation, every=2, patience=2),
+    )
+    job = Distillation(still, tmp_path / "run", Watcher())
+    assert any("stops after 2 measurements" in line for line in job.plan())
+    outcome = job.run(resume=False)
+    assert (outcome.status, outcome.stopped, outcome.steps) == ("done", "no better for 2 measurements", 4)
+    assert outcome.best_step == 0 and outcome.after == outcome.before
+    kept, initial = weights_of(outcome.checkpoint), weights_of(outcome.initial)
+    assert all(torch.equal(a, b) for a, b in zip(kept, initial, strict=True))
+    again = Distillation(still, tmp_path / "run", Watcher()).run(resume=True)
+    assert again.steps == 4 and again.stopped == outcome.stopped
 
 
 def test_damaged_and_foreign_states_are_refused_and_kept(tmp_path):
@@ -496,7 +523,7 @@ def test_a_step_that_does_not_fit_is_cut_and_gives_the_same_weights(tmp_path, mo
     for job in (whole, cut):
         windows, trainer = job.material().windows(), Trainer(job.drafter, SMALL.optimizer)
         for step in range(3):
-            trainer.step(lambda pieces, step=step, job=job, windows=windows: job._parts(windows, step, pieces), 1.0)
+            trainer.step(lambda pieces, step=step, job=job, windows=windows: job.parts(windows, step, pieces), 1.0)
         trainers.append(trainer)
     assert [(t.progress.out_of_memory, t.progress.pieces) for t in trainers] == [(0, 1), (2, 4)]
     assert all(torch.allclose(a, b, atol=2e-4) for a, b in zip(whole.drafter.tensors(), cut.drafter.tensors()))
@@ -506,7 +533,7 @@ def test_a_step_that_does_not_fit_is_cut_and_gives_the_same_weights(tmp_path, mo
 
     monkeypatch.setattr(cut, "window_loss", nothing_fits)
     with pytest.raises(BdcliError, match="does not fit into memory"):
-        trainers[1].step(lambda pieces: cut._parts(windows, 0, pieces))
+        trainers[1].step(lambda pieces: cut.parts(windows, 0, pieces))
 
 
 def test_the_command(tmp_path, cli):

@@ -16,6 +16,7 @@ from bdcli.errors import UserError
 from bdcli.rope import RopeTable
 from bdcli.train.corpus import Corpus
 from bdcli.train.data import documents, measured_windows
+from bdcli.train.held_out import measure
 from bdcli.train.optimizers import Muon, make_optimizers, orthogonal, trapezoid
 from bdcli.train.pretrain import Pretraining, skipped
 from bdcli.train.pretrain_recipe import Corpus as Mix
@@ -113,15 +114,14 @@ def test_loss_is_the_mean_over_following_tokens_whatever_the_micro_batches(tmp_p
     )
 
 
-def test_the_worth_of_a_long_context_is_that_of_a_cut_one(tmp_path, text):
+def test_the_worth_of_a_long_context_is_that_of_a_cut_one():
     """The short figure must equal the loss of texts cut to their last tokens, each cut text read alone."""
-    job = Pretraining(small(text), tmp_path / "run")
-    job.model, job._held = tiny_model(vocab=300), torch.randint(0, 300, (1, 512))
-    got = job.measure(512)
+    model, held = tiny_model(vocab=300), torch.randint(0, 300, (1, 512))
+    got = measure(model, held, 512, torch.float32)
     short = []
     for start in range(512 - 256, 512, 64):  # tail of 256 tokens, predicted 64 at a time
-        cut = job._held[0, start - 256 : start + 64].tolist()
-        logits = job.model.forward(cut, FullCache(job.model, 320), 320)
+        cut = held[0, start - 256 : start + 64].tolist()
+        logits = model.forward(cut, FullCache(model, 320), 320)
         short.append(F.cross_entropy(logits[-65:-1], torch.tensor(cut[-64:])))
     assert got.tail_nll_short == pytest.approx(float(torch.stack(short).mean()), rel=1e-4)
     assert got.tail_nll != pytest.approx(got.tail_nll_short, rel=1e-4)

@@ -73,11 +73,11 @@ def test_all_errors_come_at_once_with_line_and_nearest_name(tmp_path):
 def test_values_that_do_not_fit_together_are_all_named(tmp_path):
     lines = errors(
         tmp_path,
-        "data:\n  context: 512\n  written: 2\nviews:\n  budgets: [8, 2048]\n  weights: [1]\n"
+        "data:\n  context: 512\n  written: 2\nviews:\n  budgets: [8, 2048]\n  weights: [3, -1]\n"
         "loss:\n  sparse_weight: -1\n",
-        ["optimizer.steps=0"],
+        ["optimizer.steps=0", "evaluation.patience=0"],
     )
-    assert lines[0] == "6 errors in r.yaml"
+    assert lines[0] == "7 errors in r.yaml"
     for expected in (
         "r.yaml:5: views.budgets: must be at least 22 each",
         "r.yaml:5: views.budgets: must lie below data.context (512)",
@@ -85,6 +85,7 @@ def test_values_that_do_not_fit_together_are_all_named(tmp_path):
         "r.yaml:8: loss.sparse_weight: must not be negative",
         "r.yaml:3: data.written: must lie in 0 .. 1",
         "--set optimizer.steps=0: optimizer.steps: must be above 0",
+        "--set evaluation.patience=0: evaluation.patience: must be above 0",
     ):
         assert any(expected in line for line in lines), expected
 
@@ -143,6 +144,32 @@ def test_a_bad_recipe_gets_all_its_errors_at_once(tmp_path, cli):
     assert all(any(line.startswith(want) for line in lines) for want in wanted), lines
     gone = cli("distill", write(tmp_path, "target: ./gone\nextends: r.yaml\n", "s.yaml"), "--dry-run")
     assert gone.code == 2 and "s.yaml:1: target: --target ./gone: no such folder" in gone.err
+
+
+def test_material_made_for_other_models_is_one_of_the_errors(tmp_path, cli):
+    from bdcli.checkpoint import POCKET
+    from bdcli.train.checks import passages_made_from, windows_made_from
+
+    folders = POCKET / "target", POCKET / "drafter"
+    data = tmp_path / "run" / "data"
+    data.mkdir(parents=True)
+    parts = windows_made_from(DistillRecipe(), *folders) | {"target": "another", "dtype": "torch.float32"}
+    (data / "manifest.json").write_text(json.dumps({"parts": parts}))
+    (data / "passages.json").write_text(json.dumps({"key": passages_made_from(DistillRecipe(), folders[0])}))
+    path = write(tmp_path, "target: pocket\nloss:\n  sparse_weight: -1\nseed: 1\n")
+    found = cli("distill", path, "--dry-run", "--out", tmp_path / "run")
+    lines = [line.strip().replace(f"{tmp_path}/", "") for line in found.err.splitlines()]
+    assert found.code == 2 and "3 errors in r.yaml" in lines[0]
+    assert any(
+        line.startswith("r.yaml:1: target: run/data/manifest.json was made for another target") for line in lines
+    )
+    assert any(line.startswith("r.yaml:4: seed: run/data/manifest.json was made for another seed") for line in lines)
+    (data / "manifest.json").write_text("torn")
+    torn = cli("distill", path, "--dry-run", "--out", tmp_path / "run")
+    assert torn.code == 2 and "manifest.json is damaged" in torn.err and (data / "manifest.json").read_text() == "torn"
+    (data / "manifest.json").unlink()
+    other = cli("distill", write(tmp_path, "evaluation:\n  gamma: 3\n", "e.yaml"), "--dry-run", "--data", data)
+    assert other.code == 2 and "e.yaml:1: evaluation: " in other.err and "passages.json was made for" in other.err
 
 
 def test_every_setting_has_a_meaning():

@@ -37,7 +37,12 @@ class TableReader:
     def rollback(self, length):
         self.length = min(self.length, length)
 
+    @classmethod
+    def feed_together(cls, readers, tokens, rows):
+        return [reader.feed(*work) for reader, *work in zip(readers, tokens, rows)]
+
     draft, exclusive = Reader.draft, Reader.exclusive
+    draft_together = classmethod(Reader.draft_together.__func__)
 
 
 def table(seed, sharpness=2.0):

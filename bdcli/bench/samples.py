@@ -10,14 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from bdcli.errors import UserError
-from bdcli.prompts import encode, stdlib_text
-from bdcli.train.data import documents
-
-LONGBENCH = "longbench/"
-INSTRUCTIONS = {"lwm": "\n\nSummary of the text above:"}  # after the document, as the paper's LWM set asks for
+from bdcli.prompts import encode
+from bdcli.train.data import INSTRUCTIONS, documents
 
 
 @dataclass(frozen=True)
@@ -41,15 +37,19 @@ def ids_digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
 
 
-def load_samples(tokenizer, dataset: str, sources: Sequence[str], count: int, longest: int) -> list[Sample]:
+def load_samples(
+    tokenizer, dataset: str, sources: Sequence[str], count: int, longest: int, asked: bool = True
+) -> list[Sample]:
     """`count` samples of up to `longest` tokens; fewer when the documents are rows with a question each.
+
+    Without `asked` questions are left out and all documents are running text.
 
     Documents too short are passed over. Raises UserError when none is long enough.
     """
     start = tuple(encode(tokenizer, ""))
     usable, short = [], 0
     for name, text, question in _rows(dataset, sources):
-        ids, tail = _bare(tokenizer, text, start), _bare(tokenizer, question, start) if question else ()
+        ids, tail = _bare(tokenizer, text, start), _bare(tokenizer, question, start) if question and asked else ()
         fits = len(start) + len(tail) < longest <= len(start) + len(ids) + len(tail)
         short += not fits
         if fits:
@@ -80,51 +80,9 @@ def _bare(tokenizer, text: str, start: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _rows(dataset: str, sources: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """(name, document, question or "") of every document."""
+    """(name, document, question or "") of every document; of stdlib what is held out of training."""
     instruction = INSTRUCTIONS.get(dataset, "")
     for source in sources:
-        path = Path(source).expanduser()
-        if source == "stdlib":
-            rows = iter([("held out", stdlib_text(), "")])
-        elif path.suffix == ".jsonl" and path.is_file():
-            rows = _json_rows(path.stem, path.read_text("utf-8"), str(path))
-        elif source.startswith(LONGBENCH) and not path.exists():
-            rows = _json_rows(source, _longbench(source.removeprefix(LONGBENCH)), source)
-        else:
-            rows = ((d.name, d.text, "") for d in documents(source))
-        for name, text, question in rows:
-            yield name, text, question or instruction
-
-
-def _json_rows(name: str, text: str, where: str) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}:{number} is not JSON ({error.msg})", "Mend or remove the line") from None
-        document = next((row[f] for f in ("context", "text", "document_text", "content") if row.get(f)), None)
-        if document is None:
-            raise UserError(f"{where}:{number} has no field context, text, document_text or content", "Name it `text`")
-        question = f"\n\n{row['input']}" if row.get("input") and row.get("context") else ""
-        yield f"{name}:{number}", document, question
-
-
-def _longbench(task: str) -> str:
-    """A LongBench task as JSON lines, straight from the data.zip on the hub; no data-set script is run."""
-    import zipfile
-
-    from huggingface_hub import hf_hub_download
-
-    try:
-        archive = hf_hub_download("THUDM/LongBench", "data.zip", repo_type="dataset")
-        return zipfile.ZipFile(archive).read(f"data/{task}.jsonl").decode("utf-8")
-    except KeyError:
-        raise UserError(
-            f"LongBench has no task {task}", "See https://huggingface.co/datasets/THUDM/LongBench"
-        ) from None
-    except Exception as error:  # the hub raises many kinds, those of its HTTP library among them
-        hint = "Where there is a network: hf download --repo-type dataset THUDM/LongBench data.zip; "
-        raise UserError(
-            f"{LONGBENCH}{task} is not here and the hub did not answer ({type(error).__name__})",
-            hint + f"then unzip it and give --datasets {LONGBENCH}{task}=FILE.jsonl",
-        ) from None
+        for d in documents(source):
+            if d.held_out or source != "stdlib":
+                yield d.name, d.text, d.question or instruction

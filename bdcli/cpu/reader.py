@@ -5,7 +5,7 @@ Prefill stays torch's, whose GEMMs are fast; decoding and drafting read the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
@@ -158,6 +158,13 @@ class CompiledReader(Reader):
             done += take
         return self._aligned(logits)
 
+    @classmethod
+    def feed_together(
+        cls, readers: Sequence[Reader], tokens: Sequence[list[int]], rows: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """As `Reader.feed_together`, one text after another: a step here is bound by the text's own KV."""
+        return [reader.feed(*work) for reader, *work in zip(readers, tokens, rows, strict=True)]
+
     def _step(self, tokens: list[int], wanted: int, logits: Tensor) -> None:
         call = self._begin(tokens, 0)
         call[of.LOGIT_ROWS], call[of.LOGITS] = wanted, logits.data_ptr()
@@ -206,6 +213,19 @@ class CompiledReader(Reader):
         if min(drafted) < 0:
             raise non_finite("drafter")
         return drafted, q
+
+    @classmethod
+    def draft_together(
+        cls,
+        readers: Sequence[Reader],
+        ids: Sequence[list[int]],
+        gammas: Sequence[int],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+    ) -> list[tuple[list[int], Tensor | None]]:
+        """As `Reader.draft_together`, one text after another."""
+        work = zip(readers, ids, gammas, generators, strict=True)
+        return [r.draft(text, gamma, sampling, g) if gamma else ([], None) for r, text, gamma, g in work]
 
 
 def _lines(size: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache, OfficialCache
-from bdcli.metrics import bootstrap
+from bdcli.metrics import bootstrap, looped_tokens
 from bdcli.model import Model
 from bdcli.sampling import Sampling
 from bdcli.views import plan_view
@@ -40,12 +40,14 @@ class Passage:
 
 @dataclass(frozen=True)
 class Replay:
-    """Counts of one decoding of one passage; expected counts when sampling."""
+    """Counts of one decoding of one passage; expected counts when sampling. clean: rounds that begin outside loops."""
 
     rounds: float
     drafted: float
     accepted: float
     tokens: int
+    clean_drafted: float
+    clean_accepted: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Cell:
     budget: int | str
     gamma: int
     acceptance_rate: float | None
+    acceptance_rate_no_loops: float | None
     low: float | None
     high: float | None
     mean_accepted_length: float | None
@@ -118,27 +121,31 @@ def chosen(probs: Tensor, tokens: Sequence[int]) -> list[float]:
     return probs.gather(1, torch.tensor(tokens, device=probs.device)[:, None])[:, 0].tolist()
 
 
-def replay(accepts: Sequence[float], gamma: int, limit: int) -> Replay:
+def replay(accepts: Sequence[float], gamma: int, limit: int, looped: Sequence[bool] = ()) -> Replay:
     """Rounds of decoding with fixed `gamma`, as `Speculator.rounds` plays them, from each token's chance.
 
+    `looped` marks tokens that stand inside loops, as `metrics.looped_tokens` does; none by default.
     starts[t] is the probability that a round begins at token t; a round that accepts k tokens ends k + 1 further on.
     """
     size = len(accepts)
     starts = [1.0] + [0.0] * (size + gamma)
-    rounds = drafted = accepted = 0.0
+    rounds = drafted = accepted = clean_drafted = clean_accepted = 0.0
     for at in range(size):
         begins = starts[at]
         if begins == 0.0:
             continue
         proposed = min(gamma, limit - at - 1)
+        clean = not looped or not looped[at]
         rounds, drafted = rounds + begins, drafted + begins * proposed
+        clean_drafted += clean * begins * proposed
         for k in range(proposed):
             chance = accepts[at + k] if at + k < size else 0.0
             starts[at + k + 1] += begins * (1 - chance)
             begins *= chance
             accepted += begins
+            clean_accepted += clean * begins
         starts[at + proposed + 1] += begins
-    return Replay(rounds, drafted, accepted, size)
+    return Replay(rounds, drafted, accepted, size, clean_drafted, clean_accepted)
 
 
 def acceptance_cell(
@@ -151,15 +158,19 @@ def acceptance_cell(
     sampling: Sampling = GREEDY,
 ) -> Cell:
     """Pooled acceptance over passages of one data set and context."""
-    played = [replay(chances(drafter, p, budget, select, positions, gamma, sampling), gamma, p.limit) for p in passages]
+    played = []
+    for p in passages:
+        found = chances(drafter, p, budget, select, positions, gamma, sampling)
+        played.append(replay(found, gamma, p.limit, looped_tokens(p.prompt, p.text)))
     low, high = _interval(played)
-    drafted = sum(p.drafted for p in played)
+    drafted, clean = sum(p.drafted for p in played), sum(p.clean_drafted for p in played)
     return Cell(
         dataset=passages[0].dataset,
         context=len(passages[0].prompt),
         budget="full" if budget is None else budget,
         gamma=gamma,
         acceptance_rate=sum(p.accepted for p in played) / drafted if drafted else None,
+        acceptance_rate_no_loops=sum(p.clean_accepted for p in played) / clean if clean else None,
         low=low,
         high=high,
         mean_accepted_length=sum(p.tokens for p in played) / sum(p.rounds for p in played),

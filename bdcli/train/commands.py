@@ -15,6 +15,7 @@ from bdcli.terminal import note, phases, show_accounts, show_grids, show_losses,
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
 ]
+DataOption = Annotated[Path | None, typer.Option(help="Folder that prepare made. [default: data in --out]")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/RECIPE]")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
@@ -97,6 +98,7 @@ def distill(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, for example recipes/llama_4k.yaml.")],
     overrides: SetOption = None,
     out: OutOption = None,
+    data: DataOption = None,
     resume: ResumeOption = False,
     max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop in time, final grid included.")] = None,
     dry_run: DryRunOption = False,
@@ -104,7 +106,7 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Train one drafter whose acceptance holds under any KV budget."""
-    job, store, folder = _distillation(recipe, overrides, out, max_minutes, dry_run, db)
+    job, store, folder = _distillation(recipe, overrides, out, max_minutes, dry_run, db, data)
     if dry_run:
         return
     from bdcli.train.runs import distill_run
@@ -122,25 +124,29 @@ def distill(
     _end(result, f"bdcli distill {recipe} --out {folder} --resume")
 
 
-def _distillation(recipe: Path, overrides, out: Path | None, max_minutes: float | None, dry_run: bool, db: str | None):
+def _distillation(
+    recipe: Path, overrides, out: Path | None, max_minutes: float | None, dry_run: bool, db: str | None,
+    data: Path | None = None,
+):  # fmt: skip
     """(job, store, folder) of a distil recipe, its plan told; the store is None on a dry run."""
     deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
     from bdcli.recipe import load_recipe
     from bdcli.train.distill_recipe import DistillRecipe
 
-    def check(settings: DistillRecipe):
-        from bdcli.train.distill import missing
+    folder = out or Path("runs") / recipe.stem
 
-        return missing(settings)
+    def check(settings: DistillRecipe):
+        from bdcli.train.checks import missing
+
+        return missing(settings, data or folder / "data")
 
     settings = load_recipe(recipe, DistillRecipe, overrides or [], check)
-    folder = out or Path("runs") / recipe.stem
     from bdcli.store import Store
 
     store = None if dry_run else Store(db)
     with status_line("loading torch and models"):
         from bdcli.train.distill import Distillation, Watcher
-    job = Distillation(settings, folder, Watcher(), deadline)
+    job = Distillation(settings, folder, Watcher(), deadline, data)
     for line in job.plan() if job.ranks.first else ():
         note(line)
     return job, store, folder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdcli.errors import UserError
-from bdcli.train.data import documents
+from bdcli.train.data import CHARACTERS, documents
 from bdcli.train.files import digest, read_state, write_state
 from bdcli.train.pretrain_recipe import PretrainRecipe
 
@@ -69,7 +69,7 @@ def make_corpus(
 
 
 def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Callable[[str, int, int, str], None]) -> Tensor:
-    docs = [d.text for d in documents(source) if not d.held_out]
+    docs = [d.text for d in documents(source, enough=CHARACTERS * wanted) if not d.held_out]
     random.Random(seed).shuffle(docs)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     parts, size = [], 0

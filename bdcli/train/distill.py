@@ -18,17 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.checkpoint import (
-    check_vocabulary,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    read_config,
-    resolve,
-    save_model,
-    training_dtype,
-)
+from bdcli.checkpoint import fingerprint, load_model, pick_device, resolve, save_model, training_dtype
 from bdcli.decode import load_pair, peak_memory
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
@@ -37,7 +27,6 @@ from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_cell
-from bdcli.train.data import missing_sources
 from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.files import check_room, digest
 from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
@@ -81,10 +70,16 @@ class Outcome:
 
 
 class Distillation:
-    """One run in the folder `out`; every phase leaves files there and is not done twice."""
+    """One run in the folder `out`; every phase leaves files there and is not done twice.
 
-    def __init__(self, recipe: DistillRecipe, out: Path, watcher: Watcher, deadline: float = math.inf):
+    `data` is where its windows and passages are or will be; several runs may share it.
+    """
+
+    def __init__(
+        self, recipe: DistillRecipe, out: Path, watcher: Watcher, deadline: float = math.inf, data: Path | None = None
+    ):
         self.recipe, self.out, self.watcher, self.deadline = recipe, out, watcher, deadline
+        self.data = data or out / "data"
         self.folders = resolve(recipe.target, "target"), resolve(recipe.drafter, "drafter")
         self.device = pick_device(local_device(recipe.device))
         self.ranks = join(self.device)
@@ -117,6 +112,8 @@ class Distillation:
         yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
         yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
         yield f"{self.supervised:.2f} supervised positions per token the target reads"
+        if r.evaluation.patience is not None:
+            yield f"stops after {r.evaluation.patience} measurements without a better acceptance"
         hidden = d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
         activations = 64 * views * d.context * self.drafter.config.hidden_size * len(self.drafter.layers)
         memory = (
@@ -143,7 +140,7 @@ class Distillation:
         """What the recipe's data and evaluation ask for; making it may take `share` of the time that is left."""
         now = time.monotonic()
         deadline = now + (self.deadline - now) * share
-        return Material(self.recipe, self.out / "data", self.pair, self.folders, self.watcher.progress, deadline)
+        return Material(self.recipe, self.data, self.pair, self.folders, self.watcher.progress, deadline)
 
     def run(self, resume: bool) -> Outcome:
         """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
@@ -184,7 +181,7 @@ class Distillation:
         """Steps with a grid every so often. Returns why it stopped early, or None, and target tokens per second."""
         p, o = trainer.progress, self.recipe.optimizer
         grid_s = self._measure(trainer, passages)
-        first, trained_s, stopped, opened = p.step, 0.0, None, time.monotonic()
+        first, trained_s, stopped, opened = p.step, 0.0, self._flat(trainer), time.monotonic()
         with deferred_interrupt() as interrupted:
             while p.step < o.steps and not stopped:
                 began = time.monotonic()
@@ -193,7 +190,7 @@ class Distillation:
                     share = (began - opened) / max(1.0, self.deadline - 1.5 * grid_s - opened)
                     at = max(at, round(first + share * (o.steps - first)))
                 rate = self.ranks.agreed(warm_cosine(at, o.warmup, o.steps))
-                loss = trainer.step(partial(self._parts, windows, p.step), rate)
+                loss = trainer.step(partial(self.parts, windows, p.step), rate)
                 step_s = time.monotonic() - began
                 trained_s += step_s
                 self.watcher.progress("distil", p.step, o.steps, f"loss {loss:.3f}")
@@ -202,11 +199,18 @@ class Distillation:
                 if p.step % self.recipe.evaluation.every == 0 and not stopped:
                     grid_s = self._measure(trainer, passages)
                     self._save(trainer, key)
+                    stopped = self._flat(trainer)
             if stopped != "interrupted":
                 self._measure(trainer, passages)
             self._save(trainer, key)
         tokens = (p.step - first) * o.windows_per_step * self.recipe.data.context
         return stopped, tokens / trained_s if trained_s else 0.0
+
+    def _flat(self, trainer: Trainer) -> str | None:
+        """Why training may end early: the last `patience` grids were no better than one before."""
+        p, patience = trainer.progress, self.recipe.evaluation.patience
+        since = sum(grid["step"] > p.best_step for grid in p.history)
+        return f"no better for {since} measurements" if patience is not None and since >= patience else None
 
     def _save(self, trainer: Trainer, key: str) -> None:
         if self.ranks.first:
@@ -235,7 +239,7 @@ class Distillation:
             for at in places
         ]
 
-    def _parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
+    def parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
         """This rank's windows of a step, each under all views, or under some at a time where memory is short."""
         views, picked = self.draw_views(step), self.order(step, len(windows))
         some = -(-len(views) // min(pieces, len(views)))
@@ -323,39 +327,21 @@ class Distillation:
         ]
 
     def _measure(self, trainer: Trainer, passages: Sequence[Passage]) -> float:
-        """Add this step's grid to the history, once; keep the drafter best in the mean over budgets. Seconds taken."""
+        """Add this step's grid to the history, once; keep the drafter best in the mean over budgets. Seconds."""
         p, began = trainer.progress, time.monotonic()
         if p.history and p.history[-1]["step"] == p.step:
             return 0.0
         cells = self.grid(passages)
         p.history.append({"step": p.step, "cells": [asdict(c) for c in cells]})
-        sparse = [c for c in cells if c.budget != "full"] or cells
-        score = sum(c.acceptance_rate or 0.0 for c in sparse) / len(sparse)
+        full = self.recipe.views.mode == "full"  # such a drafter is judged by what it learns
+        counted = [c for c in cells if (c.budget == "full") == full] or cells
+        score = sum(c.acceptance_rate or 0.0 for c in counted) / len(counted)
         if score > p.best:
             p.best, p.best_step = score, p.step
             if self.ranks.first:
                 save_model(self.drafter, self.folders[1], self.out / "drafter")
         self.watcher.grid(p.step, cells)
         return time.monotonic() - began
-
-
-def missing(recipe: DistillRecipe) -> Iterator[tuple[str, str]]:
-    """(key, message) of models and data that a recipe names and that are not here or do not fit together."""
-    folders = {}
-    for role in ("target", "drafter"):
-        try:
-            folders[role] = resolve(getattr(recipe, role), role)
-            read_config(folders[role])
-        except UserError as error:
-            folders.pop(role, None)
-            yield role, str(error)
-    if len(folders) == 2:
-        try:
-            check_vocabulary(*folders.values(), load_tokenizer(folders["target"]))
-        except UserError as error:
-            yield "drafter", str(error)
-    for key, sources in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):
-        yield from ((key, problem) for problem in missing_sources(sources))
 
 
 def _by_context(passages: Sequence[Passage]) -> Iterator[list[Passage]]:

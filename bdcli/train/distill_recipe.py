@@ -13,13 +13,16 @@ from bdcli.views import GAMMA_MAX, SINKS
 @dataclass(frozen=True)
 class Data:
     sources: tuple[str, ...] = setting(
-        ("stdlib",), "stdlib, a text file, a folder of them, a .jsonl, or a hub data set"
+        ("stdlib",),
+        "stdlib, recall, pg19, lwm, longbench, longbench/TASK, a .txt, .jsonl, .parquet or tar, a folder of them, or a "
+        "hub data set; NAME=PLACE names one",
     )
     context: int = setting(4096, "tokens of a training window")
     windows: int = setting(64, "training windows; steps beyond them start another pass in another order")
     written: float = setting(0.5, "share of windows whose end is written by the target at the serving temperature")
     written_tokens: int = setting(256, "length of that end")
     written_temperature: float | None = setting(None, "temperature it is written at; none is the serving temperature")
+    together: int = setting(8, "texts written at once where the target's products are shared (not in compiled steps)")
     max_loop_rate: float = setting(0.25, "a window whose written end loops more is dropped")
     cache: Literal["none", "hidden", "topk", "argmax"] = setting(
         "none", "the target's answers kept on disk: hidden states, top-k and the tail's mass, or its choices"
@@ -73,6 +76,9 @@ class Optimizer(Updates):
 class Evaluation:
     sources: tuple[str, ...] = setting((), "texts to measure on; empty takes the held-out documents of data.sources")
     every: int = setting(50, "steps between measurements of the acceptance grid")
+    patience: int | None = setting(
+        None, "measurements without a better acceptance after which training stops; none trains on to the last step"
+    )
     contexts: tuple[int, ...] = setting((1024, 4096), "prompt lengths of the held-out passages")
     budgets: tuple[int | Literal["full"], ...] = setting((256, 512, 1024, 2048, "full"), "budgets of the grid")
     gamma: int = setting(5, "draft length of the replay")
@@ -141,10 +147,12 @@ class DistillRecipe:
             "data.windows": d.windows,
             "data.top_k": d.top_k,
             "data.shard_windows": d.shard_windows,
+            "data.together": d.together,
             "views.anchor_tokens": v.anchor_tokens,
             "optimizer.steps": o.steps,
             "optimizer.windows_per_step": o.windows_per_step,
             "evaluation.every": e.every,
+            "evaluation.patience": 1 if e.patience is None else e.patience,
             "evaluation.gamma": e.gamma,
             "evaluation.passages": e.passages,
             "evaluation.new_tokens": e.new_tokens,

@@ -48,6 +48,14 @@ def write_text(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object that a run wrote. Raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged", "Restore it, or remove it to make it again") from None
+
+
 def check_room(folder: Path, needed: int) -> None:
     """Raise BdcliError when the disk of `folder` has not `needed` bytes free."""
     info = os.statvfs(folder)

@@ -15,7 +15,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,22 +23,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bdcli.checkpoint import fingerprint
-from bdcli.controller import FixedGamma
-from bdcli.decode import Pair, make_speculator
-from bdcli.errors import NonFiniteError, UserError
+from bdcli.decode import Pair
+from bdcli.errors import UserError
 from bdcli.metrics import looped_tokens
-from bdcli.options import DecodeOptions
-from bdcli.sampling import Sampling
+from bdcli.sampling import Sampling, non_finite
 from bdcli.train.acceptance import Passage, text_probs
-from bdcli.train.data import Documents, held_out_prompts
+from bdcli.train.checks import MANIFEST, PASSAGES, differing, passages_made_from, windows_made_from
+from bdcli.train.data import CHARACTERS, Candidate, Documents, held_out_prompts
 from bdcli.train.distill_recipe import DistillRecipe
-from bdcli.train.files import digest, write_text
+from bdcli.train.files import read_json, write_text
 from bdcli.train.losses import ArgmaxTarget, HiddenTarget, Target, TopKTarget
 from bdcli.train.view_forward import final_rows
-
-WRITING_BUDGET, WRITING_GAMMA = 512, 4  # how the undistilled drafter helps the target write
-MANIFEST, PASSAGES = "manifest.json", "passages.json"
+from bdcli.train.writing import Writer
 
 
 @dataclass
@@ -77,19 +73,9 @@ class Material:
     ):
         self._recipe, self._out, self._pair, self._progress = recipe, out, pair, progress
         self._deadline = deadline
-        prints = [fingerprint(folder) for folder in folders]
-        self._parts = {
-            "data": asdict(recipe.data),
-            "seed": recipe.seed,
-            "temperature": recipe.temperature,
-            "loss temperature": recipe.loss.temperature if recipe.data.cache == "topk" else None,
-            "dtype": str(pair.target.dtype),
-            "target": prints[0],
-            "drafter": prints[1],
-        }
-        evaluation = asdict(recipe.evaluation)
-        evaluation.pop("every")
-        self._passages_key = digest(evaluation, recipe.data.sources, recipe.temperature, prints[0])
+        self._writer = Writer(pair, recipe.data.together)
+        self._parts = windows_made_from(recipe, *folders) | {"dtype": str(pair.target.dtype)}
+        self._passages_key = passages_made_from(recipe, folders[0])
 
     # -- windows
 
@@ -99,7 +85,7 @@ class Material:
         manifest = self._manifest()
         d = self._recipe.data
         if not manifest["complete"]:
-            documents = Documents(d.sources)
+            documents = Documents(d.sources, CHARACTERS * d.windows * d.context)
             manifest["documents"] = asdict(Accounts(*documents.accounts))
             self._make_shards(manifest, documents)
         return Windows(self._out, manifest, self._pair.target.head, self._recipe)
@@ -108,8 +94,8 @@ class Material:
         path = self._out / MANIFEST
         if not path.exists():
             return {"parts": self._parts, "complete": False, "documents": None, "shards": []}
-        manifest = _read_json(path)
-        other = [name for name, part in self._parts.items() if manifest["parts"].get(name) != json.loads(_dump(part))]
+        manifest = read_json(path)
+        other = differing(manifest["parts"], self._parts)
         if other:
             raise UserError(
                 f"{path} was made for another {other[0]}", "Use the recipe it was made by, or another --out"
@@ -121,28 +107,28 @@ class Material:
     def _make_shards(self, manifest: dict, documents: Documents) -> None:
         """Shards from the first missing one on, each followed by a new manifest."""
         d, shards = self._recipe.data, manifest["shards"]
-        candidates = documents.windows(self._pair.tokenizer, d.context, self._recipe.seed)
+        answer = d.written_tokens if d.written else 0
+        candidates = documents.windows(self._pair.tokenizer, d.context, self._recipe.seed, answer)
         made, at = sum(s["accounts"]["kept"] for s in shards), shards[-1]["next"] if shards else 0
         next(islice(candidates, at, at), None)  # pass over what earlier shards were made of
         ended = False
         while made < d.windows and not ended:
-            wanted, accounts, kept = min(d.shard_windows, d.windows - made), Accounts(0, 0, {}, 0), []
-            while len(kept) < wanted:
-                ids = next(candidates, None)
-                if ids is None:
-                    ended = True
-                    break
-                fate, sample = self._sample(at, ids)
-                accounts.count(fate)
-                at += 1
-                if sample is not None:
-                    kept.append(sample)
+            wanted, accounts, kept, rates = min(d.shard_windows, d.windows - made), Accounts(0, 0, {}, 0), [], {}
+            while len(kept) < wanted and not ended:
+                group = list(islice(candidates, min(self._writer.together, wanted - len(kept))))
+                ended = not group
+                for number, (fate, loop_rate, sample) in enumerate(self._samples(at, group), at):
+                    accounts.count(fate)
+                    kept += [] if sample is None else [sample]
+                    rates |= {} if loop_rate is None else {number: loop_rate}
+                at += len(group)
                 self._progress("windows", made + len(kept), d.windows, f"{sum(accounts.dropped.values())} dropped")
             if kept:
                 name = f"windows-{len(shards):05}.safetensors"
                 sha = self._write_shard(self._out / name, kept)
                 late = sum(int(sample["late"]) for sample in kept)
-                shards.append({"file": name, "sha256": sha, "next": at, "late": late, "accounts": asdict(accounts)})
+                shard = {"file": name, "sha256": sha, "next": at, "late": late, "accounts": asdict(accounts)}
+                shards.append(shard | {"loop_rates": rates})  # of every text written, by candidate, dropped ones too
                 made += len(kept)
                 write_text(self._out / MANIFEST, _dump(manifest))
         if made < d.windows:
@@ -153,31 +139,43 @@ class Material:
         manifest["complete"] = True
         write_text(self._out / MANIFEST, _dump(manifest))
 
-    def _sample(self, number: int, ids: list[int]) -> tuple[str, dict[str, Tensor] | None]:
-        """(fate, tensors of the window) of candidate `number`; a function of recipe, number and ids."""
-        d, looped, written = self._recipe.data, 0.0, False
-        wanted = random.Random(f"{self._recipe.seed}/{number}").random() < d.written
-        late = wanted and time.monotonic() > self._deadline
-        if wanted and not late:
-            written, prompt = True, ids[: -d.written_tokens]
-            warmth = self._recipe.temperature if d.written_temperature is None else d.written_temperature
-            try:
-                text = self._write(prompt, d.written_tokens, warmth, seed=number)
-            except NonFiniteError:
-                return "failed", None
-            if len(text) < d.written_tokens:
-                return "ended early", None
-            looped = sum(looped_tokens(prompt, text)) / len(text)
-            if looped > d.max_loop_rate:
-                return "loops", None
-            ids = prompt + text
+    def _samples(
+        self, first: int, group: list[Candidate]
+    ) -> Iterator[tuple[str, float | None, dict[str, Tensor] | None]]:
+        """(fate, loop rate of what was written, tensors of the window) of candidates `first`, `first` + 1, ..."""
+        r, d = self._recipe, self._recipe.data
+        late = time.monotonic() > self._deadline
+        chosen = [c.asked or random.Random(f"{r.seed}/{n}").random() < d.written for n, c in enumerate(group, first)]
+        numbers = [n for n, wanted in enumerate(chosen, first) if wanted and not late]
+        prompts = {n: c.ids if c.asked else c.ids[: -d.written_tokens] for n, c in enumerate(group, first)}
+        warmth = r.temperature if d.written_temperature is None else d.written_temperature
+        texts = self._writer.write([prompts[n] for n in numbers], d.written_tokens, warmth, seeds=numbers)
+        texts = dict(zip(numbers, texts, strict=True))
+        for number, (candidate, wanted) in enumerate(zip(group, chosen), first):
+            if number not in texts:
+                unanswered = candidate.asked  # corpus text goes on, a question does not
+                yield ("late", None, None) if unanswered else ("kept", None, self._window(candidate.ids, None, wanted))
+                continue
+            text, prompt = texts[number], prompts[number]
+            looped = sum(looped_tokens(prompt, text)) / len(text) if text else None
+            if text is None:
+                yield "failed", None, None
+            elif len(text) < d.written_tokens:
+                yield "ended early", looped, None
+            elif looped > d.max_loop_rate:
+                yield "loops", looped, None
+            else:
+                yield "kept", looped, self._window(prompt + text, looped, False)
+
+    def _window(self, ids: list[int], loop_rate: float | None, late: bool) -> dict[str, Tensor]:
+        """Tensors of a window; `loop_rate` None where the target wrote none of it."""
         sample = {
             "ids": torch.tensor(ids, dtype=torch.int32),
-            "written": torch.tensor(written),
+            "written": torch.tensor(loop_rate is not None),
             "late": torch.tensor(late),
-            "loop_rate": torch.tensor(looped),
+            "loop_rate": torch.tensor(loop_rate or 0.0),
         }
-        return "kept", sample | self._answers(sample["ids"])
+        return sample | self._answers(sample["ids"])
 
     @torch.no_grad()
     def _answers(self, ids: Tensor) -> dict[str, Tensor]:
@@ -220,7 +218,7 @@ class Material:
         path, r = self._out / PASSAGES, self._recipe
         e, saved = r.evaluation, {"key": self._passages_key, "complete": False, "passages": []}
         if path.exists():
-            saved = _read_json(path)
+            saved = read_json(path)
             if saved["key"] != self._passages_key:
                 raise UserError(f"{path} was made for another recipe or target", "Give another --out")
         if not saved["complete"]:
@@ -230,15 +228,17 @@ class Material:
                 self._pair.tokenizer, e.sources or r.data.sources, longest, e.passages, bool(e.sources)
             )
             wanted = [(n, name, ids, c) for n, (name, ids) in enumerate(prompts) for c in e.contexts]
-            done = len(saved["passages"])
-            for place, (n, name, ids, context) in enumerate(wanted[done:], done):
-                if time.monotonic() > self._deadline and place % len(e.contexts) == 0 and place:
+            at_once = max(1, self._writer.together // len(e.contexts)) * len(e.contexts)  # whole prompts
+            for place in range(len(saved["passages"]), len(wanted), at_once):
+                if time.monotonic() > self._deadline and place:
                     break
-                prompt = ids[longest - context :]
-                text = self._write(prompt, e.new_tokens, r.temperature, seed=n)
-                probs = () if sampling.greedy else text_probs(self._pair.target, prompt, text, sampling)
-                saved["passages"].append(asdict(Passage(name, tuple(prompt), tuple(text), e.new_tokens, tuple(probs))))
-                self._progress("held-out passages", place + 1, len(wanted), "")
+                group = [(n, name, ids[longest - context :]) for n, name, ids, context in wanted[place:][:at_once]]
+                texts = self._writer.write(
+                    [prompt for _, _, prompt in group], e.new_tokens, r.temperature, seeds=[n for n, _, _ in group]
+                )
+                for (_, name, prompt), text in zip(group, texts, strict=True):
+                    saved["passages"].append(self._passage(name, prompt, text, sampling))
+                self._progress("held-out passages", len(saved["passages"]), len(wanted), "")
                 write_text(path, json.dumps(saved))
             saved["complete"] = True
             write_text(path, json.dumps(saved))
@@ -247,16 +247,14 @@ class Material:
             for p in saved["passages"]
         ]
 
-    def _write(self, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int]:
-        """What the target writes after `prompt`, sped up by the undistilled drafter."""
-        options = DecodeOptions(
-            budget=WRITING_BUDGET, gamma=WRITING_GAMMA, temperature=temperature, seed=seed, max_new_tokens=tokens
-        )
-        engine = make_speculator(self._pair, options, len(prompt))
-        engine.prefill(prompt)
-        for _ in engine.rounds(tokens, self._pair.eos, FixedGamma(WRITING_GAMMA)):
-            pass
-        return engine.new_tokens
+    def _passage(self, name: str, prompt: list[int], text: list[int] | None, sampling: Sampling) -> dict:
+        """A passage as it is saved, with its loop rate. Raises NonFiniteError where the target broke."""
+        if text is None:
+            raise non_finite("target")
+        probs = () if sampling.greedy else text_probs(self._pair.target, prompt, text, sampling)
+        limit = self._recipe.evaluation.new_tokens
+        loop_rate = sum(looped_tokens(prompt, text)) / len(text)
+        return asdict(Passage(name, tuple(prompt), tuple(text), limit, tuple(probs))) | {"loop_rate": loop_rate}
 
 
 class Windows:
@@ -268,6 +266,7 @@ class Windows:
         self._open: tuple[int, dict[str, Tensor]] | None = None
         self.documents = Accounts(**manifest["documents"])
         self.accounts = Accounts(0, 0, {}, 0)
+        self.loop_rates = [rate for shard in self._shards for rate in shard.get("loop_rates", {}).values()]
         for shard in self._shards:
             part = Accounts(**shard["accounts"])
             self.accounts.read, self.accounts.kept = self.accounts.read + part.read, self.accounts.kept + part.kept
@@ -324,10 +323,3 @@ def _check(path: Path, sha256: str) -> None:
 
 def _dump(value: object) -> str:
     return json.dumps(value, indent=1)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged", "Restore it, or remove it to make it again") from None

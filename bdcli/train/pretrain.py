@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bdcli.checkpoint import (
@@ -30,33 +29,19 @@ from bdcli.checkpoint import (
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.recipe import as_dict
-from bdcli.rope import RopeTable
 from bdcli.train.corpus import Corpus, make_corpus
 from bdcli.train.data import documents, measured_windows, missing_sources
 from bdcli.train.files import check_room, digest
+from bdcli.train.held_out import Measured, measure, next_token_rows
 from bdcli.train.losses import ArgmaxTarget, head_loss
 from bdcli.train.optimizers import trapezoid
 from bdcli.train.pretrain_recipe import PretrainRecipe
 from bdcli.train.scratch import copy_tokenizer, random_model, write_config, write_tokenizer
 from bdcli.train.trainer import Trainer
-from bdcli.train.view_forward import causal_block, causal_hidden
+from bdcli.train.view_forward import causal_block
 
 STATE = "state.pt"
-SHORT = 256  # what "no long context" means: tokens seen by the first of SHORT_ROWS predicted together
-SHORT_ROWS = 64
-TAIL = 1024  # last tokens of a window, over which the worth of a long context is measured
 TOKENIZER_TEXT = 20_000_000  # characters a tokenizer is trained on
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Held-out loss at one context, nats a token: whole window; its tail given everything; given the last ~256."""
-
-    context: int
-    windows: int
-    nll: float
-    tail_nll: float
-    tail_nll_short: float
 
 
 @dataclass(frozen=True)
@@ -174,7 +159,7 @@ class Pretraining:
         s, held = self.recipe.schedule, self.model.config.max_position
         longest = max(*s.contexts, *self.recipe.held_out.contexts, s.reach)
         if longest > held:
-            raise UserError(f"the recipe needs {longest} positions, the model has {held}", "Lower the contexts and reach")
+            raise UserError(f"the recipe needs {longest} positions, the model has {held}", "Lower contexts and reach")
 
     def _held_out(self, tokenizer) -> Tensor:
         h = self.recipe.held_out
@@ -248,40 +233,11 @@ class Pretraining:
 
     def loss(self, windows: Tensor, of: int, block=causal_block, positions: Tensor | None = None) -> Tensor:
         """Share of windows [N, T] in the mean next-token cross-entropy of `of` windows."""
-        x, following = self._rows(windows, block, positions)
+        x, following = next_token_rows(self.model, windows, self.dtype, block, positions)
         share = of * (windows.shape[1] - 1)
         return head_loss(x, self.model.head, ArgmaxTarget(following), "ce", denominator=float(share))[0]
 
-    def _rows(self, windows: Tensor, block=causal_block, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Normed last hidden states [N·(T - 1), hidden] of all positions but the last, and the tokens that follow."""
-        c = self.model.config
-        length = windows.shape[1] if positions is None else int(positions[-1]) + 1
-        rope = RopeTable(c.rope, length, length, self.dtype, self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x = causal_hidden(self.model, rope, windows, block, positions)
-        x = F.rms_norm(x, (c.hidden_size,), self.model.norm, c.norm_eps).to(self.dtype)
-        return x[:, :-1].reshape(-1, c.hidden_size), windows[:, 1:].reshape(-1)
-
     # -- measuring
-
-    @torch.no_grad()
-    def losses(self, windows: Tensor) -> Tensor:
-        """Loss [N, T - 1] of each token of windows [N, T] but the first."""
-        x, following = self._rows(windows)
-        return head_loss(x, self.model.head, ArgmaxTarget(following), "ce")[1].losses.view(len(windows), -1)
-
-    def measure(self, context: int) -> Measured:
-        """Held-out loss of windows of `context` tokens; those of all contexts end at the same tokens."""
-        whole, tails, short = [], [], []
-        tail = min(TAIL, context - SHORT) // SHORT_ROWS * SHORT_ROWS
-        for window in self._held[:, -context:].to(self.device):
-            losses = self.losses(window[None])[0]
-            whole.append(losses.mean())
-            tails.append(losses[-tail:].mean())
-            pieces = window[-tail - SHORT :].unfold(0, SHORT + SHORT_ROWS, SHORT_ROWS)
-            short.append(self.losses(pieces)[:, -SHORT_ROWS:].mean())
-        nll, tail_nll, tail_short = (float(torch.stack(x).mean()) for x in (whole, tails, short))
-        return Measured(context, len(whole), nll, tail_nll, tail_short)
 
     def _measure(self, trainer: Trainer, contexts: tuple[int, ...]) -> float:
         """Add held-out losses of this step to the history. Returns seconds taken."""
@@ -292,7 +248,7 @@ class Pretraining:
             p.history.pop()
         found = []
         for n, context in enumerate(contexts):
-            found.append(self.measure(context))
+            found.append(measure(self.model, self._held, context, self.dtype))
             self.progress("held-out loss", n + 1, len(contexts), f"{found[-1].nll:.3f} at {context}")
         p.history.append({"step": p.step, "tokens": p.tokens, "measured": [asdict(m) for m in found]})
         self.measured(p.step, p.tokens, found)

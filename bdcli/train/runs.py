@@ -9,7 +9,8 @@ from bdcli.runs import recorded
 from bdcli.store import Evaluation, Loss, Store
 from bdcli.train.acceptance import Cell
 from bdcli.train.distill import Distillation
-from bdcli.train.pretrain import Measured, Pretraining
+from bdcli.train.held_out import Measured
+from bdcli.train.pretrain import Pretraining
 
 
 def pretrain_run(store: Store, job: Pretraining, resume: bool) -> dict:
@@ -48,11 +49,13 @@ def prepare_run(store: Store, job: Distillation) -> dict:
     store.finish(run_id, "done")
     return {
         "run_id": run_id,
-        "folder": str(job.out / "data"),
+        "folder": str(job.data),
         "documents": asdict(windows.documents),
         "windows": asdict(windows.accounts),
         "shards": windows.shards,
         "bytes": windows.bytes,
+        "written": len(windows.loop_rates),
+        "loop_rate": sum(windows.loop_rates) / len(windows.loop_rates) if windows.loop_rates else None,
         "passages": len(passages),
     }
 

@@ -1,0 +1,76 @@
+"""What the target writes after many prompts: speculative decoding of several texts at a time.
+
+A round drafts for every text, then one forward of the target verifies all drafts: its weights are read once a round,
+whatever the texts' lengths. Each text has its caches and its seed, so what is written does not depend on its company
+(up to rounding of low-precision kernels that torch chooses by the number of rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bdcli.decode import Pair, make_speculator
+from bdcli.errors import NonFiniteError
+from bdcli.options import DecodeOptions
+from bdcli.speculate import Speculator
+
+BUDGET, GAMMA = 512, 4  # how the undistilled drafter helps
+
+
+class Writer:
+    """Texts of `pair`, up to `together` at once where that pays: compiled steps are bound by each text's own KV."""
+
+    def __init__(self, pair: Pair, together: int):
+        self._pair = pair
+        self.together = together if pair.engine.name == "torch" else 1
+
+    def write(
+        self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[list[int] | None]:
+        """Up to `tokens` ids after each prompt; None where logits were not finite."""
+        found: list[list[int] | None] = []
+        for at in range(0, len(prompts), self.together):
+            group = slice(at, at + self.together)
+            texts = [self._begin(*work, tokens, temperature) for work in zip(prompts[group], seeds[group])]
+            broken = self._finish(texts, tokens)
+            found += [None if text in broken else text.new_tokens for text in texts]
+        return found
+
+    def _begin(self, prompt: list[int], seed: int, tokens: int, temperature: float) -> Speculator:
+        options = DecodeOptions(budget=BUDGET, gamma=GAMMA, temperature=temperature, seed=seed, max_new_tokens=tokens)
+        text = make_speculator(self._pair, options, len(prompt))
+        text.prefill(prompt)
+        return text
+
+    def _finish(self, texts: Sequence[Speculator], tokens: int) -> list[Speculator]:
+        """Rounds until every text has ended; returns those that broke."""
+        going, broken = list(texts), []
+        while going:
+            first = going[0]
+            gammas = [min(GAMMA, tokens - len(text.new_tokens) - 1) for text in going]
+            with first.target.exclusive():
+                try:
+                    drafts = first.drafter.draft_together(
+                        [text.drafter for text in going],
+                        [text.ids for text in going],
+                        gammas,
+                        first.sampling,
+                        [text.generator for text in going],
+                    )
+                except NonFiniteError:
+                    return [*broken, *going]
+                unread = [text.ids[text.target.length :] + draft for text, (draft, _) in zip(going, drafts)]
+                wanted = [len(draft) + 1 for draft, _ in drafts]
+                logits = first.target.feed_together([text.target for text in going], unread, wanted)
+            left = []
+            for text, (draft, q), rows in zip(going, drafts, logits, strict=True):
+                try:
+                    verdict = text.settle(draft, q, rows)
+                except NonFiniteError:
+                    broken.append(text)
+                    continue
+                ended = text.cut_at(self._pair.eos, len(verdict.tokens)) is not None
+                if not ended and len(text.new_tokens) < tokens:
+                    left.append(text)
+            going = left
+        return broken

@@ -1,0 +1,389 @@
+"""Does acceptance hold under a small budget and a long context? Real decoding at a fixed γ, outside loops.
+
+    python scripts/claims.py run --on books=FOLDER --on qmsum=FILE.jsonl --on lwm=FILE.jsonl --naive DIR
+    python scripts/claims.py show runs/claims
+
+Prompts are cut from held-out documents as running text; those of all contexts end at the same token. Every data set is
+decoded, greedily and at temperature 1, with every drafter and budget, until each cell has enough tokens outside loops.
+`naive` is a drafter trained on its full cache only. Bounds are one-sided 95 % percentile bootstraps over documents,
+whose prompts are drawn together. Every text is a line of prompts.jsonl as soon as it is written; the same command goes
+on after a stop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bdcli.bench.samples import Sample, load_samples
+from bdcli.checkpoint import fingerprint, resolve
+from bdcli.controller import FixedGamma
+from bdcli.decode import Pair, drafter_reader, load_pair, target_reader
+from bdcli.errors import UserError
+from bdcli.metrics import Round, bootstrap, looped_tokens, mark_loops
+from bdcli.options import DecodeOptions, parse_budget, parse_context
+from bdcli.sampling import Sampling
+from bdcli.speculate import Speculator
+from bdcli.terminal import note, phases, run_script
+from bdcli.train.data import measured_windows, split_source
+from bdcli.train.files import digest, write_text
+from bdcli.train.held_out import measure
+
+TEXTS, WORTH = "prompts.jsonl", "context.json"
+SMALL_LOSS, FAR_LOSS, NAIVE_GAP, CONTEXT_WORTH = 0.02, 0.03, 0.05, 0.05  # the claims
+WINDOWS = 8  # held-out windows of a data set, for what its context is worth
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One decoding. Counts of drafts are of rounds that begin outside loops, `clean` are tokens outside them."""
+
+    dataset: str
+    source: str
+    index: int
+    context: int
+    temperature: float
+    drafter: str
+    budget: int | str
+    tokens: int
+    clean: int
+    drafted: int
+    accepted: int
+    rounds: int
+    drafted_in_all: int
+    accepted_in_all: int
+
+    @property
+    def cell(self) -> tuple:
+        return self.dataset, self.context, self.temperature, self.drafter, self.budget
+
+    @property
+    def document(self) -> str:
+        return f"{self.dataset} {self.source.rpartition('@')[0]}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the measurement depends on beside its texts and models."""
+
+    contexts: tuple[int, ...]
+    budgets: tuple[int | str, ...]
+    temperatures: tuple[float, ...]
+    gamma: int
+    new_tokens: int
+    prompts: int
+    dtype: str
+
+
+class Measurement:
+    """The texts in the folder `out`, and writing those that are missing."""
+
+    def __init__(self, out: Path, settings: Settings, sources: Sequence[str], models: dict[str, str]):
+        self.s, self.out = settings, out
+        base = DecodeOptions(target=models["target"], dtype=settings.dtype, baseline="off")
+        self.pairs: dict[str, Pair] = {}
+        for role in [r for r in ("drafter", "naive") if r in models]:
+            self.pairs[role] = load_pair(DecodeOptions(**asdict(base) | {"drafter": models[role]}), note)
+        self.base, self.pair = base, self.pairs["drafter"]
+        longest = max(settings.contexts)
+        self.samples = {
+            name: load_samples(self.pair.tokenizer, name, [place], settings.prompts, longest, asked=False)
+            for name, place in map(split_source, sources)
+        }
+        ends = {name: [(s.source, s.before[-64:]) for s in samples] for name, samples in self.samples.items()}
+        prints = {role: fingerprint(resolve(name, role_of(role))) for role, name in models.items()}
+        self.key = digest(asdict(settings), ends, prints)
+        out.mkdir(parents=True, exist_ok=True)
+        self.texts = read_texts(out / TEXTS, self.key)
+
+    @property
+    def arms(self) -> list[tuple[str, int | str]]:
+        return [(role, budget) for role in self.pairs for budget in self.s.budgets]
+
+    def run(self, enough: int, progress: Callable[[str, int, int, str], None]) -> None:
+        """Write texts until every cell has `enough` clean tokens, or there are no more prompts."""
+        have = {(*t.cell, t.index) for t in self.texts}
+        longest = max(map(len, self.samples.values()))
+        for n in range(longest):
+            for name in self.samples:
+                open_ones = [t for t in self.s.temperatures if not self.filled(name, t, enough)]
+                if n >= len(self.samples[name]) or not open_ones:
+                    continue
+                for context in self.s.contexts:
+                    arms = [
+                        (temperature, role, budget)
+                        for temperature in open_ones
+                        for role, budget in self.arms
+                        if (name, context, temperature, role, budget, n) not in have
+                    ]
+                    for text in self._decode(self.samples[name][n], context, arms):
+                        self.texts.append(text)
+                        with (self.out / TEXTS).open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(asdict(text)) + "\n")
+                        progress("clean tokens", *self.done(enough), f"{name}, prompt {n + 1}, context {context}")
+
+    def _cells(self, name: str, temperature: float) -> list[tuple]:
+        return [(name, c, temperature, *arm) for c in self.s.contexts for arm in self.arms]
+
+    def filled(self, name: str, temperature: float, enough: int) -> bool:
+        """Every cell of a data set and temperature has `enough`."""
+        clean = clean_tokens(self.texts)
+        return all(clean.get(cell, 0) >= enough for cell in self._cells(name, temperature))
+
+    def done(self, enough: int) -> tuple[int, int]:
+        clean = clean_tokens(self.texts)
+        cells = [cell for name in self.samples for t in self.s.temperatures for cell in self._cells(name, t)]
+        return sum(min(enough, clean.get(cell, 0)) for cell in cells), enough * len(cells)
+
+    def _decode(self, sample: Sample, context: int, arms: Sequence[tuple]) -> Iterator[Text]:
+        """Texts after one prompt, which the target reads once."""
+        if not arms:
+            return
+        s, prompt = self.s, sample.prompt(context)
+        common = asdict(self.base) | {"max_new_tokens": s.new_tokens, "gamma": s.gamma}
+        held = target_reader(self.pair, DecodeOptions(**common), len(prompt), s.gamma)
+        held.prefill(prompt[:-1])
+        for temperature, role, budget in arms:
+            size = None if budget == "full" else budget
+            options = DecodeOptions(**common | {"budget": size, "temperature": temperature})
+            held.rollback(len(prompt) - 1)
+            reader = drafter_reader(self.pairs[role], options, len(prompt))
+            engine = Speculator(held, reader, Sampling(temperature), sample.index, self.pair.target.device)
+            engine.prefill(prompt, target_ready=True)
+            steps = list(engine.rounds(s.new_tokens, self.pair.eos, FixedGamma(s.gamma)))
+            rounds = [Round(len(x.tokens), x.drafted, x.accepted, x.seconds) for x in steps]
+            clean = [r for r in mark_loops(prompt, engine.new_tokens, rounds) if not r.looped]
+            looped = looped_tokens(prompt, engine.new_tokens)
+            yield Text(
+                dataset=sample.dataset,
+                source=sample.source,
+                index=sample.index,
+                context=context,
+                temperature=temperature,
+                drafter=role,
+                budget=budget,
+                tokens=len(looped),
+                clean=len(looped) - sum(looped),
+                drafted=sum(r.drafted for r in clean),
+                accepted=sum(r.accepted for r in clean),
+                rounds=len(rounds),
+                drafted_in_all=sum(r.drafted for r in rounds),
+                accepted_in_all=sum(r.accepted for r in rounds),
+            )
+
+    def context_worth(self, sources: Sequence[str], progress: Callable[[str, int, int, str], None]) -> None:
+        """The target's loss on held-out windows of the longest context, once for each data set."""
+        path, longest = self.out / WORTH, max(self.s.contexts)
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        for number, source in enumerate(sources, 1):
+            name = split_source(source)[0]
+            if name not in found.get(self.key, {}):
+                windows = measured_windows(self.pair.tokenizer, [source], longest, WINDOWS, everything=True)
+                told = measure(self.pair.target, torch.tensor(windows), longest, self.pair.target.dtype)
+                found.setdefault(self.key, {})[name] = asdict(told)
+                write_text(path, json.dumps(found))
+            progress("worth of context", number, len(sources), name)
+
+
+def role_of(role: str) -> str:
+    return "target" if role == "target" else "drafter"
+
+
+def read_texts(path: Path, key: str) -> list[Text]:
+    """Texts written so far; a line cut short by a kill is removed. Raises UserError on texts of other models."""
+    if not path.exists():
+        path.write_text(json.dumps({"key": key}) + "\n", "utf-8")
+        return []
+    head, *lines = path.read_text("utf-8").splitlines(keepends=True)
+    if key and json.loads(head)["key"] != key:
+        raise UserError(f"{path} was measured with other models, texts or settings", "Give another --out")
+    whole = [line for line in lines if line.endswith("\n")]
+    if key and len(whole) < len(lines):
+        write_text(path, head + "".join(whole))
+    return [Text(**json.loads(line)) for line in whole]
+
+
+def clean_tokens(texts: Sequence[Text]) -> dict[tuple, int]:
+    clean: dict[tuple, int] = {}
+    for t in texts:
+        clean[t.cell] = clean.get(t.cell, 0) + t.clean
+    return clean
+
+
+# -- what they say
+
+
+def acceptance(texts: Sequence[Text], **wanted) -> float | None:
+    """Accepted over drafted in rounds outside loops, of texts with these values; None where nothing was drafted."""
+    mine = [t for t in texts if all(getattr(t, key) == value for key, value in wanted.items())]
+    drafted = sum(t.drafted for t in mine)
+    return sum(t.accepted for t in mine) / drafted if drafted else None
+
+
+@dataclass(frozen=True)
+class Fall:
+    """How far acceptance falls from one cell to another, with its one-sided 95 % upper bound."""
+
+    what: str
+    value: float | None
+    upper: float | None
+    limit: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.limit is None or self.upper is None:
+            return ""
+        return "holds" if self.upper <= self.limit else "does not hold" if self.value > self.limit else "not shown"
+
+
+def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float | None) -> Fall:
+    """acceptance(high) - acceptance(low), bounded by drawing documents."""
+    documents = list(by_document(texts).values())
+
+    def difference(drawn: Sequence[list[Text]]) -> float | None:
+        flat = [t for document in drawn for t in document]
+        a, b = acceptance(flat, **high), acceptance(flat, **low)
+        return None if a is None or b is None else a - b
+
+    return Fall(what, difference(documents), bootstrap(documents, difference, tail=0.05)[1], limit)
+
+
+def by_document(texts: Sequence[Text]) -> dict[str, list[Text]]:
+    found: dict[str, list[Text]] = {}
+    for t in texts:
+        found.setdefault(t.document, []).append(t)
+    return found
+
+
+def falls(texts: Sequence[Text]) -> Iterator[Fall]:
+    """The claims on texts of one data set (or of all) at one temperature."""
+    contexts, budgets = sorted({t.context for t in texts}), sorted({t.budget for t in texts if t.budget != "full"})
+    least, ours = budgets[0], {"drafter": "drafter"}
+    naive = any(t.drafter == "naive" for t in texts)
+    for c in contexts:
+        small, whole = ours | {"context": c, "budget": least}, ours | {"context": c, "budget": "full"}
+        yield fall(texts, f"full - {least} at {c}", whole, small, SMALL_LOSS)
+    near, far = (ours | {"context": c, "budget": least} for c in (contexts[0], contexts[-1]))
+    yield fall(texts, f"{contexts[0]} - {contexts[-1]} at budget {least}", near, far, FAR_LOSS)
+    for c in contexts if naive else ():
+        rival = {"drafter": "naive", "context": c}
+        small = ours | {"context": c, "budget": least}
+        yield fall(texts, f"naive full - ours {least} at {c}", rival | {"budget": "full"}, small, 0.0)
+        gap = fall(
+            texts, f"naive full - naive {least} at {c}", rival | {"budget": "full"}, rival | {"budget": least}, None
+        )
+        yield gap
+
+
+def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
+    """Markdown: acceptance of every cell, the claims, what the context is worth."""
+    if not texts:
+        return "Nothing is measured yet."
+    contexts = sorted({t.context for t in texts})
+    lines = ["| data set | temperature | drafter | budget |" + "".join(f" {c} |" for c in contexts) + " least clean |"]
+    lines.append("| --- | ---: | --- | ---: |" + " ---: |" * (len(contexts) + 1))
+    clean = clean_tokens(texts)
+    rows = dict.fromkeys((t.dataset, t.temperature, t.drafter, t.budget) for t in texts)
+    for dataset, temperature, drafter, budget in sorted(rows, key=str):
+        of = {"dataset": dataset, "temperature": temperature, "drafter": drafter, "budget": budget}
+        rates = [percent(acceptance(texts, **of, context=c)) for c in contexts]
+        least = min(clean.get((dataset, c, temperature, drafter, budget), 0) for c in contexts)
+        short = "" if least >= enough else " (too few)"
+        lines.append(f"| {dataset} | {temperature:g} | {drafter} | {budget} | {' | '.join(rates)} | {least}{short} |")
+    lines += ["", "| data set | temperature | fall of acceptance | points | upper bound | limit | |"]
+    lines.append("| --- | ---: | --- | ---: | ---: | ---: | --- |")
+    names = list(dict.fromkeys(t.dataset for t in texts))
+    tested = False
+    for temperature in sorted({t.temperature for t in texts}):
+        for name in [*names, "all"] if len(names) > 1 else names:
+            mine = [t for t in texts if t.temperature == temperature and name in (t.dataset, "all")]
+            for f in falls(mine):
+                limit = "" if f.limit is None else points(f.limit)
+                row = [name, f"{temperature:g}", f.what, points(f.value), points(f.upper), limit, f.verdict]
+                lines.append("| " + " | ".join(row) + " |")
+                tested |= f.limit is None and f.value is not None and f.value >= NAIVE_GAP
+    if any(t.drafter == "naive" for t in texts) and not tested:
+        lines += ["", f"The naive drafter loses less than {100 * NAIVE_GAP:.0f} points when it is read sparsely: this"]
+        lines[-1] += " pair does not yet test the claim."
+    lines += ["", "| data set | context | loss of its end | given the last 256 tokens | context is worth | |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    for name, w in worth.items():
+        gain = w["tail_nll_short"] - w["tail_nll"]
+        verdict = "holds" if gain >= CONTEXT_WORTH else f"below {CONTEXT_WORTH} nat"
+        row = [
+            name,
+            str(w["context"]),
+            f"{w['tail_nll']:.3f}",
+            f"{w['tail_nll_short']:.3f}",
+            f"{gain:+.3f} nat",
+            verdict,
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f}"
+
+
+@app.command()
+def run(
+    on: Annotated[list[str], typer.Option(help="Held-out text, NAME=PLACE; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Folder of the measurement.")] = Path("runs/claims"),
+    target: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = "pocket",
+    drafter: Annotated[str, typer.Option(help="The drafter that is measured.")] = "pocket",
+    naive: Annotated[str | None, typer.Option(help="One trained on its full cache only.")] = None,
+    ctx: Annotated[str, typer.Option(help="Contexts.")] = "4k,8k,16k",
+    budgets: Annotated[str, typer.Option(help="Budgets; the least is held against full.")] = "256,full",
+    temperatures: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
+    gamma: Annotated[int, typer.Option(help="Tokens drafted a round.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written after each prompt.")] = 256,
+    enough: Annotated[int, typer.Option(help="Tokens outside loops that each cell needs.")] = 5000,
+    prompts: Annotated[int, typer.Option(help="Most prompts of a data set.")] = 200,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Measure what is missing, then show it."""
+    settings = Settings(
+        contexts=tuple(map(parse_context, ctx.split(","))),
+        budgets=tuple(parse_budget(b) or "full" for b in budgets.split(",")),
+        temperatures=tuple(map(float, temperatures.split(","))),
+        gamma=gamma,
+        new_tokens=new_tokens,
+        prompts=prompts,
+        dtype=dtype,
+    )
+    models = {"target": target, "drafter": drafter} | ({"naive": naive} if naive else {})
+    job = Measurement(out, settings, on, models)
+    with phases(quiet=False) as (progress, _):
+        job.context_worth(on, progress)
+        job.run(enough, progress)
+    show(out, enough)
+
+
+@app.command()
+def show(
+    out: Annotated[Path, typer.Argument(help="Folder of the measurement.")] = Path("runs/claims"),
+    enough: Annotated[int, typer.Option(help="Tokens outside loops that each cell needs.")] = 5000,
+) -> None:
+    """Print what is measured so far."""
+    if not (out / TEXTS).exists():
+        raise UserError(f"{out} holds no measurement", "Start one with: python scripts/claims.py run --on NAME=PLACE")
+    key = json.loads((out / TEXTS).open(encoding="utf-8").readline())["key"]
+    worth = json.loads((out / WORTH).read_text("utf-8")).get(key, {}) if (out / WORTH).exists() else {}
+    typer.echo(report(read_texts(out / TEXTS, ""), worth, enough))
+
+
+if __name__ == "__main__":
+    run_script(app)
