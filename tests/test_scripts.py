@@ -195,7 +195,13 @@ def test_the_pair_is_trained_from_an_archive_and_comes_home_in_pieces(tmp_path, 
         names = {m.name for m in packed}
     assert names == {p.name for p in texts.iterdir()} and "8 of 8 texts" in shown
     mix = ["corpus.sources=['CORPUS']".replace("CORPUS", str(archive)), "corpus.weights=[]", "compile=false"]
-    small = ["schedule.tokens=2048", "schedule.contexts=[128]", "schedule.shares=[1]", "schedule.tokens_per_step=512"]
+    small = [
+        "schedule.tokens=2048",
+        "schedule.reach=0",
+        "schedule.contexts=[128]",
+        "schedule.shares=[1]",
+        "schedule.tokens_per_step=512",
+    ]
     held = [f"held_out.sources=['{texts}']", "held_out.contexts=[320]", "held_out.documents=2", "precision=float32"]
     shape = ["shape.hidden_size=32", "shape.intermediate_size=64", "shape.heads=2", "shape.kv_heads=1"]
     shape += ["shape.max_position=1024"]
