@@ -22,6 +22,8 @@ from bdcli.views import View, plan_view
 
 pytestmark = compiled_only
 DTYPES = [torch.float32, torch.bfloat16]
+KINDS = [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 63)]  # dtype, BY_TILES bits
+KIND_NAMES = ["float32", "bf16 vectors", "bf16 tiles"]
 FRESH = torch.Generator()
 FRESH.seed()
 
@@ -34,6 +36,15 @@ def entry(name):
     from bdcli.cpu import reader, simd  # noqa: F401
 
     return simd.entries[name].ctypes
+
+
+def force(monkeypatch, bits):
+    """Tiles make these products, whatever is faster here."""
+    from bdcli.cpu import tiles
+
+    if bits and not tiles.available():
+        pytest.skip("no matrix tiles here")
+    monkeypatch.setattr("bdcli.cpu.reader.tiled", lambda *_: bits)
 
 
 def fits(counts, law):
@@ -65,6 +76,82 @@ def scores(keys, x):
     places = panels.data_ptr(), 64, panels[0].nbytes, x.data_ptr(), 4 * dim, y.data_ptr(), 4 * len(keys)
     entry("panels")(len(x), pair - 1, *places, shape, 0)
     return y
+
+
+def tile_rows(w, x):
+    """Packed by hand: for each 32 numbers 16 pairs of high parts of all rows, then of low ones."""
+    from bdcli.cpu.tiles import tile_configs
+
+    columns, width = w.shape
+    high = x.bfloat16()
+    parts = torch.stack((high, (x - high.float()).bfloat16()))
+    packed = torch.zeros(width // 32, 2, 16, 16, 2, dtype=torch.bfloat16)
+    packed[:, :, :, : len(x)] = parts.view(2, len(x), width // 32, 16, 2).permute(2, 0, 3, 1, 4)
+    y, corner, config = torch.full((len(x), columns), torch.nan), torch.zeros(1024), tile_configs()
+    room = -(-corner.data_ptr() // 64) * 64
+    entry("shape_tiles")(config.ctypes.data + 64 * (len(x) - 1))
+    places = w.data_ptr(), 2 * width, packed.data_ptr(), y.data_ptr(), 4 * columns, columns, width // 32, room
+    entry("tile_rows")(len(x), len(x) == 1, *places)
+    entry("end_tiles")()
+    return y
+
+
+def tile_scores(keys, x):
+    from bdcli.cpu.caches import key_panels
+    from bdcli.cpu.tiles import tile_configs
+
+    panels, dim, config = key_panels(keys).contiguous(), keys.shape[1], tile_configs()
+    high, y = x.bfloat16(), torch.zeros(16, len(keys))
+    split = torch.zeros(16, 2, dim, dtype=torch.bfloat16)
+    split[: len(x)] = torch.stack((high, (x - high.float()).bfloat16()), 1)
+    shape = (len(keys) // 16 << 32) | (dim // 32)
+    places = panels.data_ptr(), 64, 1024, 32 * dim, y.data_ptr(), 4 * len(keys)
+    entry("shape_tiles")(config.ctypes.data + 64 * (15 + len(x)))
+    entry("tile_panels")(split.data_ptr(), 4 * dim, 2 * dim, *places, shape, 0)
+    entry("end_tiles")()
+    return y[: len(x)]
+
+
+def test_tiles_equal_plain_maths_whatever_the_rows(monkeypatch):
+    force(monkeypatch, 63)
+    for product, columns, width in (
+        (tile_rows, 37, 32),
+        (tile_rows, 80, 704),
+        (tile_scores, 48, 96),
+        (tile_scores, 16, 32),
+    ):
+        w, x = randn(columns, width).bfloat16(), randn(16, width)
+        wanted = x.double() @ w.double().T
+        together = product(w, x)
+        assert (together - wanted).abs().max() < 1e-5 * wanted.abs().max() * math.sqrt(width)
+        for rows in range(1, 16):
+            assert torch.equal(product(w, x[:rows].contiguous()), together[:rows])
+
+
+def test_products_are_chosen_once_by_whole_steps_and_kept(monkeypatch, tmp_path):
+    from bdcli.cpu import choice, layout, tiles
+
+    if not tiles.available():
+        pytest.skip("no matrix tiles here")
+    monkeypatch.setattr(choice, "code_folder", lambda: tmp_path)
+    monkeypatch.setattr(choice, "_known", {})
+    ids, texts = torch.randint(41, (70,), generator=FRESH).tolist(), []
+    for times in (None, {"vectors": [1, 9], "tiles in attention": [1.02, 5], "tiles": [1.1, 2]}):
+        if times:  # as another process finds it
+            (shape,) = choice._known
+            (tmp_path / choice.FILE).write_text(json.dumps({shape: times}))
+            monkeypatch.setattr(choice, "_known", {})
+        model = tiny_model(**SHAPES[0], seed=8, dtype=torch.bfloat16)
+        fast, plain = (reader(e, model, None, 90) for e in (pick_engine("compiled", [model], print), torch_engine()))
+        for each in (fast, plain):
+            each.prefill(ids)
+        texts.append(fast.feed([1, 2, 3], 3))
+        assert fast.length == 73 and fast.cache.peak_entries == 73  # measuring left no trace
+        assert (texts[-1] - plain.feed([1, 2, 3], 3)).abs().max() < 0.1 * texts[-1].std()
+        (kept,) = json.loads((tmp_path / choice.FILE).read_text()).values()
+        assert kept.keys() == choice.CHOICES.keys() and all(len(t) == 2 and min(t) > 0 for t in kept.values())
+        assert fast._table[layout.TILED] in choice.CHOICES.values()
+    assert fast._table[layout.TILED] == choice.CHOICES["tiles in attention"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,11 +196,12 @@ def reader(engine, model, view, capacity):
     return engine.drafter(model, capacity, capacity, model.config.vocab_size, budget, view)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "bits"), KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("kind", VIEWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"D{s['dim']}")
-def test_forwards_equal_torchs(shape, kind, dtype):
+def test_forwards_equal_torchs(shape, kind, dtype, bits, monkeypatch):
     """Rounds with drafts, rejections and a prompt that ends anywhere; bf16 is held to torch's own bf16 error."""
+    force(monkeypatch, bits)
     seed = int(torch.randint(10**6, (), generator=FRESH))
     exact = tiny_model(**shape, seed=seed, spread=0.15)
     model = tiny_model(**shape, seed=seed, spread=0.15, dtype=dtype)
@@ -136,18 +224,20 @@ def test_forwards_equal_torchs(shape, kind, dtype):
         assert fast.cache.peak_entries == plain.cache.peak_entries
 
 
+@pytest.mark.parametrize("bits", [0, 63, 32, 21], ids=["vectors", "tiles", "tiles in attention", "some tiles"])
 @pytest.mark.parametrize("kind", VIEWS)
-def test_a_row_is_the_same_alone_and_among_others(kind):
+def test_a_row_is_the_same_alone_and_among_others(kind, bits, monkeypatch):
     """Bit for bit in bf16, across block and chunk borders: verification writes what plain decoding writes."""
+    force(monkeypatch, bits)
     model = tiny_model(**SHAPES[0], seed=3, dtype=torch.bfloat16)
     engine, prompt = pick_engine("compiled", [model], print), 505
     ids = torch.randint(41, (prompt + 40,), generator=FRESH).tolist()
     one, many = (reader(engine, model, VIEWS[kind], prompt + 60) for _ in range(2))
     for each in (one, many):
         each.prefill(ids[:prompt])
-    for first in range(prompt, prompt + 40, 10):
-        alone = torch.cat([one.feed(ids[i : i + 1], 1) for i in range(first, first + 10)])
-        assert torch.equal(many.feed(ids[first : first + 10], 10), alone)
+    for first, count in ((prompt, 10), (prompt + 10, 19), (prompt + 29, 3), (prompt + 32, 8)):
+        alone = torch.cat([one.feed(ids[i : i + 1], 1) for i in range(first, first + count)])
+        assert torch.equal(many.feed(ids[first : first + count], count), alone)
 
 
 def test_long_feeds_are_read_in_parts_and_give_only_the_rows_asked_for():
@@ -159,9 +249,11 @@ def test_long_feeds_are_read_in_parts_and_give_only_the_rows_asked_for():
         assert torch.allclose(fast.feed(tokens, rows), plain.feed(tokens, rows), atol=1e-4)
 
 
-def test_threads_change_nothing(monkeypatch):
+@pytest.mark.parametrize("bits", [0, 63], ids=["vectors", "tiles"])
+def test_threads_change_nothing(bits, monkeypatch):
     from bdcli.cpu import pool
 
+    force(monkeypatch, bits)
     model = tiny_model(**SHAPES[2], seed=5, dtype=torch.bfloat16)
     ids = torch.randint(41, (700,), generator=FRESH).tolist()
     outputs = []
@@ -270,8 +362,9 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
 # -- what can go wrong
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_non_finite_weights_are_an_error_on_both_sides(dtype):
+@pytest.mark.parametrize(("dtype", "bits"), KINDS, ids=KIND_NAMES)
+def test_non_finite_weights_are_an_error_on_both_sides(dtype, bits, monkeypatch):
+    force(monkeypatch, bits)
     model, broken = (tiny_model(**SHAPES[0], seed=0, dtype=dtype) for _ in range(2))
     broken.layers[1].down[3, 5] = torch.nan
     engine = pick_engine("compiled", [model], print)

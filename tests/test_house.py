@@ -76,6 +76,8 @@ ORDER = [
     ["speculate", "train.acceptance", "cpu.code"],
     ["cpu.simd", "cpu.support"],
     ["cpu.layout", "cpu.micro"],
+    ["cpu.tiles"],
+    ["cpu.choice"],
     ["cpu.rows", "cpu.draws", "cpu.threads"],
     ["cpu.attention"],
     ["cpu.step"],

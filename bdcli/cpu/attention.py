@@ -12,8 +12,8 @@ from numba import njit, types
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.layout import field, number
-from bdcli.cpu.micro import MAX_ROWS, PAIRS, panels
-from bdcli.cpu.rows import add_bias, linear, norm_heads, pack_pair, rotate
+from bdcli.cpu.micro import FLOATS, MAX_ROWS, PAIRS, TILES, panels
+from bdcli.cpu.rows import add_bias, kind_of, linear, norm_heads, pack, rotate, size_of
 from bdcli.cpu.simd import (
     get,
     get_f32,
@@ -30,6 +30,7 @@ from bdcli.cpu.simd import (
     vfma,
     vmax,
 )
+from bdcli.cpu.tiles import TILE_ROWS, split_row, tile_panels
 
 
 @njit(error_model="numpy")
@@ -84,7 +85,7 @@ def used_slots(model, start, rows):
 def store_key(model, layer, kv_head, slot, key):
     dim, block, lane = field(model, of.DIM), slot // 16, slot % 16
     base = kv_head * field(model, of.SLOTS) * dim + block * 16 * dim
-    if field(model, of.KIND) == PAIRS:
+    if field(model, of.KIND) != FLOATS:
         at = field(layer, of.KEYS) + 2 * base + 4 * lane
         for d in range(dim):
             put_bf16_one(at + (d // 2) * 64 + (d % 2) * 2, get_f32(key + 4 * d))
@@ -98,7 +99,7 @@ def store_key(model, layer, kv_head, slot, key):
 def store_value(model, layer, kv_head, slot, value):
     dim = field(model, of.DIM)
     base = kv_head * field(model, of.SLOTS) * dim
-    if field(model, of.KIND) == PAIRS:
+    if field(model, of.KIND) != FLOATS:
         at = field(layer, of.VALUES) + 2 * (base + slot // 2 * 2 * dim + slot % 2)
         for d in range(dim):
             put_bf16_one(at + 4 * d, get_f32(value + 4 * d))
@@ -108,15 +109,24 @@ def store_value(model, layer, kv_head, slot, value):
             put(at + 4 * d, get(value + 4 * d))
 
 
+@njit(error_model="numpy")
+def put_query(model, one, position, into, corner):
+    """A query rotated and scaled, as floats or, for tiles, as D high parts and D low parts."""
+    if field(model, of.TILED) & of.ATTENTION_TILES:
+        rotate(model, one, position, corner, number(model, of.SCALE))
+        split_row(corner, field(model, of.DIM), into, 2 * field(model, of.DIM))
+    else:
+        rotate(model, one, position, into, number(model, of.SCALE))
+
+
 @machine_code(types.void, *[types.int64] * 7)
 def project_head(model, layer, call, own, start, rows, head):
     """Query, key or value head `head` of all rows: project, norm, rotate, and put it where attention finds it."""
-    kind, dim, hidden = field(model, of.KIND), field(model, of.DIM), field(model, of.HIDDEN)
+    kind, dim, hidden = kind_of(model, of.QKV_TILES), field(model, of.DIM), field(model, of.HIDDEN)
     heads, kv_heads = field(model, of.HEADS), field(model, of.KV_HEADS)
-    y = own + field(call, of.TILE)
-    size = 2 if kind == PAIRS else 4
-    weight = field(layer, of.QKV) + head * dim * hidden * size
-    linear(kind, weight, hidden, own + field(call, of.NARROW), rows, y, 4 * dim, dim)
+    y, corner = own + field(call, of.TILE), own + field(call, of.CORNER)
+    weight = field(layer, of.QKV) + head * dim * hidden * size_of(kind)
+    linear(kind, weight, hidden, own + field(call, of.NARROW), rows, y, 4 * dim, dim, corner)
     if field(layer, of.QKV_BIAS) != 0:
         add_bias(y, rows, 4 * dim, field(layer, of.QKV_BIAS) + 4 * head * dim, dim)
     if head < heads + kv_heads and field(layer, of.QK_NORM) != 0:
@@ -133,8 +143,8 @@ def project_head(model, layer, call, own, start, rows, head):
             into = 4 * dim * ((head // group * rows + r) * group + head % group)
             if field(model, of.LAST_RANK) >= 0:
                 rank = min(t, field(model, of.LAST_RANK))
-                rotate(model, one, rank, field(call, of.RANK_QUERIES) + into, number(model, of.SCALE))
-            rotate(model, one, t, field(call, of.QUERIES) + into, number(model, of.SCALE))
+                put_query(model, one, rank, field(call, of.RANK_QUERIES) + into, corner)
+            put_query(model, one, t, field(call, of.QUERIES) + into, corner)
 
 
 @njit(error_model="numpy")
@@ -170,39 +180,64 @@ def mask(scores, unseen, first, stop):
             put_f32(scores + 4 * (slot - first), np.float32(-np.inf))
 
 
+@machine_code(types.void, *[types.int64] * 8)
+def multiply_keys(kind, dim, columns, count, keys, queries, scores, ahead):
+    """Scores [count, BLOCK] of queries against `columns` keys."""
+    panel = 16 * dim * size_of(kind)
+    if kind == TILES:
+        shape = ((columns // 16) << 32) | (dim // 32)
+        tile_panels(queries, 4 * dim, 2 * dim, keys, 64, 1024, panel, scores, 4 * of.BLOCK, shape, ahead)
+        return
+    for at in range(0, 4 * count * of.BLOCK, 64):
+        put(scores + at, spread(np.float32(0)))
+    shape = ((columns // 16) << 32) | (dim // (2 if kind == PAIRS else 1))
+    panels(count, kind, keys, 64, panel, queries, 4 * dim, scores, 4 * of.BLOCK, shape, ahead)
+
+
+@machine_code(types.void, *[types.int64] * 9)
+def add_values(dim, columns, count, values, weights, soft, corner, into, ahead):
+    """Tiles' part outputs += weights [count, BLOCK] · values. Slots up to a multiple of 32 are read, at weight 0."""
+    for r in range(count):
+        split_row(weights + 4 * of.BLOCK * r, columns, soft + 4 * of.BLOCK * r, 2 * of.BLOCK)
+    shape = ((dim // 16) << 32) | ((columns + 31) // 32)
+    tile_panels(soft, 4 * of.BLOCK, 2 * of.BLOCK, values, 4 * dim, 64 * dim, 64, corner, 4 * dim, shape, ahead)
+    for r in range(count):
+        row, from_tile = into + r * 4 * (2 + dim), corner + 4 * dim * r
+        for i in range(0, 4 * dim, 64):
+            put(row + i, get(row + i) + get(from_tile + i))
+
+
 @machine_code(types.void, *[types.int64] * 9)
 def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
     """All rows of a KV head against slots first..stop-1, at most BLOCK, all prefix or none."""
-    kind, dim = field(model, of.KIND), field(model, of.DIM)
+    kind, dim = kind_of(model, of.ATTENTION_TILES), field(model, of.DIM)
     group = field(model, of.HEADS) // field(model, of.KV_HEADS)
-    size = 2 if kind == PAIRS else 4
-    columns = stop - first
+    size, columns = size_of(kind), stop - first
     ranked = field(model, of.LAST_RANK) >= 0 and first < field(model, of.RING_AT)
     queries = field(call, of.RANK_QUERIES) if ranked else field(call, of.QUERIES)
     queries += 4 * dim * kv_head * rows * group
     base = (kv_head * field(model, of.SLOTS) + first) * dim * size
     keys, values = field(layer, of.KEYS) + base, field(layer, of.VALUES) + base
-    scores, part_row = own + field(call, of.SCORES), 4 * (2 + dim)
-    steps = 2 if kind == PAIRS else 1
-    every = rows * group
-    blocks = -(-every // MAX_ROWS)
+    scores, unseen = own + field(call, of.SCORES), own + field(call, of.UNSEEN)
+    every, part_row = rows * group, 4 * (2 + dim)
+    most = TILE_ROWS if kind == TILES else MAX_ROWS
+    blocks = -(-every // most)
     done, ahead = 0, columns * dim * size  # the next block follows; later rows find it asked for
     for i in range(blocks):
-        count = (every - done) // (blocks - i)
-        for at in range(0, 4 * count * of.BLOCK, 64):
-            put(scores + at, spread(np.float32(0)))
-        panels(
-            count, kind, keys, 64, 16 * dim * size, queries + 4 * dim * done, 4 * dim,
-            scores, 4 * of.BLOCK, ((columns // 16) << 32) | (dim // steps), ahead,
-        )  # fmt: skip
+        count = min(every - done, TILE_ROWS) if kind == TILES else (every - done) // (blocks - i)
+        multiply_keys(kind, dim, columns, count, keys, queries + 4 * dim * done, scores, ahead)
         for r in range(count):
             row = scores + 4 * of.BLOCK * r
-            mask(row, own + field(call, of.UNSEEN) + 16 * of.UNSEEN_RANGES * ((done + r) // group), first, stop)
+            mask(row, unseen + 16 * of.UNSEEN_RANGES * ((done + r) // group), first, stop)
             soften(part + part_row * (done + r), dim, row, columns)
-        panels(
-            count, kind, values, 4 * dim, 64, scores, 4 * of.BLOCK,
-            part + part_row * done + 8, part_row, ((dim // 16) << 32) | (columns // steps), ahead,
-        )  # fmt: skip
+        into = part + part_row * done + 8
+        if kind == TILES:
+            soft, corner = own + field(call, of.SOFT), own + field(call, of.CORNER)
+            add_values(dim, columns, count, values, scores, soft, corner, into, ahead)
+        else:
+            steps = columns // (2 if kind == PAIRS else 1)
+            shape = ((dim // 16) << 32) | steps
+            panels(count, kind, values, 4 * dim, 64, scores, 4 * of.BLOCK, into, part_row, shape, ahead)
         done, ahead = done + count, 0
 
 
@@ -226,11 +261,11 @@ def attend(model, layer, call, own, rows, kv_head, chunk, chunks, used):
         first = edge
 
 
-@machine_code(types.void, *[types.int64] * 5)
-def merge(model, call, own, rows, chunks):
-    """Attention output [rows, H·D] from the parts, packed into NARROW."""
+@machine_code(types.void, *[types.int64] * 6)
+def merge(model, call, own, rows, chunks, kind):
+    """Attention output [rows, H·D] from the parts, packed into NARROW for a product of `kind`."""
     dim, heads, kv_heads = field(model, of.DIM), field(model, of.HEADS), field(model, of.KV_HEADS)
-    group, part_row, kind = heads // kv_heads, 4 * (2 + dim), field(model, of.KIND)
+    group, part_row = heads // kv_heads, 4 * (2 + dim)
     every = rows * group
     between = every * part_row
     for r in range(rows):
@@ -239,7 +274,6 @@ def merge(model, call, own, rows, chunks):
             high = get_f32(first)
             for c in range(1, chunks):
                 high = max(high, get_f32(first + c * between))
-            into = own + field(call, of.NARROW) + 4 * (r * heads + head) * dim
             for i in range(0, 4 * dim, 128):
                 a = b = spread(np.float32(0))
                 sums = np.float32(0)
@@ -248,4 +282,5 @@ def merge(model, call, own, rows, chunks):
                     scale = vexp(spread(get_f32(at) - high))
                     sums += highest(scale) * get_f32(at + 4)
                     a, b = vfma(get(at + 8 + i), scale, a), vfma(get(at + 72 + i), scale, b)
-                pack_pair(kind, into + i, a * spread(np.float32(1) / sums), b * spread(np.float32(1) / sums))
+                whole = spread(np.float32(1) / sums)
+                pack(kind, own + field(call, of.NARROW), r, heads * dim, head * dim + i // 4, a * whole, b * whole)

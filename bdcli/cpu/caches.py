@@ -16,11 +16,11 @@ from bdcli.cpu.memory import huge_zeros
 from bdcli.model import Model
 from bdcli.views import View
 
-PANEL = 16
+PANEL, ROOM = 16, 32  # slots of a panel of keys; slots are allocated in whole tiles of values
 
 
-def round_up(count: int) -> int:
-    return -(-count // PANEL) * PANEL
+def round_up(count: int, to: int = PANEL) -> int:
+    return -(-count // to) * to
 
 
 def key_panels(keys: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def value_panels(values: Tensor) -> Tensor:
 
 
 class _Panels:
-    """Storage in panels for `slots` entries (a multiple of 16) per layer and KV head, and its geometry.
+    """Storage in panels for `slots` entries (a multiple of ROOM) per layer and KV head, and its geometry.
 
     `geometry` maps fields of `layout` to what compiled code needs to know.
     """
@@ -78,7 +78,7 @@ class PanelFullCache(_Panels, FullCache):
     """The target's cache: during prefill one layer's rows live beside the panels."""
 
     def _allocate(self, slots: int) -> None:
-        self._allocate_panels(round_up(slots))
+        self._allocate_panels(round_up(slots, ROOM))
 
     def begin_prefill(self, tokens: int) -> None:
         super().begin_prefill(tokens)
@@ -115,19 +115,19 @@ class PanelOfficialCache(_Panels, OfficialCache):
 
     def end_prefill(self) -> None:
         super().end_prefill()
-        self._allocate_panels(round_up(self.keys.shape[2]))
+        self._allocate_panels(round_up(self.keys.shape[2], ROOM))
         self._fill(slice(None), 0, self.keys, self.values)
         self.geometry[of.SHIFT] = self.shift
         del self.keys, self.values
 
 
 class PanelBudgetCache(_Panels, BudgetCache):
-    """The drafter's budgeted cache: prefix slots rounded up to a panel, then the ring. Padding is never seen."""
+    """The drafter's budgeted cache: prefix slots rounded up, then the ring. Padding is never seen."""
 
     def __init__(self, model: Model, capacity: int, view: View, total_length: int | None = None):
         super().__init__(model, capacity, view, total_length)
-        self._ring_at = round_up(view.prefix)
-        self._allocate_panels(self._ring_at + round_up(view.ring))
+        self._ring_at = round_up(view.prefix, ROOM)
+        self._allocate_panels(self._ring_at + round_up(view.ring, ROOM))
         self.geometry |= {
             of.RING: view.ring,
             of.WINDOW: view.window,

@@ -10,7 +10,7 @@ from numba import njit
 from bdcli.cpu.simd import get_f32, get_i64
 
 # The model, its cache's geometry, then LAYER_FIELDS for each layer. EPS and SCALE are floats in their field's low half.
-MODEL_FIELDS = 23
+MODEL_FIELDS = 24
 (
     KIND,  # micro.FLOATS or micro.PAIRS
     HIDDEN,
@@ -27,14 +27,15 @@ MODEL_FIELDS = 23
     HEAD,
     COS,  # float [positions, D/2]
     SIN,
-    SLOTS,  # per KV head, a multiple of 16
+    SLOTS,  # per KV head, a multiple of 32
     SHIFT,  # full cache: slot of position p is p - shift
     RING,  # budgeted cache: entries of the ring; 0 for a full one
     WINDOW,
     SINKS,
     PREFIX,  # sinks and chosen entries, slots 0 .. PREFIX - 1
-    RING_AT,  # first slot of the ring: PREFIX rounded up to 16
+    RING_AT,  # first slot of the ring: PREFIX rounded up to 32
     LAST_RANK,  # rank of a query whose view is full; -1 under absolute positions
+    TILED,  # BY_TILES bits of what the processor's tiles multiply
 ) = range(MODEL_FIELDS)
 
 # One layer. Norms and biases are floats; a bias or qk norm that is not there has address 0.
@@ -56,7 +57,7 @@ LAYER_FIELDS = 13
 ) = range(LAYER_FIELDS)
 
 # One call: what to read, what to give back, and scratch.
-CALL_FIELDS = 27
+CALL_FIELDS = 30
 (
     ROWS,  # tokens of the first forward
     START,  # position of the first
@@ -84,8 +85,13 @@ CALL_FIELDS = 27
     NARROW,  # offset in it of rows [ROWS, max(HIDDEN, H · D)], packed
     TILE,  # offset of rows [ROWS, TILE_COLUMNS]
     UNSEEN,  # offset of int64 [ROWS, UNSEEN_RANGES, 2]
-    SCORES,  # offset of float [8, BLOCK]
+    SCORES,  # offset of float [16, BLOCK]
+    SOFT,  # offset of bf16 [16, 2, BLOCK]: the weights of attention, high and low parts
+    CORNER,  # offset of float [16, max(48, D)]: what tiles leave before it goes where it belongs
+    TILE_CONFIG,  # address of `tiles.tile_configs`
 ) = range(CALL_FIELDS)
+
+QKV_TILES, OUT_TILES, GATE_UP_TILES, DOWN_TILES, HEAD_TILES, ATTENTION_TILES = BY_TILES = 1, 2, 4, 8, 16, 32
 
 UNSEEN_RANGES = 4  # ranges of slots that a row may not see
 TILE_COLUMNS = 64  # weight rows of a task

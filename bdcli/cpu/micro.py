@@ -10,6 +10,7 @@ every dtype.
 `kind` says how numbers are stored and multiplied:
     FLOATS  floats
     PAIRS   bf16 pairs, widened to floats by a shift and a mask; x stays float
+    TILES   bf16 pairs that the processor's matrix tiles multiply: the products of `tiles`, not of this file
 A *step* is what one multiplication takes of W or P: 64 bytes, 16 floats or 16 pairs. (The processor's own bf16 dot
 instruction was tried and was no faster; it would round x.)
 """
@@ -40,6 +41,7 @@ from bdcli.cpu.simd import (
 )
 
 FLOATS, PAIRS = KINDS = 0, 1
+TILES = 2
 MAX_ROWS = 8
 STEP_BYTES = 64
 AHEAD = 4096  # bytes of weights that are asked for before they are needed
@@ -87,7 +89,7 @@ def _accumulators(builder, rows, columns):
     return [[cgutils.alloca_once(builder, F32S) for _ in range(columns)] for _ in range(rows)]
 
 
-def _offset(builder, base, *terms):
+def offset_by(builder, base, *terms):
     for count, size in terms:
         base = builder.add(base, builder.mul(count if not isinstance(count, int) else I64(count), size))
     return base
@@ -104,23 +106,23 @@ def _rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
                 builder.store(constant(0.0), total)
         word = I32S if kind == PAIRS else F32S
         x_step = 128 if kind == PAIRS else 64
-        start = _offset(builder, w, (first, w_row))
+        start = offset_by(builder, w, (first, w_row))
         with cgutils.for_range(builder, steps) as loop:
             at = builder.add(start, builder.mul(loop.index, I64(STEP_BYTES)))
             for n in range(columns):
-                ask(builder, _offset(builder, builder.add(at, I64(AHEAD)), (n, w_row)))
-            weights = [load(builder, _offset(builder, at, (n, w_row)), word) for n in range(columns)]
+                ask(builder, offset_by(builder, builder.add(at, I64(AHEAD)), (n, w_row)))
+            weights = [load(builder, offset_by(builder, at, (n, w_row)), word) for n in range(columns)]
             from_x = builder.add(x, builder.mul(loop.index, I64(x_step)))
             values = []
             for r in range(rows):
-                here = _offset(builder, from_x, (r, x_row))
+                here = offset_by(builder, from_x, (r, x_row))
                 more = [load(builder, builder.add(here, I64(64)), F32S)] if kind == PAIRS else []
                 values.append([load(builder, here, F32S), *more])
             _multiply(builder, kind, sums, weights, values)
         for r, row in enumerate(sums):
             for n, total in enumerate(row):
                 value = tree(builder, builder.load(total, typ=F32S), builder.fadd)
-                place = _offset(builder, y, (r, y_row), (builder.add(first, I64(n)), I64(4)))
+                place = offset_by(builder, y, (r, y_row), (builder.add(first, I64(n)), I64(4)))
                 builder.store(value, pointer(builder, place), align=4)
 
     _by_rows_and_kind(builder, rows, kind, count, some)
@@ -133,23 +135,23 @@ def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, 
     def some(rows, kind, columns, first):
         sums = _accumulators(builder, rows, columns)
         places = [
-            [_offset(builder, y, (r, y_row), (builder.add(first, I64(j)), I64(64))) for j in range(columns)]
+            [offset_by(builder, y, (r, y_row), (builder.add(first, I64(j)), I64(64))) for j in range(columns)]
             for r in range(rows)
         ]
         for row, at in zip(sums, places):
             for total, place in zip(row, at):
                 builder.store(load(builder, place, F32S, 4), total)
         word = I32S if kind == PAIRS else F32S
-        start = _offset(builder, p, (first, p_panel))
+        start = offset_by(builder, p, (first, p_panel))
         with cgutils.for_range(builder, steps) as loop:
             at = builder.add(start, builder.mul(loop.index, p_step))
             for j in range(columns):
-                ask(builder, _offset(builder, builder.add(at, ahead), (j, p_panel)))
-            weights = [load(builder, _offset(builder, at, (j, p_panel)), word) for j in range(columns)]
+                ask(builder, offset_by(builder, builder.add(at, ahead), (j, p_panel)))
+            weights = [load(builder, offset_by(builder, at, (j, p_panel)), word) for j in range(columns)]
             from_x = builder.add(x, builder.mul(loop.index, I64(8 if kind == PAIRS else 4)))
             values = []
             for r in range(rows):
-                here = _offset(builder, from_x, (r, x_row))
+                here = offset_by(builder, from_x, (r, x_row))
                 more = [load(builder, builder.add(here, I64(4)), F32, 4)] if kind == PAIRS else []
                 values.append([splat(builder, v) for v in (load(builder, here, F32, 4), *more)])
             _multiply(builder, kind, sums, weights, values)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from bdcli.cpu import layout as of
+from bdcli.cpu import tiles
 from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
+from bdcli.cpu.choice import tiled
 from bdcli.cpu.memory import huge_zeros
 from bdcli.cpu.micro import FLOATS, PAIRS
 from bdcli.cpu.pool import pool
@@ -22,6 +24,7 @@ from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling, non_finite
 from bdcli.speculate import Reader
 
+VERIFY_ROWS = 9  # read at once where products are chosen, beside one row
 VECTORS = {  # fields of a layer that are few numbers and kept as floats
     of.ATTENTION_NORM: "attention_norm",
     of.QKV_BIAS: "qkv_bias",
@@ -96,6 +99,26 @@ class CompiledReader(Reader):
                 self._table[at + field] = value
         self._call = np.zeros(of.CALL_FIELDS, np.int64)
         self._plan_scratch()
+        self._table[of.TILED] = self._choose_products()
+
+    def _choose_products(self) -> int:
+        """BY_TILES bits for steps from here on; the cache is left as it is."""
+        c, cache = self.model.config, self.cache
+        if self.model.dtype is not torch.bfloat16 or c.vocab_size < tiles.TILE_ROWS or not tiles.available():
+            return 0
+        room = min(VERIFY_ROWS, cache.max_rows, cache.capacity - cache.length)
+        sizes = c.hidden_size, c.intermediate_size, c.layers, c.heads, c.kv_heads, c.head_dim, c.vocab_size
+        slots = 1 << min(cache.slots, cache.length).bit_length()
+        shape = f"{'x'.join(map(str, sizes))}, {slots} slots, {room} rows, {self._pool.threads} threads"
+        logits = torch.empty(room, c.vocab_size)
+
+        def step(bits: int, rows: int) -> None:
+            self._table[of.TILED] = bits
+            self._set_up([0] * rows, 0)
+            self._call[of.LOGIT_ROWS], self._call[of.LOGITS] = rows, logits.data_ptr()
+            self._pool.run(self._table.ctypes.data, self._call.ctypes.data)
+
+        return tiled(shape, (1, room), step)
 
     def _layer_fields(self, i: int, layer: Layer) -> dict[int, int]:
         cache = self.cache
@@ -121,7 +144,9 @@ class CompiledReader(Reader):
             of.NARROW: 4 * rows * max(c.hidden_size, width),
             of.TILE: 4 * rows * max(of.TILE_COLUMNS, c.head_dim),
             of.UNSEEN: 16 * rows * of.UNSEEN_RANGES,
-            of.SCORES: 4 * 8 * of.BLOCK,
+            of.SCORES: 4 * tiles.TILE_ROWS * of.BLOCK,
+            of.SOFT: 4 * tiles.TILE_ROWS * of.BLOCK,
+            of.CORNER: 4 * tiles.TILE_ROWS * max(48, c.head_dim),
         }
         offset = 0
         for field, size in own.items():
@@ -138,6 +163,8 @@ class CompiledReader(Reader):
         first = int(self._call[of.ARRIVED]) - memory.data_ptr()
         self._counts = memory.numpy()[first : first + 4 * 64].view(np.int64)
         self._call[of.THREADS] = threads
+        self._configs = tiles.tile_configs()
+        self._call[of.TILE_CONFIG] = self._configs.ctypes.data
 
     # -- steps
 
@@ -173,8 +200,10 @@ class CompiledReader(Reader):
     def _begin(self, tokens: list[int], drafts: int) -> np.ndarray:
         if self._table is None:
             self._build()
-        read = len(tokens) + max(0, drafts - 1)
-        self.cache.admit(self.cache.length, read)
+        self.cache.admit(self.cache.length, len(tokens) + max(0, drafts - 1))
+        return self._set_up(tokens, drafts)
+
+    def _set_up(self, tokens: list[int], drafts: int) -> np.ndarray:
         if len(self._tokens) < len(tokens) + drafts:
             self._tokens = np.zeros(2 * (len(tokens) + drafts), np.int64)
         self._tokens[: len(tokens)] = tokens

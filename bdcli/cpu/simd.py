@@ -192,6 +192,30 @@ def put_bf16_one(b, at, x):
     b.store(b.trunc(rounded, I16), pointer(b, at), align=2)
 
 
+@compiled(_v, _v)
+def rounded(b, x):
+    """Each lane to the nearest bf16, ties to even."""
+    bits = b.bitcast(x, I32S)
+    odd = b.and_(b.lshr(bits, constant(16, I32S)), constant(1, I32S))
+    bits = b.add(bits, b.add(odd, constant(0x7FFF, I32S)))
+    return b.bitcast(b.and_(bits, constant(0xFFFF0000, I32S)), F32S)
+
+
+@compiled(_v, _v, _v)
+def paired(b, x, y):
+    """Lanes that are bf16 values, as sixteen pairs of x's and y's in the lanes' bits."""
+    low = b.lshr(b.bitcast(x, I32S), constant(16, I32S))
+    return b.bitcast(b.or_(low, b.bitcast(y, I32S)), F32S)
+
+
+@compiled(_none, _i, _v)
+def put_column(b, at, x):
+    """Lane i at `at` + 64·i."""
+    bits = b.bitcast(x, I32S)
+    for i in range(LANES):
+        b.store(b.extract_element(bits, I32(i)), pointer(b, b.add(at, I64(64 * i))), align=4)
+
+
 @compiled(_f, _v)
 def total(b, x):
     """Sum of the lanes, as a tree."""

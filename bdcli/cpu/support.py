@@ -48,7 +48,9 @@ def thread_limit() -> int:
 
 
 def describe() -> str:
-    vectors = "AVX-512" if "avx512f" in processor_features() else "AVX2"
+    features = processor_features()
+    vectors = "AVX-512" if "avx512f" in features else "AVX2"
+    vectors += ", AMX where it is faster" if "amx-bf16" in features else ""
     threads = thread_limit()
     return f"numba, {vectors}, {threads} thread{'s' if threads > 1 else ''}"
 
