@@ -107,7 +107,7 @@ def tile_scores(keys, x):
     shape = (len(keys) // 16 << 32) | (dim // 32)
     places = panels.data_ptr(), 64, 1024, 32 * dim, y.data_ptr(), 4 * len(keys)
     entry("shape_tiles")(config.ctypes.data + 64 * (15 + len(x)))
-    entry("tile_panels")(split.data_ptr(), 4 * dim, 2 * dim, *places, shape, 0)
+    entry("tile_panels")(split.data_ptr(), 4 * dim, 2 * dim, *places, shape)
     entry("end_tiles")()
     return y[: len(x)]
 
@@ -136,7 +136,7 @@ def test_products_are_chosen_once_by_whole_steps_and_kept(monkeypatch, tmp_path)
     monkeypatch.setattr(choice, "code_folder", lambda: tmp_path)
     monkeypatch.setattr(choice, "_known", {})
     ids, texts = torch.randint(41, (70,), generator=FRESH).tolist(), []
-    for times in (None, {"vectors": [1, 9], "tiles in attention": [1.02, 5], "tiles": [1.1, 2]}):
+    for times in (None, dict(zip(choice.CHOICES, ([1, 9], [1.02, 5], [1.01, 6], [1.1, 2])))):
         if times:  # as another process finds it
             (shape,) = choice._known
             (tmp_path / choice.FILE).write_text(json.dumps({shape: times}))

@@ -186,7 +186,7 @@ def multiply_keys(kind, dim, columns, count, keys, queries, scores, ahead):
     panel = 16 * dim * size_of(kind)
     if kind == TILES:
         shape = ((columns // 16) << 32) | (dim // 32)
-        tile_panels(queries, 4 * dim, 2 * dim, keys, 64, 1024, panel, scores, 4 * of.BLOCK, shape, ahead)
+        tile_panels(queries, 4 * dim, 2 * dim, keys, 64, 1024, panel, scores, 4 * of.BLOCK, shape)
         return
     for at in range(0, 4 * count * of.BLOCK, 64):
         put(scores + at, spread(np.float32(0)))
@@ -194,13 +194,13 @@ def multiply_keys(kind, dim, columns, count, keys, queries, scores, ahead):
     panels(count, kind, keys, 64, panel, queries, 4 * dim, scores, 4 * of.BLOCK, shape, ahead)
 
 
-@machine_code(types.void, *[types.int64] * 9)
-def add_values(dim, columns, count, values, weights, soft, corner, into, ahead):
+@machine_code(types.void, *[types.int64] * 8)
+def add_values(dim, columns, count, values, weights, soft, corner, into):
     """Tiles' part outputs += weights [count, BLOCK] · values. Slots up to a multiple of 32 are read, at weight 0."""
     for r in range(count):
         split_row(weights + 4 * of.BLOCK * r, columns, soft + 4 * of.BLOCK * r, 2 * of.BLOCK)
     shape = ((dim // 16) << 32) | ((columns + 31) // 32)
-    tile_panels(soft, 4 * of.BLOCK, 2 * of.BLOCK, values, 4 * dim, 64 * dim, 64, corner, 4 * dim, shape, ahead)
+    tile_panels(soft, 4 * of.BLOCK, 2 * of.BLOCK, values, 4 * dim, 64 * dim, 64, corner, 4 * dim, shape)
     for r in range(count):
         row, from_tile = into + r * 4 * (2 + dim), corner + 4 * dim * r
         for i in range(0, 4 * dim, 64):
@@ -233,7 +233,7 @@ def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
         into = part + part_row * done + 8
         if kind == TILES:
             soft, corner = own + field(call, of.SOFT), own + field(call, of.CORNER)
-            add_values(dim, columns, count, values, scores, soft, corner, into, ahead)
+            add_values(dim, columns, count, values, scores, soft, corner, into)
         else:
             steps = columns // (2 if kind == PAIRS else 1)
             shape = ((dim // 16) << 32) | steps

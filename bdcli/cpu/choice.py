@@ -16,7 +16,12 @@ from collections.abc import Callable
 from bdcli.cpu import layout as of
 from bdcli.cpu.code import code_folder
 
-CHOICES = {"vectors": 0, "tiles in attention": of.ATTENTION_TILES, "tiles": sum(of.BY_TILES)}
+CHOICES = {
+    "vectors": 0,
+    "tiles in attention": of.ATTENTION_TILES,
+    "tiles in linear layers": sum(of.BY_TILES) - of.ATTENTION_TILES,
+    "tiles": sum(of.BY_TILES),
+}
 SLACK = 1.03  # one row may take so many times the time that the best choice takes
 TRIALS = 5
 FILE = "products.json"

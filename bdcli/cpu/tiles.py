@@ -2,7 +2,8 @@
 
 A tile is up to 16 rows of 64 bytes; one instruction multiplies tiles of 16 × 32 and 32 × 16 bf16 numbers into 16 × 16
 floats. Rows of floats keep their precision as two bf16 numbers, x = high + low, each multiplied in turn. Sixteen rows
-cost little more than one, and as in `micro` a row's result never depends on the others.
+cost little more than one, and as in `micro` a row's result never depends on the others. Asking for memory ahead, as
+`micro` does, was tried and only took time: the processor sees what comes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from bdcli.cpu.micro import AHEAD, offset_by
+from bdcli.cpu.micro import offset_by
 from bdcli.cpu.simd import (
     F32S,
     I64,
     LANES,
-    ask,
     call,
     compiled,
     evens,
@@ -96,11 +96,6 @@ def _add_product(builder, total, a, b):
     _tile(builder, "tdpbf16ps", total, a, b)
 
 
-def _ask_rows(builder, at, stride):
-    for i in range(TILE_ROWS):
-        ask(builder, offset_by(builder, at, (i, stride)))
-
-
 def _in_twos(builder, count, some):
     """`some(columns, first)` for pairs, then for what is left."""
     whole = builder.and_(count, I64(-2))
@@ -122,10 +117,6 @@ def _end(builder):
 @compiled(types.void, *[types.int64] * 8)
 def _row_tiles(builder, w, w_row, x, y, y_step, y_row, count, steps):
     """Transposed products of `count` groups of 16 weight rows with up to 16 rows x: [16 weight rows, 16 rows] each."""
-    # what comes next: further along long rows, or the groups after these
-    ahead = builder.select(
-        builder.icmp_signed(">=", w_row, I64(AHEAD)), I64(AHEAD // 4), builder.mul(w_row, I64(2 * TILE_ROWS))
-    )
 
     def some(columns, first):
         start = offset_by(builder, w, (first, builder.mul(w_row, I64(TILE_ROWS))))
@@ -137,7 +128,6 @@ def _row_tiles(builder, w, w_row, x, y, y_step, y_row, count, steps):
             _read(builder, 5, builder.add(from_x, I64(HALF)), I64(64))
             for n in range(columns):
                 at = offset_by(builder, start, (loop.index, I64(64)), (n * TILE_ROWS, w_row))
-                _ask_rows(builder, builder.add(at, ahead), w_row)
                 _read(builder, 6 + n, at, w_row)
                 _add_product(builder, n, 6 + n, 4)
                 _add_product(builder, n, 6 + n, 5)
@@ -163,8 +153,8 @@ def _transpose(builder, source, into):
         builder.store(row, pointer(builder, builder.add(into, I64(64 * i))), align=64)
 
 
-@compiled(types.void, *[types.int64] * 11)
-def _panel_tiles(builder, x, x_row, low, p, p_row, p_step, p_panel, y, y_row, shape, ahead):
+@compiled(types.void, *[types.int64] * 10)
+def _panel_tiles(builder, x, x_row, low, p, p_row, p_step, p_panel, y, y_row, shape):
     count, steps = builder.lshr(shape, I64(32)), builder.and_(shape, I64(0xFFFFFFFF))
 
     def some(columns, first):
@@ -177,7 +167,6 @@ def _panel_tiles(builder, x, x_row, low, p, p_row, p_step, p_panel, y, y_row, sh
             _read(builder, 5, builder.add(from_x, low), x_row)
             for j in range(columns):
                 at = offset_by(builder, start, (loop.index, p_step), (j, p_panel))
-                _ask_rows(builder, builder.add(at, ahead), p_row)
                 _read(builder, 6 + j, at, p_row)
                 _add_product(builder, j, 4, 6 + j)
                 _add_product(builder, j, 5, 6 + j)
@@ -228,15 +217,14 @@ def tile_rows(rows, alone, w, w_row, x, y, y_row, columns, steps, corner):
         done = first + TILE_ROWS * groups
 
 
-@machine_code(types.void, *[types.int64] * 11)
-def tile_panels(x, x_row, low, p, p_row, p_step, p_panel, y, y_row, shape, ahead):
+@machine_code(types.void, *[types.int64] * 10)
+def tile_panels(x, x_row, low, p, p_row, p_step, p_panel, y, y_row, shape):
     """y[r, 16 j + lane] = Σ_s P[s, j] x[r, s] for shape >> 32 panels j and (shape & 0xffffffff) times 32 of s.
 
     Rows are those that tiles are shaped for. x is bf16: a row's high parts, and `low` bytes on its low parts. P is in
     pairs of neighbouring s: those of step s and panel j lie at p + j·p_panel + s·p_step, 16 rows `p_row` bytes apart.
-    `ahead` is as in `micro.panels`.
     """
-    _panel_tiles(x, x_row, low, p, p_row, p_step, p_panel, y, y_row, shape, ahead)
+    _panel_tiles(x, x_row, low, p, p_row, p_step, p_panel, y, y_row, shape)
 
 
 @njit(error_model="numpy")
