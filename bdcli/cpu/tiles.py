@@ -44,15 +44,14 @@ TILE_ROWS = 16
 HALF = 1024  # bytes of a tile; of 16 packed rows, each 32 numbers are a tile of their high parts, then of the low ones
 _ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux on x86-64
 _I8, _VOID = ir.IntType(8), ir.VoidType()
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+PRESENT = bool(_FEATURES.get("amx-bf16") and _FEATURES.get("amx-tile"))
 
 
 @functools.cache
 def available() -> bool:
     """Whether the processor has tiles for bf16 and the system lets this process use them. Asks for that."""
-    features = llvmlite.binding.get_host_cpu_features()
-    if not (features.get("amx-bf16") and features.get("amx-tile")):
-        return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA) == 0
+    return PRESENT and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA) == 0
 
 
 def tile_configs() -> np.ndarray:
@@ -74,7 +73,9 @@ def _config(sums: tuple[int, int], x: tuple[int, int], weights: tuple[int, int])
 
 
 def _tile(builder, name, *operands):
-    """A tile instruction; small Python numbers are tiles."""
+    """A tile instruction; small Python numbers are tiles. Nothing where the processor has none: it is never called."""
+    if not PRESENT:
+        return
     operands = [_I8(o) if isinstance(o, int) else o for o in operands]
     call(builder, f"llvm.x86.{name}", _VOID, *operands)
 
