@@ -141,7 +141,7 @@ def test_products_are_chosen_once_by_whole_steps_and_kept(monkeypatch, tmp_path)
             (shape,) = choice._known
             (tmp_path / choice.FILE).write_text(json.dumps({shape: times}))
             monkeypatch.setattr(choice, "_known", {})
-        model = tiny_model(**SHAPES[0], seed=8, dtype=torch.bfloat16)
+        model = tiny_model(**SHAPES[0], seed=8, spread=0.15, dtype=torch.bfloat16)
         fast, plain = (reader(e, model, None, 90) for e in (pick_engine("compiled", [model], print), torch_engine()))
         for each in (fast, plain):
             each.prefill(ids)
