@@ -23,9 +23,7 @@ class BudgetCache(Cached):
         super().__init__(model, capacity, total_length or capacity)
         self.view, self.capacity = view, capacity
         self.max_rows = view.gamma_max + 2  # as many as the ring takes without touching a key still in view
-        shape = (self.layers, self.kv_heads)
-        self.keys = self._zeros(*shape, self.head_dim, view.budget)  # transposed: scores are a plain GEMM
-        self.values = self._zeros(*shape, view.budget, self.head_dim)
+        self._allocate()
         self._oldest = view.sinks  # position of the first ring entry ever stored
         self._written = 0  # one past the highest position ever stored; a rollback may not reach below its window
         # while a chunk prefill runs: one layer's full keys, rotated and raw, its values, its last queries
@@ -34,6 +32,11 @@ class BudgetCache(Cached):
         age = -torch.arange(2 * view.ring, device=self.device) % view.ring
         self._steady = torch.zeros(2 * view.ring, dtype=self.dtype, device=self.device)
         self._steady.masked_fill_(age >= view.window, -torch.inf)
+
+    def _allocate(self) -> None:
+        shape = (self.layers, self.kv_heads)
+        self.keys = self._zeros(*shape, self.head_dim, self.view.budget)  # transposed: scores are a plain GEMM
+        self.values = self._zeros(*shape, self.view.budget, self.head_dim)
 
     # -- prefill
 
@@ -58,6 +61,15 @@ class BudgetCache(Cached):
     def _choose(self, layer: int) -> None:
         """Keep sinks, the best chunks between them and the window, and the window itself; drop the layer's rest."""
         view, end = self.view, self._prompt - self.view.window
+        self._choose_into(layer)
+        self._oldest = end
+        self._store(layer, 0, self._layer_keys[: view.sinks], self._layer_values[: view.sinks])
+        self._store(layer, end, self._layer_keys[end:], self._layer_values[end:])
+        self._last_queries = self._last_queries[:0]
+
+    def _choose_into(self, layer: int) -> None:
+        """Put the best chunks between the prompt's sinks and its window behind the sinks."""
+        view = self.view
         index = prompt_chunks(self.rope, view, self._last_queries, self._layer_keys, self._raw_keys)
         gather = index.T[..., None].expand(-1, -1, self.head_dim)
         kept = self._raw_keys.gather(0, gather)
@@ -66,10 +78,6 @@ class BudgetCache(Cached):
         chosen = slice(view.sinks, view.prefix)
         self.keys[layer, :, :, chosen] = kept.permute(1, 2, 0)
         self.values[layer, :, chosen] = self._layer_values.gather(0, gather).transpose(0, 1)
-        self._oldest = end
-        self._store(layer, 0, self._layer_keys[: view.sinks], self._layer_values[: view.sinks])
-        self._store(layer, end, self._layer_keys[end:], self._layer_values[end:])
-        self._last_queries = self._last_queries[:0]
 
     # -- one forward
 

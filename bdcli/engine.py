@@ -1,4 +1,5 @@
-"""What runs the forwards of decoding: compiled steps on processors they were written for, torch everywhere else.
+"""What runs the forwards of decoding: Triton kernels in CUDA graphs on GPUs, compiled steps on processors they were
+written for, torch everywhere else.
 
 The choice is made once, said once, and stored with the run (`attention`); nothing falls back in silence.
 """
@@ -18,7 +19,7 @@ from bdcli.views import View
 
 @dataclass(frozen=True)
 class Engine:
-    """A kind of reader and the caches that go with it. `name` is compiled or torch; `detail` is for people."""
+    """A kind of reader and the caches that go with it. `name` is triton, compiled or torch; `detail` is for people."""
 
     name: str
     detail: str
@@ -48,24 +49,50 @@ def torch_engine(why: str = "asked for") -> Engine:
     return Engine("torch", why, Reader, FullCache, OfficialCache, BudgetCache)
 
 
-def pick_engine(wanted: str, models: list[Model], say: Callable[[str], None]) -> Engine:
-    """`wanted` is auto, compiled or torch. Raises UserError when compiled is asked for and cannot run."""
-    from bdcli.cpu import support
+def static_engine(name: str, detail: str) -> Engine:
+    """Whole rounds as one program over static buffers (`bdcli.gpu`)."""
+    from bdcli.gpu import caches
+    from bdcli.gpu.reader import StaticReader
 
+    kinds = caches.StaticFullCache, caches.StaticOfficialCache, caches.StaticBudgetCache
+    return Engine(name, detail, StaticReader, *kinds)
+
+
+def pick_engine(wanted: str, models: list[Model], say: Callable[[str], None]) -> Engine:
+    """`wanted` is auto, triton, compiled or torch. Raises UserError when one is asked for that cannot run."""
     if wanted == "torch":
         return torch_engine()
-    why = support.obstacle(models)
-    if why is None:
-        if not support.is_compiled():
-            say("compiling for this processor, once: some 10 seconds")
-        from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
-        from bdcli.cpu.memory import settle
-        from bdcli.cpu.reader import CompiledReader
+    name = wanted if wanted != "auto" else "triton" if models[0].device.type == "cuda" else "compiled"
+    engine = _triton(models) if name == "triton" else _compiled(models, say)
+    if isinstance(engine, Engine):
+        return engine
+    if wanted == "auto":
+        return torch_engine(engine)
+    raise UserError(f"--engine {wanted} cannot run here ({engine})", "Leave --engine out to decode with torch")
 
-        for model in models:
-            settle(model)
-        kinds = CompiledReader, PanelFullCache, PanelOfficialCache, PanelBudgetCache
-        return Engine("compiled", support.describe(), *kinds)
-    if wanted == "compiled":
-        raise UserError(f"--engine compiled cannot run here ({why})", "Leave --engine out to decode with torch")
-    return torch_engine(why)
+
+def _triton(models: list[Model]) -> Engine | str:
+    """The engine, or why it cannot run."""
+    from bdcli.gpu import support
+
+    why = support.obstacle(models)
+    return why or static_engine("triton", support.describe(models[0].device))
+
+
+def _compiled(models: list[Model], say: Callable[[str], None]) -> Engine | str:
+    """The engine, or why it cannot run."""
+    from bdcli.cpu import support
+
+    why = support.obstacle(models)
+    if why is not None:
+        return why
+    if not support.is_compiled():
+        say("compiling for this processor, once: some 10 seconds")
+    from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
+    from bdcli.cpu.memory import settle
+    from bdcli.cpu.reader import CompiledReader
+
+    for model in models:
+        settle(model)
+    kinds = CompiledReader, PanelFullCache, PanelOfficialCache, PanelBudgetCache
+    return Engine("compiled", support.describe(), *kinds)

@@ -84,7 +84,11 @@ class Model:
     def project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Residual stream x [T, hidden] to unrotated qk [T, H+Hkv, D] and v [T, Hkv, D]."""
         c = self.config
-        x = F.rms_norm(x, (c.hidden_size,), layer.attention_norm, c.norm_eps)
+        return self.project_normed(layer, F.rms_norm(x, (c.hidden_size,), layer.attention_norm, c.norm_eps))
+
+    def project_normed(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`project` of rows that went through the layer's first norm."""
+        c = self.config
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(x.shape[0], c.heads + 2 * c.kv_heads, c.head_dim)
         qk, v = qkv.split((c.heads + c.kv_heads, c.kv_heads), 1)
         if layer.qk_norm is not None:

@@ -13,7 +13,7 @@ CHOICES = {
     "select": SELECTIONS,
     "positions": ("rebased", "absolute"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "engine": ("auto", "compiled", "torch"),
+    "engine": ("auto", "triton", "compiled", "torch"),
     "baseline": ("sample", "full", "off"),
     "trim": ("middle",),
 }

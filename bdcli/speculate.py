@@ -47,7 +47,7 @@ class Reader:
 
     def feed(self, tokens: list[int], rows: int) -> Tensor:
         """Append `tokens`; fp32 logits [rows, V] of the last `rows`."""
-        return self._aligned(self.model.forward(self._known(tokens), self.cache, rows))
+        return self.aligned(self.model.forward(self._known(tokens), self.cache, rows))
 
     @classmethod
     def feed_together(
@@ -58,9 +58,9 @@ class Reader:
             return [readers[0].feed(tokens[0], rows[0])]
         known = [reader._known(text) for reader, text in zip(readers, tokens)]
         logits = readers[0].model.forward_together(known, [reader.cache for reader in readers], rows)
-        return [reader._aligned(part) for reader, part in zip(readers, logits)]
+        return [reader.aligned(part) for reader, part in zip(readers, logits)]
 
-    def _aligned(self, logits: Tensor) -> Tensor:
+    def aligned(self, logits: Tensor) -> Tensor:
         """Logits [T, V] of the model's own vocabulary cut or filled to the target's."""
         missing = self.vocab - logits.shape[-1]
         if missing > 0:
@@ -106,6 +106,9 @@ class Reader:
         own = self.model.config.vocab_size
         return tokens if own >= self.vocab else [token if token < own else 0 for token in tokens]
 
+    def whole_rounds(self, drafter: object, sampling: Sampling, generator: torch.Generator) -> WholeRounds | None:
+        """Rounds of this target with `drafter` as one piece of work each; None where a round is made of steps."""
+
     def exclusive(self) -> AbstractContextManager:
         """Entered while rounds run: keeps others' threads off the processors that this reader's work needs."""
         return nullcontext()
@@ -128,9 +131,22 @@ class Proposer(Protocol):
     def rollback(self, length: int) -> None: ...
 
 
+class WholeRounds(Protocol):
+    """A target and a drafter that play a round without the host in between (`bdcli.gpu`)."""
+
+    def play(self, ids: list[int], gamma: int) -> Step:
+        """One round after `ids`, not appended to them; the caches hold what it read and wait for the rollback."""
+
+    def plain(self, tokens: list[int]) -> tuple[Tensor, float]:
+        """`Speculator.one_row`."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """One round. `logits` [drafted + 1, V] are the target's, for checks; they live until the next round."""
+    """One round. `logits` [drafted + 1, V] are the target's, for checks; they live until the next round.
+
+    device_s: seconds that the device worked on it, where a round is one piece of work on a device of its own.
+    """
 
     tokens: list[int]
     drafted: int
@@ -138,6 +154,7 @@ class Step:
     draft_s: float
     verify_s: float
     logits: Tensor = field(repr=False)
+    device_s: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -150,6 +167,7 @@ class Speculator:
     def __init__(self, target: Reader, drafter: Reader | Proposer | None, sampling: Sampling, seed: int, device="cpu"):
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.generator = torch.Generator(device=device).manual_seed(seed)
+        self._whole = target.whole_rounds(drafter, sampling, self.generator)
         self.ids: list[int] = []
         self.prompt_tokens = 0
         self.finish_reason: str | None = None
@@ -197,6 +215,10 @@ class Speculator:
 
     def round(self, gamma: int) -> Step:
         """Draft `gamma` tokens, verify them, append what is kept to `ids`."""
+        if self._whole is not None:
+            step = self._whole.play(self.ids, gamma)
+            self._keep(step.tokens)
+            return step
         with self.target.exclusive():
             return self._round(gamma)
 
@@ -221,11 +243,15 @@ class Speculator:
         else:
             check_finite(logits, "target")
             verdict = verify_sampled(draft, q, self.sampling.distribution(logits), self.generator)
-        self.ids.extend(verdict.tokens)
+        self._keep(verdict.tokens)
+        return verdict
+
+    def _keep(self, tokens: list[int]) -> None:
+        """Append what a round emitted; the caches forget the rest."""
+        self.ids.extend(tokens)
         self.target.rollback(len(self.ids) - 1)
         if self.drafter is not None:
             self.drafter.rollback(len(self.ids) - 1)
-        return verdict
 
     def _propose(self, gamma: int) -> Tensor | None:
         """Append `gamma` draft tokens to `ids`, or what a Proposer has; returns q [γ, V] when sampling."""
@@ -241,6 +267,8 @@ class Speculator:
 
     def one_row(self, tokens: list[int]) -> tuple[Tensor, float]:
         """One autoregressive step of the target: logits [1, V] and seconds, the choice of a token included."""
+        if self._whole is not None:
+            return self._whole.plain(tokens)
         started = time.perf_counter()
         with self.target.exclusive():
             logits = self.target.feed(tokens, 1)

@@ -166,6 +166,52 @@ def test_choice_and_compaction(case, g):
     assert all(x[:, :4].isnan().all() and x[:, 44:].isnan().all() for x in caches)
 
 
+@pytest.mark.parametrize("case", cases(variants.LAYERS))
+def test_layer_rotates_and_stores(case, g):
+    from bd_kernels.between import rotate_store
+
+    rows, heads, kv_heads, table = 3, 4, 2, rope_table(case.dim, 50)
+    wide = torch.randn(rows, heads + 2 * kv_heads, case.dim, generator=g, dtype=torch.float64)
+    rope = table.cos[:, 0], table.sin[:, 0]
+    given = {"wide": wide, "rope": rope, "positions": torch.tensor([7, 8, 49]), "slots": torch.tensor([5, 0, 2])}
+
+    def run(function, arguments):
+        qk, v = arguments["wide"].split((heads + kv_heads, kv_heads), 1)  # views of one product, as in a layer
+        layers = torch.full((2, 2, kv_heads, 6, case.dim), torch.nan, dtype=qk.dtype, device=DEVICE)
+        places = (arguments[name] for name in ("positions", "slots", "rope"))
+        q = function(qk, v, layers[0, 1], layers[1, 1], *places, case.rotate_q)
+        assert layers[:, 0].isnan().all() and layers[:, 1, :, [1, 3, 4]].isnan().all()
+        return q, layers[:, 1, :, [0, 2, 5]]
+
+    low = cast(given, case.dtype)
+    got, eager, truth = (
+        run(rotate_store, low),
+        run(reference.rotate_store, low),
+        run(reference.rotate_store, cast(low, torch.float64)),
+    )
+    for parts in zip(got, eager, truth):
+        assert_within_budget(*parts)
+
+
+@pytest.mark.parametrize("case", cases(variants.LAYERS))
+def test_layer_adds_and_norms_and_gates(case, g):
+    from bd_kernels import between
+
+    x, y, weight = (
+        torch.randn(*s, generator=g, dtype=torch.float64) for s in ((3, case.width),) * 2 + ((case.width,),)
+    )
+    low = cast({"x": x, "y": y, "weight": weight}, case.dtype)
+    truth = cast(low, torch.float64)
+    results = []
+    for function, arguments in ((between.add_norm, low), (reference.add_norm, low), (reference.add_norm, truth)):
+        stream = arguments["x"].clone()
+        results.append((function(stream, arguments["y"], arguments["weight"], 1e-5), stream))
+    for parts in zip(*results):
+        assert_within_budget(*parts)
+    rows = torch.randn(3, 2 * case.inner, generator=g).to(DEVICE, case.dtype)
+    assert_within_budget(between.gate(rows), reference.gate(rows), reference.gate(rows.double()))
+
+
 @pytest.mark.parametrize("from_hidden", [True, False])
 @pytest.mark.parametrize("case", [pytest.param(c, id=f"{c.kind} {c.dtype}") for c in variants.LOSSES])
 def test_head_loss(case, from_hidden, g, monkeypatch):

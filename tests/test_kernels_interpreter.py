@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-OPERATIONS = ["draft_attention", "verify_attention", "chunk or choice", "head_loss", "accept"]
+OPERATIONS = ["draft_attention", "verify_attention", "chunk or choice", "layer", "head_loss", "accept"]
 
 
 def run(operation, marks):

@@ -41,7 +41,7 @@ class TableReader:
     def feed_together(cls, readers, tokens, rows):
         return [reader.feed(*work) for reader, *work in zip(readers, tokens, rows)]
 
-    draft, exclusive = Reader.draft, Reader.exclusive
+    draft, exclusive, whole_rounds = Reader.draft, Reader.exclusive, Reader.whole_rounds
     draft_together = classmethod(Reader.draft_together.__func__)
 
 

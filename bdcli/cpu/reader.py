@@ -183,7 +183,7 @@ class CompiledReader(Reader):
             at = max(0, done - (len(known) - rows))
             self._step(known[done : done + take], wanted, logits[at : at + wanted])
             done += take
-        return self._aligned(logits)
+        return self.aligned(logits)
 
     @classmethod
     def feed_together(

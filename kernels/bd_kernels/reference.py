@@ -114,6 +114,35 @@ def verify_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     return attend(torch.einsum("nrhgd,nhkd->nrhgk", grouped, k), seen, v)
 
 
+def rotate_store(
+    qk: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    rope: tuple[Tensor, Tensor],
+    rotate_q: bool,
+) -> Tensor:
+    """Rows into keys and values [Hkv, slots, D] and queries out, as `bd_kernels.between`."""
+    heads = qk.shape[1] - v.shape[1]
+    turned = rotated(qk, *(table[positions][:, None] for table in rope))
+    keys.index_copy_(1, slots, turned[:, heads:].transpose(0, 1))
+    values.index_copy_(1, slots, v.transpose(0, 1))
+    return (turned if rotate_q else qk)[:, :heads]
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, E] += y in place; RMS norm of the sum times weight [E]."""
+    return torch.nn.functional.rms_norm(x.add_(y), weight.shape, weight, eps)
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """silu(g)·u [T, I] of rows [g | u] [T, 2·I]."""
+    g, u = gate_up.chunk(2, -1)
+    return torch.nn.functional.silu(g) * u
+
+
 def chunk_scores(queries: Tensor, keys: Tensor, chunk: int, *, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Scores [Hkv, C]: mean of queries [m, H, D] · mean key of each chunk of keys [C·chunk, Hkv, D] / √D, per group."""
     kv_heads, dim = keys.shape[1:]
@@ -180,12 +209,9 @@ def accept_greedy(
     draft: Tensor, logits: Tensor, ids: Tensor | None = None, length: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(tokens [N, γ+1], accepted [N]) of drafts [N, γ] against logits [N, γ+1, V]; see `bd_kernels.accept`."""
-    verdicts = []
-    for guesses, rows in zip(draft.tolist(), logits):
-        top, best = rows.max(-1)
-        accepted = next((i for i, guess in enumerate(guesses) if guess != best[i]), len(guesses))
-        verdicts.append(best[: accepted + 1].tolist() if bool(top.isfinite().all()) else [])
-    return _commit(draft, verdicts, ids, length)
+    top, best = logits.max(-1)
+    accepted = (draft == best[:, :-1]).cumprod(1).sum(1)
+    return _commit(best, accepted.where(top.isfinite().all(1), -1), ids, length)
 
 
 def accept_sampled(
@@ -197,38 +223,30 @@ def accept_sampled(
     length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same for drafts drawn from q [N, γ, V], against p [N, γ+1, V] and with uniform [N, γ+1]."""
-    verdicts = []
-    for n, guesses in enumerate(draft.tolist()):
-        gamma = len(guesses)
-        drawn_p = [float(p[n, i, x]) for i, x in enumerate(guesses)]
-        drawn_q = [float(q[n, i, x]) for i, x in enumerate(guesses)]
-        u = uniform[n].tolist()
-        accepted = next((i for i in range(gamma) if u[i] * drawn_q[i] >= drawn_p[i]), gamma)
-        left = p[n, accepted].double()
-        if accepted < gamma:
-            residual = (left - q[n, accepted].double()).clamp_min(0)  # keeps a NaN
-            left = left if float(residual.sum()) == 0 else residual
-        total = float(left.sum())
-        if any(x != x for x in (*drawn_p, *drawn_q)) or not 0 < total < float("inf"):
-            verdicts.append([])
-            continue
-        passed = (left.cumsum(0) > u[gamma] * total) & (left > 0)
-        # argmax finds the first; where rounding leaves none passed, the token is the last one with mass
-        token = int(passed.int().argmax()) if passed.any() else int(left.nonzero()[-1])
-        verdicts.append([*guesses[:accepted], token])
-    return _commit(draft, verdicts, ids, length)
+    n, gamma = draft.shape
+    drawn_p, drawn_q = (x[:, :gamma].gather(2, draft[..., None])[..., 0] for x in (p, q))
+    accepted = (uniform[:, :gamma] * drawn_q < drawn_p).cumprod(1).sum(1)
+    row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    left = p.gather(1, row)[:, 0].double()
+    none = torch.zeros_like(p[:, :1])  # after γ acceptances there is nothing to subtract
+    residual = (left - torch.cat((q[:, :gamma], none), 1).gather(1, row)[:, 0].double()).clamp_min(0)  # keeps a NaN
+    left = left.where(residual.sum(-1, keepdim=True) == 0, residual)
+    total = left.sum(-1, keepdim=True)
+    passed = (left.cumsum(-1) > uniform[:, gamma:] * total) & (left > 0)
+    # argmax finds the first; where rounding leaves none passed, the token is the last one with mass
+    last = left.shape[-1] - 1 - (left > 0).flip(-1).int().argmax(-1)
+    drawn = passed.int().argmax(-1).where(passed.any(-1), last)
+    broken = torch.cat((drawn_p, drawn_q), 1).isnan().any(1) | ~((total > 0) & total.isfinite())[:, 0]
+    tokens = torch.cat((draft, draft[:, :0].new_zeros(n, 1)), 1).scatter(1, accepted[:, None], drawn[:, None])
+    return _commit(tokens, accepted.where(~broken, -1), ids, length)
 
 
-def _commit(
-    draft: Tensor, verdicts: list[list[int]], ids: Tensor | None, length: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Verdicts as tensors, padded with -1; an empty one is a broken row. Appends to ids [N, capacity] at length [N]."""
-    tokens = draft.new_full((draft.shape[0], draft.shape[1] + 1), -1)
-    for n, verdict in enumerate(verdicts):
-        tokens[n, : len(verdict)] = torch.tensor(verdict, dtype=tokens.dtype)
-        if ids is not None:
-            start = int(length[n])
-            kept = verdict[: ids.shape[1] - start]
-            ids[n, start : start + len(kept)] = torch.tensor(kept, dtype=ids.dtype)
-            length[n] += len(verdict)
-    return tokens, torch.tensor([len(v) - 1 for v in verdicts], dtype=torch.int32, device=draft.device)
+def _commit(tokens: Tensor, accepted: Tensor, ids: Tensor | None, length: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keep tokens [N, γ+1] up to `accepted` [N], -1 behind; append them to ids [N, capacity] at length [N]."""
+    keep = torch.arange(tokens.shape[1], device=tokens.device) <= accepted[:, None]
+    if ids is not None:
+        offset = torch.arange(ids.shape[1], device=ids.device) - length[:, None]
+        new = tokens.gather(1, offset.clamp(0, tokens.shape[1] - 1))
+        ids.copy_(new.where((offset >= 0) & (offset <= accepted[:, None]), ids))
+        length += accepted + 1
+    return tokens.where(keep, -1), accepted.int()

@@ -41,6 +41,16 @@ class ChunkCase(NamedTuple):
     rotate: bool
 
 
+class LayerCase(NamedTuple):
+    """What stands between a layer's products: head dimension, width of the residual stream and of the MLP."""
+
+    dim: int
+    width: int
+    inner: int
+    dtype: torch.dtype
+    rotate_q: bool
+
+
 class LossCase(NamedTuple):
     kind: str
     dtype: torch.dtype
@@ -78,6 +88,12 @@ VERIFY = [
     VerifyCase(128, 4, 16, BF16, 4),
 ]
 CHUNKS = [ChunkCase(64, 1, BF16, True), ChunkCase(96, 3, F16, False), ChunkCase(128, 4, BF16, True)]
+LAYERS = [
+    LayerCase(64, 768, 3072, BF16, False),  # llama-68m
+    LayerCase(128, 4096, 11008, BF16, True),  # Llama-2-7B
+    LayerCase(96, 200, 344, F16, True),
+    LayerCase(64, 5120, 13824, F16, False),
+]
 LOSSES = [LossCase(kind, dtype) for dtype in (BF16, F32) for kind in ("ce", "kl", "alpha", "lk")]
 ACCEPTS = [AcceptCase(4, 5000, BF16), AcceptCase(16, 97, F32), AcceptCase(0, 2500, F32), AcceptCase(1, 4096, F16)]
 
@@ -162,6 +178,28 @@ def _chunks(case: ChunkCase) -> list[Compiled]:
     ]
 
 
+def _layer(case: LayerCase) -> list[Compiled]:
+    from bd_kernels import between as b
+
+    x = POINTERS[case.dtype]
+    rotate, rotate_options = b.rotate_constants(case.dim, case.rotate_q)
+    pointers = dict.fromkeys(("QK", "V", "Q", "KEYS", "VALUES", "COS", "SIN"), x) | {"POSITION": "*i64", "SLOT": "*i64"}
+    norm, norm_options = b.norm_constants(case.width)
+    stream = dict.fromkeys(("X", "Y", "WEIGHT", "OUT"), x) | {"eps": "fp32"}
+    gate, gate_options = b.gate_constants()
+    types = [
+        _types(b.rotate_store_kernel, rotate, **pointers),
+        _types(b.add_norm_kernel, norm, **stream),
+        _types(b.gate_kernel, gate, GATE_UP=x, OUT=x),
+    ]
+    name = f"{case.dim} {x[1:]}" + " queries too" * case.rotate_q
+    return [
+        Compiled(f"rotate {name}", b.rotate_store_kernel, types[0], rotate, rotate_options),
+        Compiled(f"norm {case.width} {x[1:]}", b.add_norm_kernel, types[1], norm, norm_options),
+        Compiled(f"gate {x[1:]}", b.gate_kernel, types[2], gate, gate_options),
+    ]
+
+
 def _loss(case: LossCase) -> list[Compiled]:
     from bd_kernels.head_loss import gradient_kernel, loss_constants, loss_kernel
 
@@ -199,4 +237,4 @@ def _accept(case: AcceptCase) -> list[Compiled]:
     ]
 
 
-_MAKERS = [(_draft, DRAFT), (_verify, VERIFY), (_chunks, CHUNKS), (_loss, LOSSES), (_accept, ACCEPTS)]
+_MAKERS = [(_draft, DRAFT), (_verify, VERIFY), (_chunks, CHUNKS), (_layer, LAYERS), (_loss, LOSSES), (_accept, ACCEPTS)]

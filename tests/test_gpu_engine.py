@@ -1,0 +1,285 @@
+"""The GPU engine's program on a CPU, plain operations standing in for kernels: the same text and law as torch's engine.
+
+What a program may not do because a CUDA graph could not hold it is forbidden here as well: looking at a value, or
+making a tensor whose size depends on one.
+"""
+
+import pytest
+import torch
+from conftest import tiny_model
+from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bdcli.controller import FixedGamma
+from bdcli.engine import pick_engine, static_engine, torch_engine
+from bdcli.errors import NonFiniteError, UserError
+from bdcli.gpu.program import Law
+from bdcli.sampling import Sampling
+from bdcli.speculate import Speculator
+from bdcli.views import View, plan_view
+
+GREEDY = Sampling()
+STATIC = static_engine("triton", "plain operations")
+FRESH = torch.Generator()
+FRESH.seed()
+VIEWS = {
+    "full": None,
+    "official": 64,
+    "window": View(52, 4, 0, 9, True),
+    "window absolute": View(52, 4, 0, 9, False),
+    "chunk": View(60, 4, 16, 9, True),
+    "chunk absolute": View(60, 4, 16, 9, False),
+    "no sinks": View(40, 0, 0, 9, True),
+    "one key": plan_view(4 + 6 + 2, "window", "rebased", 6, 200),
+}
+SHAPES = [
+    {},
+    {"heads": 6, "kv_heads": 1, "biases": True, "qk_norm": True, "layers": 3},
+    {"heads": 3, "kv_heads": 3, "layers": 1},
+]
+
+
+def random_ids(count, vocab=41):
+    return torch.randint(vocab, (count,), generator=FRESH).tolist()
+
+
+def readers(engine, target, drafter, view, capacity):
+    budget, view = (view, None) if isinstance(view, int) else (None, view)
+    vocab = target.config.vocab_size
+    return (
+        engine.target(target, capacity, capacity),
+        drafter and engine.drafter(drafter, capacity, capacity, vocab, budget, view),
+    )
+
+
+def speculator(engine, target, drafter, view, prompt, new, sampling=GREEDY, seed=0):
+    run = Speculator(*readers(engine, target, drafter, view, len(prompt) + new + 12), sampling, seed)
+    run.prefill(prompt)
+    return run
+
+
+def write(engine, target, drafter, view, prompt, new, gammas=(4,), eos=frozenset(), sampling=GREEDY, seed=0):
+    """(text, [(drafted, accepted)], finish reason, entries) with γ taken from `gammas` in turn."""
+
+    class Turns(FixedGamma):
+        def choose(self):
+            self.turn = getattr(self, "turn", -1) + 1
+            return gammas[self.turn % len(gammas)]
+
+    run = speculator(engine, target, drafter, view, prompt, new, sampling, seed)
+    steps = list(run.rounds(new, eos, Turns(0)))
+    entries = run.drafter.cache.peak_entries if drafter else None
+    return run.new_tokens, [(s.drafted, s.accepted) for s in steps], run.finish_reason, entries
+
+
+def similar(target, noise=0.05, **shape):
+    """A drafter that often agrees: the target with noise on its head."""
+    drafter = tiny_model(**shape)
+    drafter.head = target.head + noise * torch.randn(target.head.shape, generator=FRESH)
+    return drafter
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=["gqa", "biases", "mha"])
+def test_greedy_text_and_rounds_equal_torchs(shape, kind):
+    """Also the entries counted, with rounds that draft nothing in between, so that the drafter lags and catches up."""
+    seed = int(torch.randint(10**6, (), generator=FRESH))
+    target = tiny_model(**shape, seed=seed)
+    drafter = similar(target, **shape, seed=seed)
+    gammas = (4, 6, 1, 0, 0, 0, 0, 0, 5) if kind == "one key" else (4, 9, 1, *[0] * 8, 2, 7)
+    for length in (90, 131) if "chunk" in kind else (1, 2, 3, 70, 131):
+        prompt = random_ids(length)
+        got, want = (write(e, target, drafter, VIEWS[kind], prompt, 60, gammas) for e in (STATIC, torch_engine()))
+        assert got == want
+        assert sum(accepted for _, accepted in got[1]) > 5, "a drafter that never agrees would prove little"
+
+
+def test_text_stops_at_eos_inside_a_block_and_at_the_length():
+    target = tiny_model(seed=3)
+    drafter, prompt = similar(target, 0.02, seed=3), random_ids(50)
+    text, rounds, reason, _ = write(STATIC, target, drafter, None, prompt, 37, (6,))
+    assert reason == "length" and len(text) == 37 and rounds[-1][0] <= 6
+    for at in (0, 5, 20):
+        end = text.index(text[at])
+        for engine in (STATIC, torch_engine()):
+            got = write(engine, target, drafter, None, prompt, 37, (6,), frozenset(text[at : at + 1]))
+            assert got[0] == text[: end + 1] and got[2] == "stop"
+    assert write(STATIC, target, None, None, prompt, 37, (0,))[0] == text, "plain decoding"
+    assert len(write(STATIC, target, drafter, None, prompt, 1)[0]) == 1
+
+
+@pytest.mark.parametrize("vocab", [29, 64])
+def test_a_drafter_with_another_padding_of_the_vocabulary(vocab):
+    target, drafter = tiny_model(seed=5), tiny_model(seed=6, vocab=vocab)
+    prompt = random_ids(60)
+    got, want = (write(e, target, drafter, VIEWS["window"], prompt, 40) for e in (STATIC, torch_engine()))
+    assert got == want
+
+
+def test_measuring_in_between_changes_nothing():
+    """The baseline walks the target back over a round; also when sampling, whose random numbers must not be spent."""
+    target = tiny_model(seed=8)
+    drafter, prompt = similar(target, seed=8), random_ids(40)
+    for sampling in (Sampling(), Sampling(0.8)):
+        texts = []
+        for measured in (False, True):
+            run = speculator(STATIC, target, drafter, VIEWS["window"], prompt, 60, sampling)
+            while len(run.new_tokens) < 40:
+                first, step = len(run.ids), run.round(4)
+                kept = step.logits.clone()
+                if measured:
+                    saved = run.target.cache.save(first - 1)
+                    run.target.cache.length = first - 1
+                    for i in range(len(step.tokens)):
+                        logits, seconds = run.one_row(run.ids[first - 1 + i : first + i])
+                        torch.testing.assert_close(logits[0], kept[i], rtol=1e-4, atol=1e-4)
+                        assert seconds > 0
+                    run.target.cache.restore(saved)
+            texts.append(run.new_tokens)
+        assert texts[0] == texts[1]
+
+
+def test_feeds_of_any_length_equal_torchs():
+    target = tiny_model(seed=9)
+    for view in (None, VIEWS["window"]):
+        plain, ours = (e.drafter(target, 400, 400, 41, None, view) for e in (torch_engine(), STATIC))
+        ids = random_ids(300)
+        for each in (plain, ours):
+            each.prefill(ids[:50])
+        for start, stop, rows in ((50, 51, 1), (51, 60, 9), (60, 62, 1), (62, 201, 3), (201, 202, 1)):
+            got, want = (each.feed(ids[start:stop], rows) for each in (ours, plain))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match=r"cannot hold|exceed"):
+            ours.catch_up(random_ids(300))
+
+
+# -- sampling
+
+
+@pytest.mark.parametrize("law", [(0.7, 0, 1.0), (1.0, 0, 0.8), (1.3, 5, 1.0), (1.0, 7, 0.6), (1.0, 99, 0.9)], ids=str)
+def test_the_law_on_the_device_is_that_of_sampling(law):
+    logits = 3 * torch.randn(6, 41, generator=FRESH)
+    logits[:, 30:] = -torch.inf
+    sampling = Sampling(*law)
+    got = Law.of(sampling, torch.device("cpu")).distribution(logits)
+    torch.testing.assert_close(got, sampling.distribution(logits))
+
+
+def fits(counts, law):
+    """Chi-square at 1e-4."""
+    law = law.double() / law.double().sum()
+    return chisquare(counts.double(), counts.sum().double() * law).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.5), Sampling(1.0, 0, 0.8), Sampling(1.0, 3)], ids=["t", "p", "k"])
+def test_sampled_pairs_follow_the_targets_law(sampling):
+    """6,000 rounds: the joint law of the first two tokens is the target's, from its own plain logits."""
+    target, drafter = tiny_model(vocab=5, seed=1), tiny_model(vocab=5, seed=2)
+    prompt = [1, 2, 3]
+    plain, _ = readers(torch_engine(), target, None, None, 20)
+    plain.prefill(prompt[:-1])
+    first = sampling.distribution(plain.feed([3], 1))[0]
+    joint = torch.zeros(5, 5)
+    for token in range(5):
+        joint[token] = first[token] * sampling.distribution(plain.feed([token], 1))[0]
+        plain.rollback(3)
+    run = speculator(STATIC, target, drafter, None, prompt, 8, sampling)
+    counts, accepted = torch.zeros(5, 5), 0
+    for _ in range(6000):
+        while len(run.new_tokens) < 2:
+            accepted += run.round(2).accepted
+        counts[tuple(run.new_tokens[:2])] += 1
+        del run.ids[3:]
+        run.target.rollback(2)
+        run.drafter.rollback(2)
+    seen = joint > 0
+    assert accepted > 500 and counts[~seen].sum() == 0
+    assert fits(counts[seen], joint[seen])
+
+
+def test_a_seed_repeats_sampled_text():
+    target = tiny_model(seed=11)
+    drafter, prompt = similar(target, seed=11), random_ids(30)
+    texts = [write(STATIC, target, drafter, None, prompt, 50, sampling=Sampling(1.0), seed=s)[0] for s in (4, 4, 5)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# -- what a graph can hold
+
+
+class NoLooking(TorchDispatchMode):
+    """Fails on operations that hand a value to the host, or whose output's size depends on one."""
+
+    forbidden = (
+        "_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal", "bincount",
+        "repeat_interleave", "_to_copy_host",
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not any(word in name for word in self.forbidden), f"{name} in a round"
+        if name == "index":  # a boolean index is a nonzero
+            assert all(i is None or i.dtype is not torch.bool for i in args[1])
+        out = function(*args, **(kwargs or {}))
+        self.shapes += [(name, tuple(t.shape)) for t in (out if isinstance(out, (tuple, list)) else [out])
+                        if isinstance(t, torch.Tensor)]  # fmt: skip
+        return out
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(0.9, 5, 0.9)], ids=["greedy", "t", "trunc"])
+@pytest.mark.parametrize("kind", ["full", "official", "window", "chunk absolute"])
+def test_a_round_looks_at_nothing_and_makes_the_same_tensors_whatever_the_text(kind, sampling):
+    """So one graph serves every round: no value decides what is run or how large anything is."""
+    target = tiny_model(seed=12)
+    drafter, prompt = similar(target, seed=12), random_ids(100)
+    run = speculator(STATIC, target, drafter, VIEWS[kind], prompt, 60, sampling)
+    run.round(4)
+    program, _ = run._whole._rounds[4]
+    traces, accepted, places = [], set(), [t.data_ptr() for t in (program.result, program.logits, program.uniform)]
+    for _ in range(8):
+        with NoLooking() as mode:
+            program()
+        traces.append(mode.shapes)
+        accepted.add(int(program.result[-2]))
+        run.round(4)
+    assert all(trace == traces[0] for trace in traces) and len(traces[0]) > 100
+    assert len(accepted) > 1, "rounds that all went the same way prove little"
+    assert places == [t.data_ptr() for t in (program.result, program.logits, program.uniform)]
+
+
+def test_the_watchman_catches_a_look():
+    for look in (lambda x: bool(x.sum() > 0), lambda x: x[x > 0], lambda x: x.tolist(), lambda x: x.nonzero()):
+        with pytest.raises(AssertionError, match=r"in a round|assert"), NoLooking():
+            look(torch.randn(5))
+
+
+# -- what can go wrong
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, 0, 0.9)], ids=["greedy", "t", "p"])
+def test_non_finite_weights_are_an_error_on_both_sides(sampling):
+    model, broken = tiny_model(seed=0), tiny_model(seed=0)
+    broken.layers[1].down[3, 5] = torch.nan
+    for pair in ((broken, model), (model, broken)):
+        run = speculator(STATIC, *pair, None, [1, 2, 3], 20, sampling)
+        with pytest.raises(NonFiniteError, match="target" if pair[0] is broken else "drafter"):
+            run.round(2)
+        assert run.ids == [1, 2, 3]
+
+
+def test_a_draft_longer_than_the_cache_was_planned_for_is_refused():
+    model = tiny_model(seed=0)
+    run = speculator(STATIC, model, model, plan_view(40, "window", "rebased", 4, 90), [1] * 90, 20)
+    with pytest.raises(RuntimeError, match="draft of 5 tokens"):
+        run.round(5)
+    with pytest.raises(RuntimeError, match="cannot hold"):
+        speculator(STATIC, model, None, None, [1] * 8, 2).target.feed([1] * 20, 1)
+
+
+def test_triton_is_refused_where_there_is_no_gpu():
+    with pytest.raises(UserError, match="--engine triton cannot run here \\(cpu device\\)"):
+        pick_engine("triton", [tiny_model()], print)
