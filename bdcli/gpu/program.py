@@ -20,10 +20,13 @@ from bdcli.sampling import Sampling
 
 @dataclass(frozen=True)
 class Text:
-    """All tokens so far: ids [N, capacity] and length [N], int64. What the target has read ends one before."""
+    """All tokens so far, ids [N, capacity], and how many: length [N]. The target has read all but the last, the drafter
+    the first held [N], which are one or two fewer than length. int64.
+    """
 
     ids: Tensor
     length: Tensor
+    held: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Law:
         logits = logits / self.temperature
         if not self.truncated:
             return logits.softmax(-1)
-        ordered, index = logits.sort(-1, descending=True, stable=True)
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         last = torch.where(self.top_k > 0, self.top_k, logits.shape[-1]).clamp(max=logits.shape[-1]) - 1
         ordered = ordered.masked_fill(ordered < ordered.index_select(-1, last), -torch.inf)
         probs = ordered.softmax(-1)
@@ -126,21 +129,22 @@ class Round:
             p = self.law.distribution(self.logits)[None]
             uniform = self.uniform[:, self.gamma :]
             tokens, accepted = self._ops.accept_sampled(draft, p if q is None else q, p, uniform, ids, length)
+        if self.gamma:
+            self.text.held.copy_(torch.minimum(before + self.gamma, length - 1))
         self.result.copy_(torch.cat((tokens[0], accepted.long(), sound)))
         self.clock.mark(2)
 
     def _draft(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Draft [N, γ], what each token was drawn from [N, γ, V] or None, and [1] whether all choices were sound.
 
-        The first step reads the last two tokens: after a full acceptance the drafter lacks both, else it reads one
-        again, to the same slot. A text of one token has no second; then the row behind it is read and not used.
+        The first step reads two rows: after a full acceptance the drafter lacks two tokens, else one, and then the
+        second row is nothing that anybody sees; the next step writes its place anew.
         """
         if self.gamma == 0:
             return self._nothing, None, torch.zeros_like(self.text.length)
-        ids, length = self.text.ids, self.text.length
-        start = (length - 2).clamp(min=0)
-        tokens = ids[0].index_select(0, start + torch.arange(2, device=start.device))
-        x = forward(self.drafter, tokens, start).index_select(0, length - 1 - start)
+        ids, length, held = self.text.ids, self.text.length, self.text.held
+        tokens = ids[0].index_select(0, held + torch.arange(2, device=held.device))
+        x = forward(self.drafter, tokens, held).index_select(0, length - 1 - held)
         draft, drawn_from, sound = [], [], []
         for i in range(self.gamma):
             guess = logits(self.drafter, x).contiguous()

@@ -82,10 +82,10 @@ class Rounds:
         self._generator, self._aside = generator, torch.Generator(device=device)  # measuring must not change the text
         self.text = Text(
             torch.zeros(1, target.cache.capacity, dtype=torch.long, device=device),
-            torch.zeros(1, dtype=torch.long, device=device),
+            *torch.zeros(2, 1, dtype=torch.long, device=device),
         )
         self._law = None if sampling.greedy else Law.of(sampling, device)
-        self._known: tuple[int, list[int]] | None = None  # length and last two tokens that the device has
+        self._known: tuple[int, int, list[int]] | None = None  # length, held and last tokens that the device has
         self._rounds: dict[int, tuple[Round, Callable[[], None]]] = {}
         self._pool = new_pool(device)
 
@@ -113,21 +113,19 @@ class Rounds:
         drafter, kept = self.drafter, len(ids)
         if gamma > drafter.cache.max_rows - 2:
             raise RuntimeError(f"a draft of {gamma} tokens, but this cache takes {drafter.cache.max_rows - 2}")
-        start = max(kept - 2, 0)
-        drafter.catch_up(ids[drafter.length : start])
-        drafter.claim(start, 2)
-        drafter.claim(kept, gamma - 1)
+        drafter.catch_up(ids[drafter.length : kept - 2])
+        drafter.claim(drafter.length, kept - drafter.length + gamma - 1)
 
     def _run(self, kept: int, tail: list[int], gamma: int, generator: torch.Generator) -> Step:
         self.target.claim(kept - 1, gamma + 1)
         if gamma not in self._rounds:
-            self._tell(kept, tail)
+            self._tell(kept, tail, gamma)
             program = Round(self.target, self.drafter, self.text, self._law, gamma)
             self._rounds[gamma] = program, capture(program, self.target.model.device, self._pool)
             self._known = None  # the capture has run it once
         program, run = self._rounds[gamma]
         began = time.perf_counter()
-        self._tell(kept, tail)
+        self._tell(kept, tail, gamma)
         if self._law is not None:
             program.uniform.uniform_(generator=generator)
         run()
@@ -136,14 +134,22 @@ class Rounds:
         seconds = time.perf_counter() - began
         if accepted < 0 or sound < 0:
             self._known = None
-            raise non_finite("target" if accepted < 0 else "drafter")
+            raise non_finite("drafter" if sound < 0 else "target")
         tokens = tokens[: accepted + 1]
-        self._known = kept + len(tokens), [*tail, *tokens][-2:]
-        return Step(tokens, gamma, accepted, draft_s, seconds - draft_s, program.logits)
+        now = kept + len(tokens)
+        self._known = now, min(kept - 1 + gamma, now - 1) if gamma else self._held, [*tail, *tokens][-2:]
+        return Step(tokens, gamma, accepted, draft_s, seconds - draft_s, program.logits, program.clock.seconds(0, 2))
 
-    def _tell(self, kept: int, tail: list[int]) -> None:
+    @property
+    def _held(self) -> int:
+        return self.drafter.length if self.drafter is not None else 0
+
+    def _tell(self, kept: int, tail: list[int], gamma: int) -> None:
         """Bring the device's text to length `kept`, ending in `tail`; nothing to do after an undisturbed round."""
-        if self._known is None or self._known[0] != kept or self._known[1][-len(tail) :] != tail:
-            self.text.ids[0, kept - len(tail) : kept].copy_(torch.tensor(tail))
-            self.text.length.fill_(kept)
-            self._known = kept, tail
+        length, held, known = self._known or (-1, -1, [])
+        if length == kept and known[-len(tail) :] == tail and (held == self._held or not gamma):
+            return
+        self.text.ids[0, kept - len(tail) : kept].copy_(torch.tensor(tail))
+        self.text.length.fill_(kept)
+        self.text.held.fill_(self._held)
+        self._known = kept, self._held, tail

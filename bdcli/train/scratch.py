@@ -70,25 +70,30 @@ def write_config(folder: Path, shape: Shape, vocab_size: int, bos: int | None, e
     return parse_config(raw, str(folder))
 
 
-def random_model(c: ModelConfig, seed: int) -> Model:
-    """Normal weights of deviation 1/√fan-in, those that write to the residual stream 1/√(2·layers) of it."""
-    g = torch.Generator().manual_seed(seed)
+def random_model(
+    c: ModelConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Model:
+    """Normal weights of deviation 1/√fan-in, those that write to the residual stream 1/√(2·layers) of it; no biases."""
+    g = torch.Generator(device).manual_seed(seed)
     shrink = (2 * c.layers) ** -0.5
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(rows, columns, generator=g) * (scale * columns**-0.5)
+        return torch.randn(rows, columns, generator=g, dtype=dtype, device=device) * (scale * columns**-0.5)
+
+    def ones(size: int) -> Tensor:
+        return torch.ones(size, dtype=dtype, device=device)
 
     hidden, inner, q_rows = c.hidden_size, c.intermediate_size, c.heads * c.head_dim
-    embedding = torch.randn(c.vocab_size, hidden, generator=g) * 0.02
+    embedding = torch.randn(c.vocab_size, hidden, generator=g, dtype=dtype, device=device) * 0.02
     layers = [
         Layer(
-            attention_norm=torch.ones(hidden),
+            attention_norm=ones(hidden),
             qkv=matrix(q_rows + 2 * c.kv_heads * c.head_dim, hidden),
             out=matrix(hidden, q_rows, shrink),
-            mlp_norm=torch.ones(hidden),
+            mlp_norm=ones(hidden),
             gate_up=matrix(2 * inner, hidden),
             down=matrix(hidden, inner, shrink),
         )
         for _ in range(c.layers)
     ]
-    return Model(c, embedding, layers, torch.ones(hidden), embedding)
+    return Model(c, embedding, layers, ones(hidden), embedding if c.tied_head else matrix(c.vocab_size, hidden))
