@@ -19,7 +19,7 @@ class DecodePlan:
     weights: int
     target_kv: int
     drafter_kv: int
-    tables: int  # RoPE and a full cache's mask of one block
+    tables: int  # RoPE, a full cache's mask of one block, the text
     prefill: int
     round: int
 
@@ -82,23 +82,23 @@ def decode_plan(
     `size`: bytes of a number. The drafter's cache is a `view`, the paper's with a budget of `official`, or full.
     """
     models = [c for c in (target, drafter) if c is not None]
-    entries, reading, full = capacity, [_reading_all(target, prompt)], len(models) - (view is not None)
+    entries, reading, full = capacity, [size * _reading_all(target, prompt)], len(models) - (view is not None)
     if view is not None:
-        entries, seen = view.budget, _reading_view(drafter, view, prompt)
-        reading.append(seen)
+        entries = view.budget
+        reading.append(_reading_view(drafter, view, prompt, size))
     elif drafter is not None:
-        reading.append(_reading_all(drafter, prompt))
+        reading.append(size * _reading_all(drafter, prompt))
         if official is not None:
             kept = min(official, prompt) // CHUNK * CHUNK
             entries = kept + capacity - prompt
-            reading[-1] += kv_count(drafter, prompt) // drafter.layers  # one layer's keys of the whole prompt
+            reading[-1] += size * kv_count(drafter, prompt) // drafter.layers  # one layer's keys of the whole prompt
     return DecodePlan(
         weights=size * sum(map(weight_count, models)),
         target_kv=size * kv_count(target, capacity),
         drafter_kv=size * kv_count(drafter, entries) if drafter is not None else 0,
-        tables=size * (sum(2 * capacity * c.head_dim for c in models) + full * PREFILL_BLOCK**2),
-        prefill=size * max(reading),
-        round=_round(target, drafter, size, gamma, capacity),
+        tables=size * (sum(2 * capacity * c.head_dim for c in models) + full * PREFILL_BLOCK**2) + 8 * capacity,
+        prefill=max(reading),
+        round=_round(target, drafter, size, gamma),
     )
 
 
@@ -115,21 +115,20 @@ def _reading_all(c: ModelConfig, tokens: int) -> int:
     return tokens * (c.hidden_size + waiting) + _block(c, min(tokens, PREFILL_BLOCK))
 
 
-def _reading_view(c: ModelConfig, view: View, tokens: int) -> int:
-    """The same for a budgeted drafter; with chosen chunks one layer's keys of the whole prompt are there as well."""
+def _reading_view(c: ModelConfig, view: View, tokens: int, size: int) -> int:
+    """Bytes for a budgeted drafter; with chosen chunks one layer's keys of the whole prompt are there as well."""
     rows, kv = min(tokens, PREFILL_BLOCK), c.kv_heads * c.head_dim
     held = (3 if view.rebased else 2) * tokens * kv if view.chosen else 0
-    if view.chosen:  # scoring in kernels needs little; torch's needs fp32 copies of the keys
-        held += 4 * tokens * kv
     seen = min(tokens, view.sinks + view.window + rows) if view.rebased or not view.chosen else tokens
-    attention = (4 * rows * c.heads * seen + 3 * seen * kv) if c.layers > 1 else 0
-    return tokens * c.hidden_size + held + attention + _block(c, rows)
+    # scores and their softmax, 8 bytes together in any dtype, a mask, and the keys and values that are seen
+    attention = rows * seen * (8 * c.heads + size + 3) + size * 3 * seen * kv if c.layers > 1 else 0
+    return size * (tokens * c.hidden_size + held + _block(c, rows)) + attention
 
 
-def _round(target: ModelConfig, drafter: ModelConfig | None, size: int, gamma: int, capacity: int) -> int:
+def _round(target: ModelConfig, drafter: ModelConfig | None, size: int, gamma: int) -> int:
     """Bytes: logits and probabilities in fp32 with what sorting them needs, a block of rows, splits of attention."""
     rows = gamma + 1
     drawn = 0 if drafter is None else gamma
     vocab = 4 * target.vocab_size * (8 * rows + 2 * drawn)
     splits = 4 * 64 * rows * target.heads * (target.head_dim + 1)
-    return vocab + splits + size * _block(target, rows) + 8 * capacity
+    return vocab + splits + size * _block(target, rows)

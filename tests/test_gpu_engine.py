@@ -173,10 +173,10 @@ def fits(counts, law):
     return chisquare(counts.double(), counts.sum().double() * law).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.5), Sampling(1.0, 0, 0.8), Sampling(1.0, 3)], ids=["t", "p", "k"])
+@pytest.mark.parametrize("sampling", [Sampling(0.5), Sampling(1.0, 4, 0.9)], ids=["t", "k and p"])
 def test_sampled_pairs_follow_the_targets_law(sampling):
-    """6,000 rounds: the joint law of the first two tokens is the target's, from its own plain logits."""
-    target, drafter = tiny_model(vocab=5, seed=1), tiny_model(vocab=5, seed=2)
+    """2,500 draws: the joint law of the first two tokens is the target's, from its own plain logits."""
+    target, drafter = (tiny_model(vocab=5, layers=1, seed=seed) for seed in (1, 2))
     prompt = [1, 2, 3]
     plain, _ = readers(torch_engine(), target, None, None, 20)
     plain.prefill(prompt[:-1])
@@ -187,7 +187,7 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
         plain.rollback(3)
     run = speculator(STATIC, target, drafter, None, prompt, 8, sampling)
     counts, accepted = torch.zeros(5, 5), 0
-    for _ in range(6000):
+    for _ in range(2500):
         while len(run.new_tokens) < 2:
             accepted += run.round(2).accepted
         counts[tuple(run.new_tokens[:2])] += 1
@@ -195,7 +195,7 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
         run.target.rollback(2)
         run.drafter.rollback(2)
     seen = joint > 0
-    assert accepted > 500 and counts[~seen].sum() == 0
+    assert accepted > 200 and counts[~seen].sum() == 0
     assert fits(counts[seen], joint[seen])
 
 

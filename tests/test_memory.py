@@ -82,9 +82,10 @@ def test_a_run_holds_what_was_planned(kind):
     kv = [r.cache.kv_bytes for r in readers]
     assert kv == [plan.target_kv, plan.drafter_kv]
     assert held <= sum(kv) + plan.tables + 10_000  # a table of the ring
-    print(read, held, peak.most, plan)
     assert 0.6 * plan.prefill < read - sum(kv) - plan.tables < 1.05 * plan.prefill
-    assert peak.most - held < plan.round
+    # plain attention, which stands in for the kernels here, copies a layer's values and makes three sets of scores
+    plain = 4 * capacity * (2 * 16 + 3 * (gamma + 1) * 4)
+    assert peak.most - held < plan.round + plain
     assert plan.peak == plan.weights + sum(kv) + plan.tables + max(plan.prefill, plan.round)
 
 
