@@ -70,7 +70,9 @@ def decode(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = DEFAULT.max_new_tokens,
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where the machine computes in it.")] = DEFAULT.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = DEFAULT.device,
-    engine: Annotated[EngineName, typer.Option(help="auto: compiled where this CPU and model allow.")] = DEFAULT.engine,
+    engine: Annotated[
+        EngineName, typer.Option(help="auto: triton on a GPU, compiled on a CPU, where they can run.")
+    ] = DEFAULT.engine,
     target: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.target,
     drafter: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.drafter,
     baseline: Annotated[

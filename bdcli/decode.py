@@ -22,11 +22,13 @@ from bdcli.checkpoint import (
     load_tokenizer,
     pick_device,
     pick_dtype,
+    read_config,
     resolve,
 )
 from bdcli.engine import Engine, pick_engine
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
+from bdcli.memory import RUNTIME, DecodePlan, decode_plan, gigabytes, weight_count
 from bdcli.metrics import Round, mark_loops, measure
 from bdcli.model import Model
 from bdcli.options import DecodeOptions
@@ -55,6 +57,7 @@ class Listener:
 
     text: Callable[[str], None] = lambda _text: None
     progress: Callable[[str, int, int], None] | None = None
+    say: Callable[[str], None] = lambda _line: None
 
 
 def load_pair(options: DecodeOptions, say: Callable[[str], None] = lambda _line: None) -> Pair:
@@ -67,6 +70,13 @@ def load_pair(options: DecodeOptions, say: Callable[[str], None] = lambda _line:
     dtype = pick_dtype(options.dtype, device)
     tokenizer = load_tokenizer(target)
     check_vocabulary(target, drafter, tokenizer)
+    if device.type == "cuda":
+        needed, free = sum(weight_count(read_config(f)) for f in (target, drafter)), free_memory(device)
+        if needed * dtype.itemsize > free:
+            raise UserError(
+                f"the weights take {gigabytes(needed * dtype.itemsize)}, but {gigabytes(free)} are free on {device}",
+                "Use smaller models or free memory on the device",
+            )
     models = [load_model(folder, dtype, device) for folder in (target, drafter)]
     names = _name(options.target, target), _name(options.drafter, drafter)
     return Pair(*models, tokenizer, eos_tokens(target), names, pick_engine(options.engine, models, say))
@@ -122,6 +132,28 @@ def drafter_reader(pair: Pair, options: DecodeOptions, prompt: int) -> Reader:
     return pair.engine.drafter(pair.drafter, capacity, total, vocab, options.budget, view)
 
 
+def memory_plan(pair: Pair, options: DecodeOptions, prompt: int) -> DecodePlan:
+    """What decoding after `prompt` tokens will hold."""
+    gamma = gamma_max_of(options)
+    official = options.budget if options.select == "official" else None
+    return decode_plan(
+        pair.target.config,
+        pair.drafter.config,
+        pair.target.dtype.itemsize,
+        prompt,
+        prompt + options.max_new_tokens + gamma + 2,
+        gamma,
+        drafter_view(options, prompt),
+        official,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU, what torch holds without using it among them."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused - RUNTIME
+
+
 def gamma_max_of(options: DecodeOptions) -> int:
     """Longest draft of a run, which sizes caches and bounds `--gamma auto`."""
     return gamma_limit(options.budget if options.budget is not None else sys.maxsize, options.gamma)
@@ -137,6 +169,10 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
 
     KeyboardInterrupt ends the run early: what was accepted is kept and `status` says interrupted.
     """
+    if pair.target.device.type == "cuda":
+        plan = memory_plan(pair, options, len(prompt))
+        listener.say(plan.line())
+        plan.check(free_memory(pair.target.device) + plan.weights)
     speculator = make_speculator(pair, options, len(prompt))
     baseline = Baseline(options.baseline, options.check, options.max_new_tokens)
     stream, stop = TextStream(pair.tokenizer), StopText(tuple(options.stop))

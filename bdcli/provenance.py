@@ -12,7 +12,7 @@ import psutil
 
 from bdcli import __version__
 
-PACKAGES = ("torch", "transformers", "safetensors")
+PACKAGES = ("torch", "triton", "transformers", "safetensors")
 
 
 def machine() -> str:

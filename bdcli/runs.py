@@ -35,7 +35,7 @@ def decode_run(
     known = {"dataset": dataset, "method": method_name(options), "target": pair.names[0], "drafter": pair.names[1]}
     run_id = store.begin("decode", options.as_dict(), context=len(ids), **known)
     with recorded(store, run_id), meter() as progress:
-        result = decode(pair, options, ids, Listener(on_text, progress))
+        result = decode(pair, options, ids, Listener(on_text, progress, say))
     figures = {name: result[name] for name in Figures.model_fields}
     columns = {name: value for name, value in result.items() if name in Run.model_fields and name != "status"}
     prompt = Prompt(

@@ -43,7 +43,7 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, compiled or torch.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, triton, compiled or torch.")] = None,
     target: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
     drafter: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
     naive: Annotated[str | None, typer.Option(help="Undistilled drafter of the arms window and chunk.")] = None,
@@ -52,6 +52,9 @@ def bench(
         str | None,
         typer.Option(help="paper: its settings and γ grids, and its figures beside ours. [default: default]"),
     ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Speed of a pair of shapes with random weights instead: llama2-7b+68m, ...")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two prompts, 32 tokens: does everything run?")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what is stored already.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -59,6 +62,13 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure arms side by side on the same prompts; an interrupted sweep goes on where it stopped."""
+    if shape is not None:
+        given = {"recipe": recipe, "--prompts": prompts, "--datasets": datasets, "--methods": methods, "--arms": arms}
+        if any(value is not None for value in given.values()):
+            named = next(name for name, value in given.items() if value is not None)
+            raise UserError(f"--shape measures random weights and takes no {named}", "Leave one of them out")
+        _shape(shape, ctx, dtype, device, engine, budgets, gamma, quick, db, as_json)
+        return
     from bdcli.bench.bench_recipe import BenchRecipe
     from bdcli.recipe import load_recipe
 
@@ -81,6 +91,55 @@ def bench(
     if arms is not None:
         settings = _only(settings, _words(arms))
     _measure(settings, db, fresh, dry_run, as_json, again=f"bdcli bench {recipe or ''}".rstrip())
+
+
+def _shape(
+    name: str,
+    ctx: str | None,
+    dtype: str | None,
+    device: str | None,
+    engine: str | None,
+    budgets: str | None,
+    gamma: str | None,
+    quick: bool,
+    db: str | None,
+    as_json: bool,
+) -> None:
+    """Measure a pair of shapes and store the result as one run."""
+    from bdcli.options import DecodeOptions, parse_budget, parse_context, parse_gamma
+    from bdcli.store import Store
+
+    options = DecodeOptions(dtype=dtype or "auto", device=device or "auto", engine=engine or "auto")
+    contexts = [parse_context(c) for c in _words(ctx or "4k,8k,16k")]
+    given = {"shape": name, "contexts": contexts} | {
+        key: getattr(options, key) for key in ("dtype", "device", "engine")
+    }
+    chosen = {}
+    if budgets is not None:
+        chosen["budgets"] = [parse_budget(b) for b in _words(budgets)]
+    if gamma is not None:
+        chosen["gammas"] = [parse_gamma(g) for g in _words(gamma)]
+        if None in chosen["gammas"]:
+            raise UserError("--gamma auto has no meaning for --shape", "Give numbers: 1,3,7")
+    store = Store(db)
+    with status_line("loading torch"):
+        from bdcli.bench import shapes
+        from bdcli.checkpoint import pick_device, pick_dtype
+        from bdcli.runs import recorded
+
+        pair, where = shapes.parse_shape(name), pick_device(options.device)
+        kind = pick_dtype(options.dtype, where)
+    run_id = store.begin("shape", given | chosen, target=name.split("+")[0], drafter=name.split("+")[1])
+    with recorded(store, run_id):
+        rounds = {"rounds": 3} if quick else {}
+        found = shapes.measure(pair, contexts, kind, where, options.engine, say=note, **chosen, **rounds)
+    columns = {"device": str(where), "dtype": found["dtype"], "attention": found["engine"]}
+    columns |= {"context": max(contexts), "peak_memory_bytes": found["peak_bytes"]}
+    store.finish(run_id, "done", config=given | chosen | {"measured": found}, **columns)
+    if as_json:
+        typer.echo(json.dumps({"run_id": run_id, "shape": name} | found))
+    else:
+        typer.echo("\n".join(shapes.lines(found)))
 
 
 def _protocol(name: str | None, recipe: Path | None) -> list[str]:
