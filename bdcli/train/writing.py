@@ -1,20 +1,25 @@
 """What the target writes after many prompts: speculative decoding of several texts at a time.
 
 A round drafts for every text, then one forward of the target verifies all drafts: its weights are read once a round,
-whatever the texts' lengths. Each text has its caches and its seed, so what is written does not depend on its company
-(up to rounding of low-precision kernels that torch chooses by the number of rows).
+whatever the texts' lengths. (A small compiled target samples alone, which is quicker there.) Each text has its caches
+and its seed, so what is written does not depend on its company, up to rounding of low-precision kernels that torch
+chooses by the number of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bdcli.decode import Pair, make_speculator
+from torch import Tensor
+
+from bdcli.decode import Pair, drafter_reader, target_reader
 from bdcli.errors import NonFiniteError
 from bdcli.options import DecodeOptions
+from bdcli.sampling import Sampling
 from bdcli.speculate import Speculator
 
 BUDGET, GAMMA = 512, 4  # how the undistilled drafter helps
+SMALL = 2**27  # bytes of a target whose compiled step costs less than drafting and judging sampled tokens in Python
 
 
 class Writer:
@@ -37,8 +42,13 @@ class Writer:
         return found
 
     def _begin(self, prompt: list[int], seed: int, tokens: int, temperature: float) -> Speculator:
-        options = DecodeOptions(budget=BUDGET, gamma=GAMMA, temperature=temperature, seed=seed, max_new_tokens=tokens)
-        text = make_speculator(self._pair, options, len(prompt))
+        pair, sampling = self._pair, Sampling(temperature)
+        options = DecodeOptions(budget=BUDGET, gamma=GAMMA, max_new_tokens=tokens)
+        target, drafter = target_reader(pair, options, len(prompt), GAMMA), None
+        quick = pair.engine.name == "compiled" and pair.target.weight_bytes < SMALL
+        if sampling.greedy or not quick:
+            drafter = drafter_reader(pair, options, len(prompt))
+        text = Speculator(target, drafter, sampling, seed, pair.target.device)
         text.prefill(prompt)
         return text
 
@@ -50,13 +60,7 @@ class Writer:
             gammas = [min(GAMMA, tokens - len(text.new_tokens) - 1) for text in going]
             with first.target.exclusive():
                 try:
-                    drafts = first.drafter.draft_together(
-                        [text.drafter for text in going],
-                        [text.ids for text in going],
-                        gammas,
-                        first.sampling,
-                        [text.generator for text in going],
-                    )
+                    drafts = self._draft(going, gammas)
                 except NonFiniteError:
                     return [*broken, *going]
                 unread = [text.ids[text.target.length :] + draft for text, (draft, _) in zip(going, drafts)]
@@ -74,3 +78,10 @@ class Writer:
                     left.append(text)
             going = left
         return broken
+
+    def _draft(self, texts: Sequence[Speculator], gammas: Sequence[int]) -> list[tuple[list[int], Tensor | None]]:
+        """A draft for each text and what it was drawn from; empty ones where nothing drafts."""
+        if texts[0].drafter is None:
+            return [([], None)] * len(texts)
+        readers, ids, generators = zip(*((text.drafter, text.ids, text.generator) for text in texts))
+        return texts[0].drafter.draft_together(readers, ids, gammas, texts[0].sampling, generators)
