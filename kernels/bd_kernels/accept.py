@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+GREEDY_WARPS = {"num_warps": 8}  # with 4, ptxas spills where the vocabulary has some 64 blocks
 BLOCK_V = tl.constexpr(2048)  # vocabulary entries of one program
 NONE = tl.constexpr(2**31 - 1)  # larger than any index
 
@@ -238,7 +239,7 @@ def accept_greedy(draft: Tensor, logits: Tensor, ids: Tensor | None = None, leng
     out, (ids, length), constants = _outputs(draft, ids, length)
     greedy_commit_kernel[(n,)](
         top, best, draft, *out, ids, length, gamma, blocks, ids.stride(0), ids.shape[-1],
-        **constants, **block_constants(vocab),
+        **constants, **block_constants(vocab), **GREEDY_WARPS,
     )  # fmt: skip
     return out
 

@@ -57,6 +57,8 @@ class LossCase(NamedTuple):
 
 
 class AcceptCase(NamedTuple):
+    """γ = 0 is also how a draft token is chosen; then nothing is committed."""
+
     gamma: int
     vocab: int
     dtype: torch.dtype  # of the target's logits; probabilities are fp32
@@ -75,6 +77,20 @@ DRAFT = [
     DraftCase(128, 8, 1, F16, "raw", False, 1),
     DraftCase(64, 4, 8, BF16, "two", False, 2),
     DraftCase(128, 4, 8, BF16, "one", False, 2),
+    DraftCase(64, 1, 2, BF16, "raw", False, 4),
+    DraftCase(64, 1, 1, F16, "raw", False, 4),
+    DraftCase(64, 8, 8, F16, "raw", False, 2),
+    DraftCase(128, 1, 2, F16, "raw", False, 4),
+    DraftCase(128, 1, 1, BF16, "raw", False, 2),
+    DraftCase(64, 1, 2, F16, "one", False, 1),
+    DraftCase(128, 1, 2, BF16, "one", False, 1),
+    DraftCase(128, 4, 8, F16, "one", False, 2),
+    DraftCase(128, 4, 8, F16, "raw", False, 2),
+    DraftCase(64, 4, 8, BF16, "raw", False, 2),
+    DraftCase(64, 4, 8, BF16, "one", False, 2),
+    DraftCase(64, 4, 8, F16, "one", False, 2),
+    DraftCase(96, 1, 1, F16, "raw", False, 1),
+    DraftCase(128, 8, 8, BF16, "raw", False, 4),
 ]
 VERIFY = [
     VerifyCase(128, 1, 8, BF16, 8),  # Llama-2-7B
@@ -86,6 +102,18 @@ VERIFY = [
     VerifyCase(64, 4, 16, BF16, 4),
     VerifyCase(64, 8, 16, BF16, 4),
     VerifyCase(128, 4, 16, BF16, 4),
+    VerifyCase(128, 1, 1, BF16, 8),
+    VerifyCase(128, 1, 8, F16, 8),
+    VerifyCase(128, 4, 1, F16, 33),
+    VerifyCase(128, 1, 17, BF16, 64),
+    VerifyCase(128, 1, 17, F16, 8),
+    VerifyCase(128, 4, 17, F16, 33),
+    VerifyCase(64, 1, 8, BF16, 22),
+    VerifyCase(64, 1, 8, F16, 22),
+    VerifyCase(64, 8, 4, F16, 64),
+    VerifyCase(64, 8, 17, F16, 64),
+    VerifyCase(64, 1, 32, BF16, 22),
+    VerifyCase(64, 1, 17, F16, 22),
 ]
 CHUNKS = [ChunkCase(64, 1, BF16, True), ChunkCase(96, 3, F16, False), ChunkCase(128, 4, BF16, True)]
 LAYERS = [
@@ -95,7 +123,14 @@ LAYERS = [
     LayerCase(64, 5120, 13824, F16, False),
 ]
 LOSSES = [LossCase(kind, dtype) for dtype in (BF16, F32) for kind in ("ce", "kl", "alpha", "lk")]
-ACCEPTS = [AcceptCase(4, 5000, BF16), AcceptCase(16, 97, F32), AcceptCase(0, 2500, F32), AcceptCase(1, 4096, F16)]
+ACCEPTS = [
+    AcceptCase(4, 5000, BF16),
+    AcceptCase(16, 97, F32),
+    AcceptCase(0, 2500, F32),
+    AcceptCase(1, 4096, F16),
+    AcceptCase(7, 128256, F32),
+    AcceptCase(16, 128256, F32),
+]
 
 
 @dataclass(frozen=True)
@@ -220,7 +255,7 @@ def _accept(case: AcceptCase) -> list[Compiled]:
 
     x = POINTERS[case.dtype]
     rows = a.row_constants(case.gamma)
-    decide = {"COMMIT": True, **rows, **a.block_constants(case.vocab)}
+    decide = {"COMMIT": case.gamma > 0, **rows, **a.block_constants(case.vocab)}
     verdict = {"DRAFT": "*i64", "TOKENS": "*i64", "ACCEPTED": "*i32", "IDS": "*i64", "LENGTH": "*i64"}
     verdict |= {"gamma": 1} if case.gamma == 1 else {}
     draws = {"DRAFT": "*i64", "UNIFORM": "*fp32", "P": "*fp32", "Q": "*fp32", "MASS": "*fp32"}
@@ -231,7 +266,7 @@ def _accept(case: AcceptCase) -> list[Compiled]:
     name = f"gamma {case.gamma} vocab {case.vocab}"
     return [
         Compiled(f"greedy blocks {x[1:]}", greedy, _types(greedy, {}, LOGITS=x, **top), {}),
-        Compiled(f"greedy commit {name}", choose, _types(choose, decide, **top, **verdict), decide),
+        Compiled(f"greedy commit {name}", choose, _types(choose, decide, **top, **verdict), decide, a.GREEDY_WARPS),
         Compiled(f"residual blocks {name}", blocks, _types(blocks, rows, **draws, **small), rows),
         Compiled(f"residual commit {name}", draw, _types(draw, decide, **{**draws, **verdict}), decide),
     ]
