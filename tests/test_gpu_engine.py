@@ -11,10 +11,12 @@ from scipy.stats import chisquare
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bdcli.baseline import teacher_force
 from bdcli.controller import FixedGamma
 from bdcli.engine import pick_engine, static_engine, torch_engine
 from bdcli.errors import NonFiniteError, UserError
 from bdcli.gpu.program import Law
+from bdcli.memory import decode_plan
 from bdcli.sampling import Sampling
 from bdcli.speculate import Speculator
 from bdcli.views import View, plan_view
@@ -54,7 +56,8 @@ def readers(engine, target, drafter, view, capacity):
 
 
 def speculator(engine, target, drafter, view, prompt, new, sampling=GREEDY, seed=0):
-    run = Speculator(*readers(engine, target, drafter, view, len(prompt) + new + 12), sampling, seed)
+    made = readers(engine, target, drafter, view, len(prompt) + new + 12)
+    run = Speculator(*made, sampling, seed, target.device)
     run.prefill(prompt)
     return run
 
@@ -247,11 +250,11 @@ class NoReading(TorchFunctionMode):
 def test_a_round_looks_at_nothing_and_makes_the_same_tensors_whatever_the_text(kind, sampling):
     """So one graph serves every round: no value decides what is run or how large anything is."""
     (target, drafter), prompt = similar(), random_ids(100)
-    run = speculator(STATIC, target, drafter, VIEWS[kind], prompt, 60, sampling)
+    run = speculator(STATIC, target, drafter, VIEWS[kind], prompt, 300, sampling)
     run.round(4)
     program, _ = run._whole._rounds[4]
     traces, accepted, places = [], set(), [t.data_ptr() for t in (program.result, program.logits, program.uniform)]
-    for _ in range(8):
+    while len(traces) < 6 or (len(accepted) == 1 and len(traces) < 50):
         with NoReading(), NoLooking() as mode:
             program()
         traces.append(mode.shapes)
@@ -267,6 +270,97 @@ def test_the_watchman_catches_a_look():
     for look in (lambda x: bool(x.sum() > 0), lambda x: x[x > 0], lambda x: x.tolist(), lambda x: x.nonzero()):
         with pytest.raises(AssertionError, match=r"in a round|assert"), NoReading(), NoLooking():
             look(torch.randn(5))
+
+
+# -- on a device
+
+on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+WIDE = {"dim": 64, "hidden": 128, "inner": 192, "heads": 4, "kv_heads": 2}
+
+
+def moved(model, dtype):
+    """A copy of the model on the GPU."""
+    for owner in (model, *model.layers):
+        for name in owner.__slots__:
+            value = getattr(owner, name)
+            if isinstance(value, torch.Tensor):
+                setattr(owner, name, value.to("cuda", dtype))
+    return model
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("kind", VIEWS)
+def test_graphs_write_what_torch_writes_in_fp32(kind):
+    pair = [moved(m, torch.float32) for m in similar(**WIDE)]
+    for length in (90, 1000) if "chunk" in kind else (1, 70, 1000):
+        prompt = random_ids(length)
+        got, want = (write(e, *pair, VIEWS[kind], prompt, 80, (4, 6, 1, 0, 0, 0, 5)) for e in (STATIC, torch_engine()))
+        assert got == want
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["full", "official", "window", "window absolute", "chunk"])
+def test_graphs_write_what_plain_decoding_writes_in_low_precision(kind, dtype):
+    """By the tie rule; and feeds are as near to fp32 as torch's own."""
+    target, drafter = similar(**WIDE)
+    pair, prompt = [moved(m, dtype) for m in (target, drafter)], random_ids(500)
+    text, rounds, _, _ = write(STATIC, *pair, VIEWS[kind], prompt, 80)
+    assert sum(accepted for _, accepted in rounds) > 1
+    judge, _ = readers(torch_engine(), pair[0], None, None, 600)
+    judge.prefill(prompt[:-1])
+    assert teacher_force(judge, prompt, text).equal
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("sampling", [Sampling(0.8), Sampling(1.0, 7, 0.9)], ids=["t", "k and p"])
+def test_graphs_sample_by_the_law(sampling):
+    """First tokens of 3,000 short texts, and a seed that repeats."""
+    target, drafter = (moved(m, torch.float32) for m in similar(**WIDE, noise=0.5))
+    run = speculator(STATIC, target, drafter, None, [1, 2, 3], 8, sampling)
+    plain, _ = readers(torch_engine(), target, None, None, 20)
+    plain.prefill([1, 2])
+    law, counts = sampling.distribution(plain.feed([3], 1))[0].cpu(), torch.zeros(41)
+    for _ in range(3000):
+        run.round(2)
+        counts[run.new_tokens[0]] += 1
+        del run.ids[3:]
+        run.target.rollback(2)
+        run.drafter.rollback(2)
+    assert counts[law == 0].sum() == 0 and fits(counts[law > 0], law[law > 0])
+    texts = [write(STATIC, target, drafter, None, [1, 2, 3], 40, sampling=sampling, seed=s)[0] for s in (4, 4, 5)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.gpu
+@on_device
+def test_a_graph_is_made_once_and_its_times_add_up():
+    pair = [moved(m, torch.bfloat16) for m in similar(**WIDE)]
+    run = speculator(STATIC, *pair, VIEWS["window"], random_ids(300), 200)
+    steps = [run.round(4) for _ in range(20)]
+    assert len(run._whole._rounds) == 1
+    for step in steps:
+        assert 0 < step.draft_s < step.device_s < step.seconds
+
+
+@pytest.mark.gpu
+@on_device
+def test_a_device_holds_what_was_planned():
+    shape = WIDE | {"layers": 4, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 8}
+    target, drafter = (moved(tiny_model(**shape), torch.bfloat16) for _ in range(2))
+    prompt, capacity = 8000, 8100
+    plan = decode_plan(target.config, drafter.config, 2, prompt - 1, capacity, 8, VIEWS["window"])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run = Speculator(*readers(STATIC, target, drafter, VIEWS["window"], capacity), GREEDY, 0, "cuda")
+    run.prefill(random_ids(prompt))
+    run.round(8)
+    grown = torch.cuda.max_memory_allocated() - before
+    assert 0.6 * (plan.peak - plan.weights) < grown < 1.1 * (plan.peak - plan.weights) + 64 * 2**20  # and workspaces
 
 
 # -- what can go wrong

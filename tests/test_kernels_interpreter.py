@@ -35,3 +35,15 @@ def test_interpreted_kernels_match_their_twins(operation):
 @pytest.mark.parametrize("operation", OPERATIONS[:2])
 def test_all_interpreted_variants_match_their_twins(operation):
     run(operation, "gpu and slow")
+
+
+def test_the_self_check_of_doctor_tells_a_broken_kernel_from_sound_ones():
+    broken = (
+        "import sys; from bd_kernels import between, self_check; sound = between.gate;"
+        "between.gate = lambda x: sound(x) * 1.1; sys.argv[1:] = ['--device', 'cpu']; sys.exit(self_check.main())"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", broken], env=environment, capture_output=True, text=True)
+    print(done.stdout, done.stderr[-5_000:])
+    assert done.returncode == 1 and done.stdout.count(" ok ") == 9
+    assert [line.split()[0] for line in done.stdout.splitlines() if "FAULT" in line] == ["gate"]

@@ -13,23 +13,12 @@ from dataclasses import asdict
 
 from bdcli.bench.bench_recipe import Arm
 from bdcli.bench.cells import best
+from bdcli.bench.published import PUBLISHED
 from bdcli.store import Run
 
 BUDGET = 2048
 GRIDS = {4096: range(5, 61, 5), 8192: range(5, 31, 5), 16384: range(5, 41, 5)}
 SMALLER, SHORT = 512, range(5, 16, 5)  # a second budget, with the γ at which a small drafter can win at all
-# (speedup, acceptance rate) at B = 2048 or the paper's best budget
-PUBLISHED = {
-    ("pg19", 4096): (5.31, 0.6798),
-    ("longbench", 4096): (5.56, 0.6744),
-    ("lwm", 4096): (6.55, 0.7937),
-    ("pg19", 8192): (4.27, 0.5226),
-    ("longbench", 8192): (2.13, 0.2043),
-    ("lwm", 8192): (4.46, 0.5511),
-    ("pg19", 16384): (1.22, 0.1881),
-    ("longbench", 16384): (1.53, 0.2798),
-    ("lwm", 16384): (2.10, 0.3417),
-}
 SET_UP = "YaRN-Llama-2-7B-128K with a llama-68m drafter on hardware of its own"
 
 

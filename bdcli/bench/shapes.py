@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from bdcli.bench.paper import PUBLISHED
 from bdcli.bench.peers import cache_argument, fill
+from bdcli.bench.published import PUBLISHED
 from bdcli.config import ModelConfig, parse_config
+from bdcli.decode import free_memory
 from bdcli.engine import Engine, pick_engine, torch_engine
 from bdcli.errors import UserError
 from bdcli.memory import decode_plan, gigabytes, kv_count
@@ -141,7 +142,7 @@ def measure(
     plan = decode_plan(*shape, dtype.itemsize, longest, longest + GAMMA_MAX + 2, GAMMA_MAX)
     say(plan.line())
     if device.type == "cuda":
-        plan.check(torch.cuda.mem_get_info(device)[0])
+        plan.check(free_memory(device))
     models = [random_model(c, seed, dtype, device) for seed, c in enumerate(shape)]
     engine = engine or pick_engine(wanted, models, say)
     copied = copy_speed(device, 2**30 if device.type == "cuda" else 2**27)
