@@ -4,7 +4,6 @@ The yardstick of an error is what eager torch in the same precision makes of the
 Inputs are fresh every time; the seed is printed, and SEED repeats it. Unused and uninitialised memory holds NaN.
 """
 
-import math
 import os
 import random
 
@@ -212,36 +211,52 @@ def test_layer_adds_and_norms_and_gates(case, g):
     assert_within_budget(between.gate(rows), reference.gate(rows), reference.gate(rows.double()))
 
 
-@pytest.mark.parametrize("from_hidden", [True, False])
 @pytest.mark.parametrize("case", [pytest.param(c, id=f"{c.kind} {c.dtype}") for c in variants.LOSSES])
-def test_head_loss(case, from_hidden, g, monkeypatch):
-    from bd_kernels import head_loss as h
+def test_head_loss(case, g):
+    from bd_kernels.head_loss import loss_rows
 
-    monkeypatch.setattr(h, "PART_ELEMENTS", 5000)  # parts of two rows
-    vocab, rows = 2100, 5
-    sizes = {"hidden": (rows, 24), "head": (vocab, 24), "target_hidden": (rows, 40), "target_head": (vocab, 40)}
-    x = {name: torch.randn(*size, generator=g, dtype=torch.float64) / 3 for name, size in sizes.items()}
-    x["target_hidden"][0, :24], x["target_head"][:, :24] = x["hidden"][0], x["head"]  # acceptance high and low
-    if not from_hidden:
-        y = x.pop("target_hidden") @ x.pop("target_head").T
-        y[:, 2050:] = -torch.inf  # a padded vocabulary
-        x["target_logits"] = y
-    weights = torch.rand(rows, generator=g, dtype=torch.float64).to(DEVICE)
-    weights[1] = 0
+    vocab, rows = 4200, 9
+    y = 3 * torch.randn(rows, vocab, generator=g, dtype=torch.float64)
+    z = y + torch.randn(rows, 1, generator=g).abs() * torch.randn(rows, vocab, generator=g)  # acceptance high and low
+    z[0] = y[0]  # ties everywhere
+    y[:, 4100:] = z[:, 4100:] = -torch.inf  # a padded vocabulary
+    z[1], y[1, :4100] = 0, 0
+    z[1, 5], y[1, 9] = 50, 50  # hardly any overlap
+    scale = torch.rand(rows, generator=g).to(DEVICE)
+    scale[3] = 0
 
     def run(function, arguments):
-        leaves = [arguments[name].detach().requires_grad_() for name in ("hidden", "head")]
-        rest = {k: v for k, v in arguments.items() if k.startswith("target")}
-        losses, alpha = function(*leaves, case.kind, **rest, temperature=0.8)
-        return losses, alpha, *torch.autograd.grad((weights.to(losses.dtype) * losses).sum(), leaves)
+        logits = arguments["z"].clone()
+        losses, alpha, hit = function(logits, arguments["y"], case.kind, 0.8, scale)
+        return losses, alpha, logits, hit
 
-    low = cast(x, case.dtype)
-    got, eager = run(h.head_loss, low), run(reference.head_loss, low)
-    truth = run(reference.head_loss, cast(low, torch.float64))
-    for parts in zip(got, eager, truth):
+    low = cast({"z": z, "y": y}, case.dtype)
+    got, eager, truth = (
+        run(loss_rows, low),
+        run(reference.loss_rows, low),
+        run(reference.loss_rows, cast(low, torch.float64)),
+    )
+    assert torch.equal(got[3], eager[3]) and bool(got[3][0])
+    for parts in zip(got[:3], eager, truth):
         # exp magnifies the rounding of a log-probability, of which an fp32 comparison consists, by its size
-        condition = math.log(vocab) if parts[1].dtype is torch.float32 else 1.0
-        assert_within_budget(*(part.detach() for part in parts), condition)
+        condition = 40.0 if parts[1].dtype is torch.float32 else 1.0
+        assert_within_budget(*parts, condition)
+    untouched = low["z"].clone()
+    for mine, his in zip(loss_rows(untouched, low["y"], case.kind, 0.8), got[:2]):
+        assert torch.equal(mine, his)
+    assert torch.equal(untouched, low["z"])
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=f"{c.kind} {c.dtype}") for c in variants.LOSSES[:4]])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_head_loss_of_broken_rows_is_no_acceptance(case, broken, g):
+    from bd_kernels.head_loss import loss_rows
+
+    for side in (0, 1):
+        pair = [torch.randn(2, 2100, generator=g).to(DEVICE, case.dtype) for _ in range(2)]
+        pair[side][1, 2070] = broken
+        losses, alpha, hit = loss_rows(*pair, case.kind, 1.0)
+        assert losses.isfinite().tolist() == alpha.isfinite().tolist() == [True, False] and not hit[1]
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=f"{c.gamma} of {c.vocab}") for c in variants.ACCEPTS])

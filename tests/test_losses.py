@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdcli.errors import UserError
+from bdcli.train import losses
 from bdcli.train.losses import (
     KINDS,
     LK_DECAY,
@@ -97,6 +98,39 @@ def test_equal_to_the_law_at_every_chunk(kind, temperature):
             torch.testing.assert_close(stats.alpha, alpha.detach(), **close)
             for got, want in zip(grads(loss, a), wanted):
                 torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_rows_in_a_kernel_give_the_same(kind, temperature, monkeypatch):
+    """The way of a GPU with the kernel's plain twin: logits become gradients in place, two views, several chunks."""
+    from bd_kernels import reference
+
+    a, b = problem(dtype=torch.float64, seed=7), problem(dtype=torch.float64, seed=7)
+    weights = torch.stack((a.weights, a.weights.flip(0)))
+    want, seen = head_loss(torch.stack((a.x, 0.5 * a.x)), a.head, a.target, kind, temperature, weights)
+    calls = []
+
+    def rows(z, *rest):
+        calls.append(z.shape[0])
+        return reference.loss_rows(z, *rest)
+
+    monkeypatch.setattr(losses, "kernel_rows", lambda *_: (rows, 7 * V))
+    monkeypatch.setattr(losses, "CHUNK", 1)
+    loss, stats = head_loss(torch.stack((b.x, 0.5 * b.x)), b.head, b.target, kind, temperature, weights)
+    assert max(calls) == 7 and sum(calls) == 2 * T
+    torch.testing.assert_close(loss, want)
+    for name in ("losses", "alpha", "hit"):
+        torch.testing.assert_close(getattr(stats, name), getattr(seen, name))
+    for got, wanted in zip(grads(loss, b), grads(want, a)):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        assert torch.equal(head_loss(b.x, b.head, b.target, kind, temperature)[1].losses, stats.losses[0])
+
+
+def test_kernels_are_for_gpus_and_what_they_were_written_for():
+    a = problem()
+    assert losses.kernel_rows(a.x, a.target, 1.0) == (None, 0)
 
 
 @pytest.mark.parametrize("kind", ("ce", "kl", "log_alpha"))

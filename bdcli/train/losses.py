@@ -19,6 +19,7 @@ its argmax, q keeps temperature 1 so that it has a gradient; -log α and KL are 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,7 +33,7 @@ from bdcli.errors import UserError
 
 KINDS = ("ce", "kl", "log_alpha", "lk")
 LK_DECAY = 3.0  # λ = exp(-LK_DECAY · α): KL while acceptance is low, TV once it is high
-CHUNK = 256  # rows whose logits live at once; with a large vocabulary on a GPU more rows suit the GEMMs better
+CHUNK = 256  # rows whose logits live at once
 NOTHING = -1e4  # log of no mass: its exp is 0 even in fp64, and 0 · NOTHING is 0 where 0 · -inf would be NaN
 
 Law = Callable[[Tensor], Tensor]  # log q [C, V] -> log p [C, V]; only a truncated target looks at q
@@ -139,7 +140,7 @@ def head_loss(
     temperature: float = 0.0,
     weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Stats]:
     """Σ w·ℓ / denominator (a scalar, differentiable in x and head) and what it saw on the way.
 
@@ -149,7 +150,7 @@ def head_loss(
     the rows are one of several micro-batches or ranks, and summed gradients equal those of the whole.
 
     Gradients are made while the logits of a chunk are at hand, in the forward pass; without grad mode none are. At
-    most a handful of chunk × V tensors live at a time.
+    most a handful of chunk × V tensors live at a time; where `kernel_rows` has a kernel, two in x's dtype.
     """
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is not a loss; choose from {', '.join(KINDS)}")
@@ -163,17 +164,32 @@ def head_loss(
     weights = weights.detach().to(_wide_dtype(x))
     if denominator is None:
         denominator = weights.sum().clamp_(min=torch.finfo(weights.dtype).tiny)  # no weight at all: loss 0, not 0 / 0
+    kernel, rows = kernel_rows(x, target, temperature)
+    chunk = chunk or (max(CHUNK, rows // head.shape[0]) if kernel else CHUNK)
     loss, *stats = _HeadLoss.apply(
-        x, head, target, kind, temperature, weights, denominator, chunk, torch.is_grad_enabled()
+        x, head, target, kind, temperature, weights, denominator, chunk, torch.is_grad_enabled(), kernel
     )
     return loss, Stats(*stats)
+
+
+def kernel_rows(x: Tensor, target: Target, temperature: float) -> tuple[Callable | None, int]:
+    """(`bd_kernels.head_loss.loss_rows`, logits to make at a time) where it serves: on CUDA, in low precision, for the
+
+    exact p of a hidden target at a temperature above 0. Else (None, 0), and torch makes rows of fp32 logits.
+    """
+    fits = isinstance(target, HiddenTarget) and temperature > 0 and x.dtype in (torch.bfloat16, torch.float16)
+    if x.device.type != "cuda" or not fits or importlib.util.find_spec("triton") is None:
+        return None, 0
+    from bd_kernels.head_loss import PART_ELEMENTS, loss_rows
+
+    return loss_rows, PART_ELEMENTS
 
 
 class _HeadLoss(torch.autograd.Function):
     """The chunk loop. Saves Σ w ∂ℓ/∂x and Σ w ∂ℓ/∂head; backward only scales (as fused linear cross-entropy does)."""
 
     @staticmethod
-    def forward(ctx, x, head, target, kind, temperature, weights, denominator, chunk, learn):
+    def forward(ctx, x, head, target, kind, temperature, weights, denominator, chunk, learn, kernel):
         rows, width = x.shape[-2:]
         views, weight = x.reshape(-1, rows, width), head.to(x.dtype)
         tau = temperature or 1.0
@@ -185,17 +201,24 @@ class _HeadLoss(torch.autograd.Function):
         learn = grad_x is not None or grad_head is not None
         for start in range(0, rows, chunk):
             span = slice(start, start + chunk)
-            best, law = target.read(span, temperature)
+            best, law = (None, None) if kernel else target.read(span, temperature)
+            exact = F.linear(target.hidden[span], target.head) if kernel else None
             for i, view in enumerate(views):
                 part = view[span]
-                logits = _wide(F.linear(part, weight))
-                hit[i, span] = logits.max(-1).indices == best
-                losses[i, span], alpha[i, span], grad = _rows(
-                    kind, logits.div_(tau) if tau != 1 else logits, best, law, learn
-                )
+                logits = F.linear(part, weight)
+                if kernel:
+                    scale = tau * row_scale[i, span, 0] if learn else None
+                    losses[i, span], alpha[i, span], hit[i, span] = kernel(logits, exact, kind, tau, scale)
+                    grad = logits  # which the kernel has made of it
+                else:
+                    logits = _wide(logits)
+                    hit[i, span] = logits.max(-1).indices == best
+                    losses[i, span], alpha[i, span], grad = _rows(
+                        kind, logits.div_(tau) if tau != 1 else logits, best, law, learn
+                    )
                 if not learn:
                     continue
-                grad = grad.mul_(row_scale[i, span]).to(x.dtype)
+                grad = grad if kernel else grad.mul_(row_scale[i, span]).to(x.dtype)
                 if grad_x is not None:
                     torch.mm(grad, weight, out=grad_x[i, span])
                 if grad_head is not None and grad.dtype == grad_head.dtype:
@@ -218,7 +241,7 @@ class _HeadLoss(torch.autograd.Function):
         return (
             None if grad_x is None else (grad_x * scale).to(grad_x.dtype).reshape(ctx.shape),
             None if grad_head is None else (grad_head * scale).to(ctx.head_dtype),
-            *[None] * 7,
+            *[None] * 8,
         )
 
 

@@ -1,29 +1,29 @@
-"""LM head and acceptance loss in one: hidden rows in, a loss per row out, and never more logits than one part of rows.
+"""Acceptance losses of rows of logits, which become their own gradient in place, so that no second N × V tensor lives.
 
-The head's products are GEMMs and stay with cuBLAS; the kernels read a part's logits where they lie, and the backward
-pass, which makes them anew from hidden rows and saved row sums, turns them into their own gradient in place.
+The products with the lm heads are GEMMs and stay with cuBLAS; `bdcli.train.losses` makes them part by part of the rows
+and has the table of losses and gradients that both sides here follow.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 PART_ELEMENTS = 2**25  # logits that live at once: 64 MiB in bf16, enough rows for a full-speed GEMM
-FLOOR = tl.constexpr(1e-30)  # of α inside the logarithm
 LK_DECAY = tl.constexpr(3.0)
 NONE = tl.constexpr(2**31 - 1)
+KINDS = ("ce", "kl", "log_alpha", "lk")
 
 
 @triton.jit
 def _log_sum(x, peak, total):
-    """One step of a lane-wise log-sum-exp: x, peak and total [V block]."""
+    """One step of a lane-wise log-sum-exp: x, peak and total [V block]; also what shrinks sums made before."""
     new_peak = tl.maximum(peak, x)
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    return new_peak, total * tl.exp(peak - base) + tl.exp(x - base)
+    shrink = tl.exp(peak - base)
+    return new_peak, total * shrink + tl.exp(x - base), shrink, base
 
 
 @triton.jit
@@ -38,9 +38,10 @@ def loss_kernel(
     Z,  # [rows, V] drafter's logits
     Y,  # [rows, V] target's logits
     LOSS,  # [rows]
-    ALPHA,  # [rows] Σ min(p, q); for "ce" whether the argmaxes agree
-    SUMS,  # [rows, 3] fp32: log-sum-exp of z/τ and of y/τ, and Σ q where q < p
-    BEST,  # [rows] argmax of y (KIND == "ce")
+    ALPHA,  # [rows] Σ min(p, q)
+    HIT,  # [rows] int8: the argmaxes agree, and everything is finite
+    SUMS,  # [rows, 4] fp32: log-sum-exp of z/τ and of y/τ; α or log α; Σ q where q < p, over α for log_alpha
+    BEST,  # [rows] argmax of y
     vocab,
     z_stride,
     y_stride,
@@ -62,60 +63,73 @@ def loss_kernel(
         token = start + lane
         z = tl.load(z_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32) * inverse_temperature
         y = tl.load(y_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32) * inverse_temperature
-        if KIND == "ce":
-            z_best = tl.where(z > z_peak, token, z_best)
-            y_best = tl.where(y > y_peak, token, y_best)
-        z_peak, z_total = _log_sum(z, z_peak, z_total)
-        y_peak, y_total = _log_sum(y, y_peak, y_total)
+        z_best = tl.where(z > z_peak, token, z_best)
+        y_best = tl.where(y > y_peak, token, y_best)
+        z_peak, z_total, _, _ = _log_sum(z, z_peak, z_total)
+        y_peak, y_total, _, _ = _log_sum(y, y_peak, y_total)
     z_lse = _finish(z_peak, z_total)
     y_lse = _finish(y_peak, y_total)
-    below = 0.0
-    if KIND == "ce":
-        # the first of equals, like torch.argmax
-        best = tl.min(tl.where(y_peak == tl.max(y_peak, 0), y_best, NONE), 0)
-        guess = tl.min(tl.where(z_peak == tl.max(z_peak, 0), z_best, NONE), 0)
-        alpha = (guess == best).to(tl.float32)
-        loss = z_lse - tl.load(z_row + best).to(tl.float32) * inverse_temperature
-        tl.store(BEST + row, best)
-    else:
-        shared = tl.zeros([BLOCK_V], tl.float32)
-        less = tl.zeros([BLOCK_V], tl.float32)
-        gap = tl.zeros([BLOCK_V], tl.float32)
-        for start in range(0, vocab, BLOCK_V):
-            token = start + lane
-            z = tl.load(z_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32) * inverse_temperature
-            y = tl.load(y_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32) * inverse_temperature
-            log_q = z - z_lse
-            log_p = y - y_lse
+    # the first of equals, like torch.argmax
+    best = tl.min(tl.where(y_peak == tl.max(y_peak, 0), y_best, NONE), 0)
+    guess = tl.min(tl.where(z_peak == tl.max(z_peak, 0), z_best, NONE), 0)
+    best = tl.minimum(best, vocab - 1)  # a NaN equals nothing
+
+    peak = tl.full([BLOCK_V], float("-inf"), tl.float32)
+    shared = tl.zeros([BLOCK_V], tl.float32)
+    less = tl.zeros([BLOCK_V], tl.float32)
+    gap = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, vocab, BLOCK_V):
+        token = start + lane
+        z = tl.load(z_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32) * inverse_temperature
+        y = tl.load(y_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32) * inverse_temperature
+        log_q = z - z_lse
+        log_p = y - y_lse
+        if KIND == "log_alpha":
+            overlap = tl.minimum(log_q, log_p)
+            peak, shared, shrink, base = _log_sum(overlap, peak, shared)
+            less = less * shrink + tl.where(log_q < log_p, tl.exp(log_q - base), 0.0)
+        else:
             q = tl.exp(log_q)
             p = tl.exp(log_p)
             shared += tl.where(q < p, q, p)
             less += tl.where(q < p, q, 0.0)
             gap += tl.where(p > 0.0, p * (log_p - log_q), 0.0)
+    if KIND == "log_alpha":
+        top = tl.max(peak, 0)
+        total = tl.sum(shared * tl.exp(peak - top), 0)
+        below = tl.sum(less * tl.exp(peak - top), 0) / total
+        kept = top + tl.log(total)
+        alpha = tl.exp(kept)
+        loss = -kept
+    else:
         alpha = tl.sum(shared, 0)
         below = tl.sum(less, 0)
+        kept = alpha
         kl = tl.sum(gap, 0)
-        if KIND == "kl":
-            loss = kl
-        elif KIND == "alpha":
-            loss = -tl.log(tl.maximum(alpha, FLOOR))
-        else:
+        loss = kl
+        if KIND == "ce":
+            loss = z_lse - tl.load(z_row + best).to(tl.float32) * inverse_temperature
+        elif KIND == "lk":
             mix = tl.exp(-(alpha * LK_DECAY))
             loss = mix * kl + (1.0 - mix) * (1.0 - alpha)
-    tl.store(LOSS + row, loss)
-    tl.store(ALPHA + row, alpha)
-    tl.store(SUMS + 3 * row, z_lse)
-    tl.store(SUMS + 3 * row + 1, y_lse)
-    tl.store(SUMS + 3 * row + 2, below)
+    # a logit that is not finite, on either side, makes its row's sums so, and must never read as acceptance
+    sound = (tl.abs(z_lse) < float("inf")) & (tl.abs(y_lse) < float("inf"))
+    tl.store(LOSS + row, tl.where(sound, loss, float("nan")))
+    tl.store(ALPHA + row, tl.where(sound, alpha, float("nan")))
+    tl.store(HIT + row, ((guess == best) & sound).to(tl.int8))
+    tl.store(SUMS + 4 * row, z_lse)
+    tl.store(SUMS + 4 * row + 1, y_lse)
+    tl.store(SUMS + 4 * row + 2, kept)
+    tl.store(SUMS + 4 * row + 3, below)
+    tl.store(BEST + row, best)
 
 
 @triton.jit
 def gradient_kernel(
     Z,  # [rows, V] drafter's logits, overwritten with the gradient
     Y,  # [rows, V]
-    GRAD,  # [rows] gradient of each row's loss
-    ALPHA,  # as `loss_kernel` left them
-    SUMS,
+    SCALE,  # [rows] factor of each row's gradient
+    SUMS,  # as `loss_kernel` left them
     BEST,
     vocab,
     z_stride,
@@ -129,22 +143,24 @@ def gradient_kernel(
     inside = token < vocab
     z_at = Z + row * z_stride + token
     z = tl.load(z_at, mask=inside, other=float("-inf")).to(tl.float32) * inverse_temperature
-    q = tl.exp(z - tl.load(SUMS + 3 * row))
+    log_q = z - tl.load(SUMS + 4 * row)
+    q = tl.exp(log_q)
     if KIND == "ce":
         slope = q - (token == tl.load(BEST + row)).to(tl.float32)
     else:
         y = tl.load(Y + row * y_stride + token, mask=inside, other=float("-inf")).to(tl.float32) * inverse_temperature
-        p = tl.exp(y - tl.load(SUMS + 3 * row + 1))
-        alpha = tl.load(ALPHA + row)
-        towards_alpha = q * ((q < p).to(tl.float32) - tl.load(SUMS + 3 * row + 2))  # dα/dz
-        if KIND == "kl":
-            slope = q - p
-        elif KIND == "alpha":
-            slope = -towards_alpha / tl.maximum(alpha, FLOOR)
+        log_p = y - tl.load(SUMS + 4 * row + 1)
+        kept = tl.load(SUMS + 4 * row + 2)
+        below = tl.load(SUMS + 4 * row + 3)
+        if KIND == "log_alpha":
+            slope = q * below - tl.where(log_q < log_p, tl.exp(log_q - kept), 0.0)
         else:
-            mix = tl.exp(-(alpha * LK_DECAY))
-            slope = mix * (q - p) - (1.0 - mix) * towards_alpha
-    slope *= tl.load(GRAD + row) * inverse_temperature
+            p = tl.exp(log_p)
+            slope = q - p
+            if KIND == "lk":
+                mix = tl.exp(-(kept * LK_DECAY))
+                slope = mix * slope + (1.0 - mix) * q * (below - (q < p).to(tl.float32))
+    slope *= tl.load(SCALE + row) * inverse_temperature
     tl.store(z_at, slope.to(Z.dtype.element_ty), mask=inside)
 
 
@@ -153,76 +169,24 @@ def loss_constants(kind: str) -> tuple[dict, dict]:
     return {"KIND": kind, "BLOCK_V": 2048}, {"num_warps": 8}
 
 
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, kind, temperature, target_logits, target_hidden, target_head):
-        ctx.kind, ctx.temperature = kind, temperature
-        rows, vocab = hidden.shape[0], head.shape[0]
-        loss, alpha = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
-        sums = torch.empty(rows, 3, dtype=torch.float32, device=hidden.device)
-        best = torch.empty(rows, dtype=torch.int32, device=hidden.device)
-        constants, options = loss_constants(kind)
-        for part in _parts(rows, vocab):
-            z, y = F.linear(hidden[part], head), _target(part, target_logits, target_hidden, target_head)
-            loss_kernel[(z.shape[0],)](
-                z, y, loss[part], alpha[part], sums[part], best[part],
-                vocab, z.stride(0), y.stride(0), 1.0 / temperature, **constants, **options,
-            )  # fmt: skip
-        ctx.save_for_backward(hidden, head, target_logits, target_hidden, target_head, alpha, sums, best)
-        ctx.mark_non_differentiable(alpha)
-        return loss, alpha
+def loss_rows(
+    z: Tensor, y: Tensor, kind: str, temperature: float = 1.0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses fp32, α fp32, hits bool), each [T], of drafter logits z [T, V] against target logits y [T, V].
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, head, target_logits, target_hidden, target_head, alpha, sums, best = ctx.saved_tensors
-        for_hidden, for_head = ctx.needs_input_grad[:2]
-        rows, vocab = hidden.shape[0], head.shape[0]
-        grad = grad.contiguous()
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if for_head else None  # many parts add up in fp32
-        constants, options = loss_constants(ctx.kind)
-        for part in _parts(rows, vocab):
-            z = F.linear(hidden[part], head)
-            # cross-entropy needs the target's argmax only, which is saved
-            y = z if ctx.kind == "ce" else _target(part, target_logits, target_hidden, target_head)
-            gradient_kernel[(z.shape[0], triton.cdiv(vocab, constants["BLOCK_V"]))](
-                z, y, grad[part], alpha[part], sums[part], best[part],
-                vocab, z.stride(0), y.stride(0), 1.0 / ctx.temperature, **constants, **options,
-            )  # fmt: skip
-            if for_hidden:
-                torch.mm(z, head, out=grad_hidden[part])
-            if for_head:
-                grad_head += z.T @ hidden[part]
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None, None
-
-
-def _parts(rows: int, vocab: int) -> list[slice]:
-    step = max(1, PART_ELEMENTS // vocab)
-    return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]
-
-
-def _target(part: slice, logits: Tensor | None, hidden: Tensor | None, head: Tensor | None) -> Tensor:
-    return logits[part] if logits is not None else F.linear(hidden[part], head)
-
-
-def head_loss(
-    hidden: Tensor,
-    head: Tensor,
-    kind: str,
-    *,
-    target_logits: Tensor | None = None,
-    target_hidden: Tensor | None = None,
-    target_head: Tensor | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(losses, α), each fp32 [T], of drafter rows hidden [T, E] with head [V, E] against the target.
-
-    The target comes as logits [T, V] or as hidden rows [T, E'] with its head [V, E']; it gets no gradient. kind is
-    "ce" (cross-entropy on the target's argmax; α is whether the drafter's agrees), "kl" (forward KL), "alpha"
-    (-log α, α = Σ min(p, q)) or "lk" (exp(-3·sg(α))·KL + (1 - exp(-3·sg(α)))·TV). Weigh rows outside, if need be by
-    what α says: `(weights * losses).sum()`. hidden and head share a dtype; call it outside autocast.
+    With scale [T] fp32, z becomes scale · ∂ℓ/∂z. kind is one of KINDS, temperature > 0 divides both sides. A row with
+    a logit that is not finite has NaN losses and α and is no hit; -inf, no mass, is fine.
     """
-    assert kind in ("ce", "kl", "alpha", "lk"), kind
-    assert (target_logits is None) != (target_hidden is None), "the target comes as logits or as hidden rows"
-    assert target_logits is None or target_logits.stride(-1) == 1
-    return _HeadLoss.apply(hidden, head, kind, temperature, target_logits, target_hidden, target_head)
+    assert kind in KINDS and z.stride(-1) == y.stride(-1) == 1 and z.shape == y.shape
+    rows, vocab = z.shape
+    losses, alpha = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
+    hit = torch.empty(rows, dtype=torch.int8, device=z.device)
+    sums = torch.empty(rows, 4, dtype=torch.float32, device=z.device)
+    best = torch.empty(rows, dtype=torch.int32, device=z.device)
+    constants, options = loss_constants(kind)
+    strides = vocab, z.stride(0), y.stride(0), 1.0 / temperature
+    loss_kernel[(rows,)](z, y, losses, alpha, hit, sums, best, *strides, **constants, **options)
+    if scale is not None:
+        blocks = triton.cdiv(vocab, constants["BLOCK_V"])
+        gradient_kernel[(rows, blocks)](z, y, scale.contiguous(), sums, best, *strides, **constants, **options)
+    return losses, alpha, hit.bool()

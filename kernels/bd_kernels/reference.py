@@ -178,31 +178,30 @@ def compact(
     kept_values.copy_(values.transpose(0, 1).gather(1, gather))
 
 
-def head_loss(
-    hidden: Tensor,
-    head: Tensor,
-    kind: str,
-    *,
-    target_logits: Tensor | None = None,
-    target_hidden: Tensor | None = None,
-    target_head: Tensor | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(losses [T], α [T]) as `bd_kernels.head_loss`, with all logits at once and plain autograd."""
-    if target_logits is None:
-        target_logits = torch.nn.functional.linear(target_hidden, target_head)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    z = torch.nn.functional.linear(hidden, head).to(wide) / temperature
-    y = target_logits.detach().to(wide) / temperature
-    if kind == "ce":
-        best = y.argmax(-1)
-        return torch.nn.functional.cross_entropy(z, best, reduction="none"), (z.argmax(-1) == best).to(wide)
-    log_q, log_p = z.log_softmax(-1), y.log_softmax(-1)
-    kl = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0).sum(-1)
-    alpha = torch.minimum(log_q.exp(), log_p.exp()).sum(-1)
-    mix = (-3 * alpha.detach()).exp()
-    loss = {"kl": kl, "alpha": -alpha.clamp_min(1e-30).log(), "lk": mix * kl + (1 - mix) * (1 - alpha)}[kind]
-    return loss, alpha.detach()
+def loss_rows(
+    z: Tensor, y: Tensor, kind: str, temperature: float = 1.0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, α, hits), each [T], as `bd_kernels.head_loss`; the gradient, which z becomes, by plain autograd."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    with torch.enable_grad():
+        leaf = z.detach().to(wide).requires_grad_()
+        log_q, log_p = ((x.to(wide) / temperature).log_softmax(-1) for x in (leaf, y.detach()))
+        best = log_p.argmax(-1)
+        kl = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0).sum(-1)
+        overlap = torch.where(log_q < log_p, log_q, log_p)  # a tie counts as p's, a constant
+        log_alpha = overlap.logsumexp(-1)
+        mix = (-3 * log_alpha.exp().detach()).exp()
+        losses = {
+            "ce": -log_q.gather(-1, best[:, None])[:, 0],
+            "kl": kl,
+            "log_alpha": -log_alpha,
+            "lk": mix * kl + (1 - mix) * (1 - log_alpha.exp()),
+        }[kind]
+        finite = log_q.logsumexp(-1).isfinite() & log_p.logsumexp(-1).isfinite()
+        losses, alpha = (x.where(finite, torch.nan) for x in (losses, log_alpha.exp()))
+        if scale is not None:
+            z.copy_(torch.autograd.grad((losses * scale).sum(), leaf)[0])
+    return losses.detach(), alpha.detach(), (log_q.argmax(-1) == best) & finite
 
 
 def accept_greedy(

@@ -122,7 +122,7 @@ LAYERS = [
     LayerCase(96, 200, 344, F16, True),
     LayerCase(64, 5120, 13824, F16, False),
 ]
-LOSSES = [LossCase(kind, dtype) for dtype in (BF16, F32) for kind in ("ce", "kl", "alpha", "lk")]
+LOSSES = [LossCase(kind, dtype) for dtype in (BF16, F16) for kind in ("ce", "kl", "log_alpha", "lk")]
 ACCEPTS = [
     AcceptCase(4, 5000, BF16),
     AcceptCase(16, 97, F32),
@@ -240,10 +240,10 @@ def _loss(case: LossCase) -> list[Compiled]:
 
     x = POINTERS[case.dtype]
     constants, options = loss_constants(case.kind)
-    shared = {"Z": x, "Y": x, "ALPHA": "*fp32", "SUMS": "*fp32", "BEST": "*i32", "inverse_temperature": "fp32"}
+    shared = {"Z": x, "Y": x, "SUMS": "*fp32", "BEST": "*i32", "inverse_temperature": "fp32"}
     name = f"{case.kind} {x[1:]}"
-    forward = _types(loss_kernel, constants, **shared, LOSS="*fp32")
-    backward = _types(gradient_kernel, constants, **shared, GRAD="*fp32")
+    forward = _types(loss_kernel, constants, **shared, LOSS="*fp32", ALPHA="*fp32", HIT="*i8")
+    backward = _types(gradient_kernel, constants, **shared, SCALE="*fp32")
     return [
         Compiled(f"loss {name}", loss_kernel, forward, constants, options),
         Compiled(f"gradient {name}", gradient_kernel, backward, constants, options),
