@@ -193,7 +193,8 @@ class Distillation:
                 loss = trainer.step(partial(self.parts, windows, p.step), rate)
                 step_s = time.monotonic() - began
                 trained_s += step_s
-                self.watcher.progress("distil", p.step, o.steps, f"loss {loss:.3f}")
+                said = f"loss {loss:.3f}, acceptance {p.latest:.1%}, best {p.best:.1%} at step {p.best_step}"
+                self.watcher.progress("distil", p.step, o.steps, said)
                 late = began + 2 * step_s + 1.5 * grid_s > self.deadline
                 stopped = self.ranks.agreed("interrupted" if interrupted else "out of time" if late else None)
                 if p.step % self.recipe.evaluation.every == 0 and not stopped:
@@ -336,6 +337,7 @@ class Distillation:
         full = self.recipe.views.mode == "full"  # such a drafter is judged by what it learns
         counted = [c for c in cells if (c.budget == "full") == full] or cells
         score = sum(c.acceptance_rate or 0.0 for c in counted) / len(counted)
+        p.latest = score
         if score > p.best:
             p.best, p.best_step = score, p.step
             if self.ranks.first:

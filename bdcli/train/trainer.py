@@ -34,6 +34,7 @@ class Progress:
     skipped_in_a_row: int = 0
     out_of_memory: int = 0  # steps begun anew
     pieces: int = 1  # into which micro-batches are cut since
+    latest: float = 0.0  # acceptance of the last measurement, and of the best one
     best: float = -1.0
     best_step: int = 0
     elapsed_s: float = 0.0  # of schedules that follow the clock
