@@ -37,6 +37,7 @@ from bdcli.train.held_out import measure
 
 TEXTS, WORTH = "prompts.jsonl", "context.json"
 SMALL_LOSS, FAR_LOSS, NAIVE_GAP, CONTEXT_WORTH = 0.02, 0.03, 0.05, 0.05  # the claims
+MIN_DOCUMENTS = 5  # below it there are no bounds
 WINDOWS = 8  # held-out windows of a data set, for what its context is worth
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -253,7 +254,8 @@ def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float |
         a, b = acceptance(flat, **high), acceptance(flat, **low)
         return None if a is None or b is None else a - b
 
-    return Fall(what, difference(documents), bootstrap(documents, difference, tail=0.05)[1], limit)
+    bounded = len(documents) >= MIN_DOCUMENTS
+    return Fall(what, difference(documents), bootstrap(documents, difference, tail=0.05)[1] if bounded else None, limit)
 
 
 def by_document(texts: Sequence[Text]) -> dict[str, list[Text]]:
@@ -305,9 +307,10 @@ def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
     for temperature in sorted({t.temperature for t in texts}):
         for name in [*names, "all"] if len(names) > 1 else names:
             mine = [t for t in texts if t.temperature == temperature and name in (t.dataset, "all")]
+            short = min(clean_tokens(mine).values()) < enough
             for f in falls(mine):
-                limit = "" if f.limit is None else points(f.limit)
-                row = [name, f"{temperature:g}", f.what, points(f.value), points(f.upper), limit, f.verdict]
+                limit, verdict = "" if f.limit is None else points(f.limit), "too few tokens" if short else f.verdict
+                row = [name, f"{temperature:g}", f.what, points(f.value), points(f.upper), limit, verdict]
                 lines.append("| " + " | ".join(row) + " |")
                 tested |= f.limit is None and f.value is not None and f.value >= NAIVE_GAP
     if any(t.drafter == "naive" for t in texts) and not tested:

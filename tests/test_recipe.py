@@ -39,7 +39,7 @@ def test_every_recipe_loads_and_prints_its_plan(path, cli, tmp_path):
     if command_of(path) == "pretrain":
         words += ["--max-minutes", 1]
     plan = cli(command_of(path), path, "--dry-run", "--out", tmp_path / "run", *words)
-    assert plan.code == 0 and "memory about" in plan.err, plan.err
+    assert plan.code == 0 and all(said in plan.err for said in ("memory about", "disk", "about", " here")), plan.err
 
 
 def write(folder, text, name="r.yaml"):

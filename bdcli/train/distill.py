@@ -28,6 +28,7 @@ from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_cell
 from bdcli.train.distill_recipe import DistillRecipe
+from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.files import check_room, digest
 from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
 from bdcli.train.optimizers import warm_cosine
@@ -120,6 +121,19 @@ class Distillation:
             self.target.weight_bytes + 4 * self.drafter.weight_bytes + min(hidden, KEPT_TARGETS_BYTES) + activations
         )
         yield f"memory about {memory / 1e9:.1f} GB, disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
+        yield f"steps take about {duration(self.seconds(hidden))} here, writing and measuring apart"
+
+    def seconds(self, hidden: int) -> float:
+        """About how long all steps take; the target reads a window once where the `hidden` bytes of all are kept."""
+        r, length = self.recipe, self.recipe.data.context
+        views = [view if isinstance(view, View) else None for view in self.draw_views(0)]  # chosen ones read it all
+        keys = [min(length / 2, length / 2 if view is None else view.prefix + view.window) for view in views]
+        learned = sum(forward_operations(self.drafter.config, length, k) for k in keys)
+        windows = r.optimizer.steps * r.optimizer.windows_per_step
+        read = min(windows, r.data.windows) if hidden <= KEPT_TARGETS_BYTES else windows
+        read *= forward_operations(self.target.config, length, length / 2)
+        taught = windows * BACKWARD * learned / speed(self.drafter.config, self.dtype, self.device)
+        return taught + read / speed(self.target.config, self.dtype, self.device)
 
     @property
     def supervised(self) -> float:

@@ -31,6 +31,7 @@ from bdcli.interrupt import deferred_interrupt
 from bdcli.recipe import as_dict
 from bdcli.train.corpus import Corpus, make_corpus
 from bdcli.train.data import documents, measured_windows, missing_sources
+from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed, weights
 from bdcli.train.files import check_room, digest
 from bdcli.train.held_out import Measured, measure, next_token_rows
 from bdcli.train.losses import ArgmaxTarget, head_loss
@@ -81,27 +82,23 @@ class Pretraining:
 
     def plan(self) -> Iterator[str]:
         """What the run will do and what it needs, in lines."""
-        r, s, weights = self.recipe, self.recipe.schedule, self.weights
+        r, s, size = self.recipe, self.recipe.schedule, weights(self.shape)
         stages = ", ".join(f"{share:.0%} at {c}" for share, c in zip(_normed(s.shares), s.contexts))
         yield f"{'from nothing' if self.init is None else f'from {r.init}'}; {', '.join(r.corpus.sources)}"
         yield f"at most {s.tokens / 1e6:.1f} M tokens, {s.tokens_per_step} a step: {stages}; {s.follow} set the rate"
         rows = max(s.micro_tokens, *s.contexts)
         activations = rows * self.shape.layers * (40 * self.shape.hidden_size + 16 * self.shape.intermediate_size)
-        memory, kind = 16 * weights + activations, str(self.dtype).removeprefix("torch.")
-        yield f"{weights / 1e6:.1f} M parameters on {self.device} in {kind}, memory about {memory / 1e9:.1f} GB"
-        yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
-
-    @property
-    def weights(self) -> int:
-        """Parameters, biases and norms left out."""
-        c = self.shape
-        heads = 2 * (c.heads + c.kv_heads) * (c.hidden_size // c.heads)
-        return c.hidden_size * (c.vocab_size + c.layers * (heads + 3 * c.intermediate_size))
+        memory, kind = 16 * size + activations, str(self.dtype).removeprefix("torch.")
+        yield f"{size / 1e6:.1f} M parameters on {self.device} in {kind}, memory about {memory / 1e9:.1f} GB"
+        seen = sum(share * context for share, context in zip(_normed(s.shares), s.contexts)) / 2
+        operations = BACKWARD * forward_operations(self.shape, s.tokens, seen)
+        seconds = operations / speed(self.shape, self.dtype, self.device)
+        yield f"all of it takes about {duration(seconds)} here, disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
 
     @property
     def disk_bytes(self) -> int:
         """Token streams, and the state with optimizer moments."""
-        return 4 * self.recipe.schedule.tokens + 18 * self.weights
+        return 4 * self.recipe.schedule.tokens + 18 * weights(self.shape)
 
     def run(self, resume: bool) -> Pretrained:
         """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
