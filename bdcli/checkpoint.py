@@ -226,11 +226,19 @@ def _read_json(path: Path) -> dict:
     return parsed
 
 
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer_class of a tokenizer.json that says it all
+
+
 def load_tokenizer(folder: Path):
     """The folder's tokenizer as `transformers` builds it; no remote code."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{folder} holds no tokenizer", "Copy tokenizer.json and tokenizer_config.json into it")
-    from transformers import AutoTokenizer
+    settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    if settings.get("tokenizer_class") in _GENERIC and (folder / "tokenizer.json").exists():
+        # what AutoTokenizer would choose, without its 150 MB of other models' modules
+        from transformers import PreTrainedTokenizerFast as AutoTokenizer
+    else:
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,7 +18,7 @@ import torch
 from bdcli.checkpoint import POCKET, cpu_has_bfloat16, load_model, load_tokenizer, pick_device, pick_dtype
 from bdcli.engine import pick_engine, torch_engine
 from bdcli.errors import BdcliError
-from bdcli.prompts import stdlib_text
+from bdcli.prompts import cut_prompt, stdlib_text
 from bdcli.provenance import git_revision, machine, versions
 from bdcli.store import Store
 from bdcli.views import plan_view
@@ -51,6 +56,7 @@ def checks(store: str | None) -> Iterator[Check]:
     yield Check("stream read", True, f"{_stream_read():.1f} GB/s from memory")
     yield _guarded("store", lambda: _store(store))
     yield _guarded("pocket pair", _pocket)
+    yield _guarded("memory at 16K", lambda: decoding_memory(16384))
 
 
 def _guarded(name: str, work) -> Check:
@@ -122,3 +128,19 @@ def _pocket() -> str:
             raise BdcliError(f"pocket {role} has non-finite weights")
         sizes.append(f"{role} {sum(t.numel() for t in model.tensors()) / 1e6:.1f} M parameters")
     return f"{', '.join(sizes)}, {len(load_tokenizer(POCKET / 'target'))} tokens"
+
+
+def decoding_memory(context: int) -> str:
+    """Resident size of a process that has decoded with the pocket pair after a prompt of `context` tokens."""
+    prompt = cut_prompt(load_tokenizer(POCKET / "target"), stdlib_text(), context)
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--json", "--max-new-tokens", "8", "--baseline", "off", "--db", str(Path(folder) / "runs.db")]
+        command = [sys.executable, "-m", "bdcli", "decode", "-", *words]
+        done = subprocess.run(command, input=prompt, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise BdcliError(f"decoding {context} tokens failed: {done.stderr.strip().splitlines()[-1]}")
+    run = json.loads(done.stdout)
+    parts = run["weight_bytes"], run["target_kv_bytes"] + run["drafter_kv_bytes"]
+    weights, kv, rest = (size / 1e6 for size in (*parts, run["resident_bytes"] - sum(parts)))
+    whole = run["resident_bytes"] / 1e6
+    return f"{whole:.0f} MB resident = weights {weights:.0f} + KV {kv:.0f} + everything else {rest:.0f}"

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from bdcli import speculate
 from bdcli.baseline import teacher_force
-from bdcli.bench import samples as samples_room
 from bdcli.bench.methods import METHODS, EngineMethod
 from bdcli.bench.samples import load_samples
 from bdcli.checkpoint import POCKET
@@ -55,7 +54,7 @@ BD = ["--methods", "bd", "--budgets", 64, "--gamma", 3]
 
 @pytest.fixture(autouse=True)
 def _short_corpus(monkeypatch):
-    monkeypatch.setattr(samples_room, "stdlib_text", lambda: stdlib_text()[:60_000])
+    monkeypatch.setattr("bdcli.train.data.stdlib_text", lambda: stdlib_text()[:60_000])
 
 
 def cells(done):

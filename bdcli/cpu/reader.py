@@ -5,6 +5,7 @@ Prefill stays torch's, whose GEMMs are fast; decoding and drafting read the mode
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdcli.config import RopeConfig
 from bdcli.cpu import layout as of
 from bdcli.cpu import tiles
 from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
 from bdcli.cpu.choice import tiled
-from bdcli.cpu.memory import huge_zeros
+from bdcli.cpu.memory import give_back, huge_zeros
 from bdcli.cpu.micro import FLOATS, PAIRS
 from bdcli.cpu.pool import pool
 from bdcli.model import Layer, Model
@@ -24,6 +26,7 @@ from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling, non_finite
 from bdcli.speculate import Reader
 
+MUCH = 1024  # tokens of a prompt that leave something to give back
 VERIFY_ROWS = 9  # read at once where products are chosen, beside one row
 VECTORS = {  # fields of a layer that are few numbers and kept as floats
     of.ATTENTION_NORM: "attention_norm",
@@ -68,11 +71,11 @@ class CompiledReader(Reader):
         return self._address(None if tensor is None else tensor.float().contiguous())
 
     def _build(self) -> None:
-        """The model's table and scratch for steps of up to MAX_CALL_ROWS rows. Called once the prompt is read."""
+        """The model's table and scratch for steps of up to MAX_CALL_ROWS rows, once the prompt is read."""
         m, c, cache = self.model, self.model.config, self.cache
         size = of.MODEL_FIELDS + c.layers * of.LAYER_FIELDS
         self._table = np.zeros(size, np.int64)
-        rope = RopeTable(c.rope, cache.capacity, cache.total_length, torch.float32, m.device)
+        cos, sin = rotations(c.rope, cache.capacity, cache.total_length)
         fields = {
             of.KIND: PAIRS if m.dtype is torch.bfloat16 else FLOATS,
             of.HIDDEN: c.hidden_size,
@@ -85,8 +88,8 @@ class CompiledReader(Reader):
             of.EMBEDDING: self._address(m.embedding),
             of.FINAL_NORM: self._floats(m.norm),
             of.HEAD: self._address(m.head),
-            of.COS: self._floats(rope.cos[:, 0, : c.head_dim // 2]),
-            of.SIN: self._floats(rope.sin[:, 0, c.head_dim // 2 :]),
+            of.COS: self._address(cos),
+            of.SIN: self._address(sin),
             **cache.geometry,
         }
         for field, value in fields.items():
@@ -167,6 +170,13 @@ class CompiledReader(Reader):
         self._call[of.TILE_CONFIG] = self._configs.ctypes.data
 
     # -- steps
+
+    def prefill(self, tokens: list[int], progress=None) -> None:
+        super().prefill(tokens, progress)
+        self._build()
+        del self.cache.rope  # compiled steps have tables of their own
+        if len(tokens) >= MUCH:
+            give_back()
 
     def exclusive(self) -> AbstractContextManager:
         return _one_torch_thread()
@@ -255,6 +265,13 @@ class CompiledReader(Reader):
         """As `Reader.draft_together`, one text after another."""
         work = zip(readers, ids, gammas, generators, strict=True)
         return [r.draft(text, gamma, sampling, g) if gamma else ([], None) for r, text, gamma, g in work]
+
+
+@functools.lru_cache(maxsize=2)
+def rotations(rope: RopeConfig, positions: int, total_length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float [positions, D/2] each; a target and its drafter share them where their frequencies agree."""
+    table, half = RopeTable(rope, positions, total_length, torch.float32, "cpu"), rope.head_dim // 2
+    return table.cos[:, 0, :half].contiguous(), table.sin[:, 0, half:].contiguous()
 
 
 def _lines(size: int) -> int:
