@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -425,3 +426,12 @@ def test_the_plain_twins_are_the_caches_of_torch():
     assert (torch_engine().full, torch_engine().budget) == (FullCache, BudgetCache)
     assert all(issubclass(getattr(pick_engine("compiled", [], print), n), k) for n, k in
                (("full", FullCache), ("official", OfficialCache), ("budget", BudgetCache)))  # fmt: skip
+
+
+def test_decoding_holds_little_beside_weights_and_entries():
+    import bdcli.cpu.reader  # noqa: F401  (compiled by now: compiling takes memory of its own)
+    from bdcli.doctor import decoding_memory
+
+    whole, weights, kv, rest = map(int, re.findall(r"(\d+)(?: MB|\b)", decoding_memory(4096)))
+    assert (weights, kv) == (25, 51) and abs(whole - weights - kv - rest) <= 2
+    assert rest <= 300
