@@ -72,7 +72,7 @@ ORDER = [
     ["plots"],
     ["page"],
     ["cache", "checkpoint", "train.view_forward", "train.optimizers", "train.corpus", "train.scratch"],
-    ["train.trainer", "budget_cache", "convert", "train.held_out"],
+    ["train.trainer", "budget_cache", "convert", "train.held_out", "train.memory"],
     ["train.estimate"],
     ["speculate", "train.acceptance", "cpu.code", "gpu.ops", "gpu.capture", "gpu.support"],
     ["gpu.program", "gpu.caches"],

@@ -9,10 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdcli.engine import static_engine
 from bdcli.errors import UserError
-from bdcli.memory import decode_plan, weight_count
+from bdcli.bench.shapes import parse_shape
+from bdcli.memory import RUNTIME, decode_plan, weight_count
+from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.speculate import Speculator
-from bdcli.views import View
+from bdcli.train.distill import KEPT_TARGETS_BYTES
+from bdcli.train.losses import HiddenTarget, head_loss
+from bdcli.train.memory import distill_memory
+from bdcli.train.view_forward import final_rows, view_hidden
+from bdcli.views import View, plan_view
 
 STATIC = static_engine("triton", "plain operations")
 
@@ -95,3 +101,45 @@ def test_too_little_memory_is_said_with_the_numbers():
     plan.check(plan.peak)
     with pytest.raises(UserError, match=r"peak .* but 0\.0 MB are free"):
         plan.check(1)
+
+
+# -- distilling
+
+STEP = {"hidden": 64, "inner": 160, "dim": 16, "heads": 4, "kv_heads": 4, "vocab": 300}
+
+
+SMALL, LARGE = (plan_view(b, "window", p, None, 2048) for b, p in ((64, "rebased"), (700, "absolute")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("views", [[None], [None, SMALL, LARGE]], ids=["full", "views"])
+def test_a_training_step_holds_what_was_planned(views, dtype):
+    """Activations and loss of one window, forward and backward; what a rank-0 run adds is counted from weights."""
+    target, drafter = tiny_model(layers=2, **STEP, dtype=dtype), tiny_model(layers=2, **STEP, spread=0.1)
+    for tensor in drafter.tensors():
+        tensor.requires_grad_()
+    tokens, size = 2048, dtype.itemsize
+    ids = torch.randint(300, (tokens,), generator=torch.Generator().manual_seed(0))
+    planned = distill_memory(target.config, drafter.config, tokens, views, (), size)
+    with Peak() as forward:
+        hidden = final_rows(target, ids)
+    assert 0.5 * planned["target's forward"] < forward.most < 1.05 * planned["target's forward"]
+    with Peak() as peak:
+        rope = RopeTable(drafter.config.rope, tokens, tokens, dtype, "cpu")
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            x = view_hidden(drafter, rope, ids, views)
+        activations = peak.alive
+        x = torch.nn.functional.rms_norm(x, x.shape[-1:], drafter.norm, 1e-5).to(dtype)
+        loss, _ = head_loss(x, drafter.head, HiddenTarget(hidden, target.head), "kl", 1.0)
+        loss.backward()
+    wanted = planned["drafter's activations"]
+    assert 0.6 * wanted < activations < 1.1 * wanted
+    gradients = 4 * weight_count(drafter.config)
+    assert 0.6 * (wanted + planned["loss"]) < peak.most < 1.15 * (wanted + planned["loss"]) + gradients
+
+
+def test_a_7b_target_at_16k_fits_an_80_gb_card():
+    target, drafter = parse_shape("llama2-7b+68m")
+    views = [None, *(plan_view(b, "window", "rebased", None, 16384) for b in (256, 2048, 1024))]
+    plan = distill_memory(target, drafter, 16384, views, (), 2, 2**25 // 32000)
+    assert 14e9 < sum(plan.values()) + KEPT_TARGETS_BYTES + RUNTIME < 60e9

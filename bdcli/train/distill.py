@@ -22,6 +22,7 @@ from bdcli.checkpoint import fingerprint, load_model, pick_device, resolve, save
 from bdcli.decode import load_pair, peak_memory
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
+from bdcli.memory import gigabytes
 from bdcli.options import DecodeOptions
 from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
@@ -30,7 +31,8 @@ from bdcli.train.acceptance import Cell, Passage, acceptance_cell
 from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.files import check_room, digest
-from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
+from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss, kernel_rows
+from bdcli.train.memory import distill_memory
 from bdcli.train.optimizers import warm_cosine
 from bdcli.train.prepare import Material, Windows, bytes_per_token
 from bdcli.train.ranks import join, local_device
@@ -115,22 +117,37 @@ class Distillation:
         yield f"{self.supervised:.2f} supervised positions per token the target reads"
         if r.evaluation.patience is not None:
             yield f"stops after {r.evaluation.patience} measurements without a better acceptance"
-        hidden = d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
-        activations = 64 * views * d.context * self.drafter.config.hidden_size * len(self.drafter.layers)
-        memory = (
-            self.target.weight_bytes + 4 * self.drafter.weight_bytes + min(hidden, KEPT_TARGETS_BYTES) + activations
-        )
-        yield f"memory about {memory / 1e9:.1f} GB, disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
-        yield f"steps take about {duration(self.seconds(hidden))} here, writing and measuring apart"
+        parts = self.memory()
+        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        yield f"memory about {gigabytes(sum(parts.values()))}: {listed}"
+        kernel = kernel_rows(torch.empty(0, dtype=self.dtype, device=self.device), HiddenTarget(None, None), 1.0)[0]
+        yield f"loss in {'Triton kernels' if kernel else 'torch'} on {self.device}, {self.dtype}".replace("torch.", "")
+        yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
+        yield f"steps take about {duration(self.seconds())} here, writing and measuring apart"
 
-    def seconds(self, hidden: int) -> float:
-        """About how long all steps take; the target reads a window once where the `hidden` bytes of all are kept."""
+    def memory(self) -> dict[str, int]:
+        """Bytes of a step at the most demanding views, by what holds them."""
+        r, d = self.recipe, self.recipe.data
+        views = [view for view in self.draw_views(0) if not isinstance(view, int)]
+        budgets = len(self.draw_views(0)) - len(views)
+        lengths = [a + r.views.anchor_tokens for a in r.anchors() for _ in range(budgets)]
+        parts = distill_memory(self.target.config, self.drafter.config, d.context, views, lengths, self.dtype.itemsize)
+        return parts | {"kept hidden states": min(self.hidden_bytes, KEPT_TARGETS_BYTES)}
+
+    @property
+    def hidden_bytes(self) -> int:
+        """The target's hidden states of all windows."""
+        d = self.recipe.data
+        return d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
+
+    def seconds(self) -> float:
+        """About how long all steps take; the target reads a window once where the hidden states of all are kept."""
         r, length = self.recipe, self.recipe.data.context
         views = [view if isinstance(view, View) else None for view in self.draw_views(0)]  # chosen ones read it all
         keys = [min(length / 2, length / 2 if view is None else view.prefix + view.window) for view in views]
         learned = sum(forward_operations(self.drafter.config, length, k) for k in keys)
         windows = r.optimizer.steps * r.optimizer.windows_per_step
-        read = min(windows, r.data.windows) if hidden <= KEPT_TARGETS_BYTES else windows
+        read = min(windows, r.data.windows) if self.hidden_bytes <= KEPT_TARGETS_BYTES else windows
         read *= forward_operations(self.target.config, length, length / 2)
         taught = windows * BACKWARD * learned / speed(self.drafter.config, self.dtype, self.device)
         return taught + read / speed(self.target.config, self.dtype, self.device)

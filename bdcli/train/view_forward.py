@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.model import Layer, Model
+from bdcli.model import PREFILL_BLOCK, Layer, Model
 from bdcli.rope import RopeTable
 from bdcli.select import SCORING_QUERIES, official_chunks, prompt_chunks
 from bdcli.views import CHUNK, View
@@ -55,11 +55,27 @@ def causal_hidden(model: Model, rope: RopeTable, ids: Tensor, block=None, positi
     return x.view(*ids.shape, -1)
 
 
+@torch.no_grad()
 def final_rows(model: Model, ids: Tensor) -> Tensor:
-    """Normed last hidden states [T, hidden] of one text ids [T] that sees its whole past: what the lm head reads."""
-    rope = RopeTable(model.config.rope, ids.shape[0], ids.shape[0], model.dtype, model.device)
-    x = causal_hidden(model, rope, ids[None])[0]
-    return F.rms_norm(x, x.shape[-1:], model.norm, model.config.norm_eps)
+    """Normed last hidden states [T, hidden] of one text ids [T] that sees its whole past: what the lm head reads.
+
+    One layer's queries, keys and values live at a time, and a block of rows of its MLP.
+    """
+    c, rows = model.config, range(0, ids.shape[0], PREFILL_BLOCK)
+    rope = RopeTable(c.rope, ids.shape[0], ids.shape[0], model.dtype, model.device)
+    x = F.embedding(ids, model.embedding)
+    for layer in model.layers:
+        q, k, v = (x.new_empty(ids.shape[0], n, c.head_dim) for n in (c.heads, c.kv_heads, c.kv_heads))
+        for part in (slice(a, a + PREFILL_BLOCK) for a in rows):
+            qk, v[part] = model.project(layer, x[part])
+            q[part], k[part] = rope.rotate(qk, rope.rows(part)).split((c.heads, c.kv_heads), 1)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
+        del q, k, v
+        out = out[0].transpose(0, 1).reshape(ids.shape[0], -1)
+        for part in (slice(a, a + PREFILL_BLOCK) for a in rows):
+            x[part] = model.mix(layer, x[part], out[part])
+    return F.rms_norm(x, x.shape[-1:], model.norm, c.norm_eps)
 
 
 def causal_block(model: Model, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, texts: int) -> Tensor:
