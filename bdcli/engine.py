@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache, OfficialCache
 from bdcli.errors import UserError
@@ -76,7 +78,10 @@ def _triton(models: list[Model]) -> Engine | str:
     from bdcli.gpu import support
 
     why = support.obstacle(models)
-    return why or static_engine("triton", support.describe(models[0].device))
+    if why is not None:
+        return why
+    torch.cuda.set_device(models[0].device)  # kernels are launched on the current one
+    return static_engine("triton", support.describe(models[0].device))
 
 
 def _compiled(models: list[Model], say: Callable[[str], None]) -> Engine | str:

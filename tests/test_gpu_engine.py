@@ -158,6 +158,22 @@ def test_feeds_of_any_length_equal_torchs():
             ours.catch_up(random_ids(300))
 
 
+def test_texts_read_together_are_read_as_alone():
+    """What writes training texts feeds several readers of one model at a time."""
+    target = tiny_model(seed=10)
+    for view in (None, VIEWS["window"]):
+        ids = [random_ids(80), random_ids(95)]
+        made = [[e.drafter(target, 120, 120, 41, None, view) for _ in ids] for e in (STATIC, torch_engine())]
+        logits = []
+        for pair in made:
+            for reader, text in zip(pair, ids):
+                reader.prefill(text[:70])
+            logits.append(type(pair[0]).feed_together(pair, [text[70:73] for text in ids], [3, 1]))
+            logits[-1] = [x.clone() for x in logits[-1]] + [r.feed(t[73:75], 1).clone() for r, t in zip(pair, ids)]
+        for got, want in zip(*logits):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 # -- sampling
 
 

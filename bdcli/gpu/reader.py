@@ -82,7 +82,7 @@ class Rounds:
         self._generator, self._aside = generator, torch.Generator(device=device)  # measuring must not change the text
         self.text = Text(
             torch.zeros(1, target.cache.capacity, dtype=torch.long, device=device),
-            *torch.zeros(2, 1, dtype=torch.long, device=device),
+            *(torch.zeros(1, dtype=torch.long, device=device) for _ in range(2)),
         )
         self._law = None if sampling.greedy else Law.of(sampling, device)
         self._known: tuple[int, int, list[int]] | None = None  # length, held and last tokens that the device has

@@ -10,6 +10,7 @@ from bdcli.model import Model
 
 HEAD_DIMS = (64, 96, 128)  # that the kernels are compiled and tested for (`bd_kernels.variants`)
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
+OLDEST_TORCH = "2.8"  # events that a CUDA graph records for the host
 
 
 def obstacle(models: list[Model]) -> str | None:
@@ -17,6 +18,8 @@ def obstacle(models: list[Model]) -> str | None:
     device = models[0].device
     if device.type != "cuda":
         return f"{device.type} device"
+    if torch.__version__ < OLDEST_TORCH:
+        return f"torch {torch.__version__}, older than {OLDEST_TORCH}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < OLDEST:
