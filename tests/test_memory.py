@@ -7,9 +7,9 @@ import torch
 from conftest import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bdcli.bench.shapes import parse_shape
 from bdcli.engine import static_engine
 from bdcli.errors import UserError
-from bdcli.bench.shapes import parse_shape
 from bdcli.memory import RUNTIME, decode_plan, weight_count
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling

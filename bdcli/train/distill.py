@@ -22,7 +22,6 @@ from bdcli.checkpoint import fingerprint, load_model, pick_device, resolve, save
 from bdcli.decode import load_pair, peak_memory
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
-from bdcli.memory import gigabytes
 from bdcli.options import DecodeOptions
 from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
@@ -32,7 +31,7 @@ from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.files import check_room, digest
 from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss, kernel_rows
-from bdcli.train.memory import distill_memory
+from bdcli.train.memory import distill_memory, memory_line
 from bdcli.train.optimizers import warm_cosine
 from bdcli.train.prepare import Material, Windows, bytes_per_token
 from bdcli.train.ranks import join, local_device
@@ -117,9 +116,7 @@ class Distillation:
         yield f"{self.supervised:.2f} supervised positions per token the target reads"
         if r.evaluation.patience is not None:
             yield f"stops after {r.evaluation.patience} measurements without a better acceptance"
-        parts = self.memory()
-        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
-        yield f"memory about {gigabytes(sum(parts.values()))}: {listed}"
+        yield memory_line(self.memory())
         kernel = kernel_rows(torch.empty(0, dtype=self.dtype, device=self.device), HiddenTarget(None, None), 1.0)[0]
         yield f"loss in {'Triton kernels' if kernel else 'torch'} on {self.device}, {self.dtype}".replace("torch.", "")
         yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bdcli.config import ModelConfig
-from bdcli.memory import weight_count
+from bdcli.memory import gigabytes, weight_count
 from bdcli.model import PREFILL_BLOCK
 from bdcli.train.losses import CHUNK
 from bdcli.train.view_forward import MAX_BLOCK, MIN_BLOCK
@@ -39,6 +39,11 @@ def distill_memory(
     }
 
 
+def memory_line(parts: dict[str, int]) -> str:
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+    return f"memory about {gigabytes(sum(parts.values()))}: {listed}"
+
+
 def target_forward(c: ModelConfig, tokens: int) -> int:
     """Numbers alive in `final_rows`: residual stream, one layer's q, k, v and output, a block of its MLP."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -56,7 +61,7 @@ def _layers(c: ModelConfig, tokens: int, view: View | None, size: int) -> int:
 
 
 def _banded(c: ModelConfig, view: View) -> int:
-    """Numbers a row of banded attention keeps: queries and outputs, and keys and values once for each block that sees them."""
+    """Numbers a row of banded attention keeps: query, output, and key and value once for each block that sees them."""
     block = min(max(view.window, MIN_BLOCK), MAX_BLOCK)
     times = 1 + -(-(view.window - 1) // block) + view.sinks / block
     width = 2 if view.rebased else 1
