@@ -275,6 +275,8 @@ def test_a_run_measures_before_and_after_and_writes_a_drafter(tmp_path):
     changed = zip(weights_of(outcome.initial), job.drafter.tensors(), strict=True)
     assert not all(torch.equal(a, b) for a, b in changed)
     assert outcome.positions_per_target_token == 4
+    saved = json.loads((tmp_path / "run" / "data" / "passages.json").read_text("utf-8"))["passages"]
+    assert all(0 <= p["loop_rate"] <= 1 for p in saved) and any(p["loop_rate"] for p in saved)
     with pytest.raises(UserError, match="holds an earlier run"):
         Distillation(SMALL, tmp_path / "run", Watcher()).run(resume=False)
 
@@ -468,6 +470,8 @@ def test_windows_the_target_loops_in_are_dropped_and_counted(tmp_path):
     windows = Distillation(recipe, tmp_path, Watcher()).material().windows()
     assert len(windows) == 3 and windows.accounts.dropped["loops"] > 0 and adds_up(vars(windows.accounts))
     assert bool(windows._row(0)["written"]) and float(windows._row(0)["loop_rate"]) == 0
+    looped = [rate for rate in windows.loop_rates if rate > 0]  # dropped texts are on record too
+    assert len(looped) == windows.accounts.dropped["loops"] and windows.loop_rates.count(0) >= 3
 
 
 def test_files_that_are_not_text_are_counted(tmp_path):

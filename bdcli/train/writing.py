@@ -9,10 +9,12 @@ chooses by the number of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from bdcli.decode import Pair, drafter_reader, target_reader
+from bdcli.engine import torch_engine
 from bdcli.errors import NonFiniteError
 from bdcli.options import DecodeOptions
 from bdcli.sampling import Sampling
@@ -23,11 +25,15 @@ SMALL = 2**27  # bytes of a target whose compiled step costs less than drafting 
 
 
 class Writer:
-    """Texts of `pair`, up to `together` at once where that pays: compiled steps are bound by each text's own KV."""
+    """Texts of `pair`, up to `together` at once where that pays: compiled steps are bound by each text's own KV.
+
+    On a GPU torch writes: captured rounds serve one text, whose caches they are tied to.
+    """
 
     def __init__(self, pair: Pair, together: int):
-        self._pair = pair
-        self.together = together if pair.engine.name == "torch" else 1
+        compiled = pair.engine.name == "compiled"
+        self._pair = pair if compiled else replace(pair, engine=torch_engine("many texts at a time"))
+        self.together = 1 if compiled else together
 
     def write(
         self, prompts: Sequence[list[int]], tokens: int, temperature: float, seeds: Sequence[int]
