@@ -15,6 +15,9 @@ from bdcli.baseline import teacher_force
 from bdcli.controller import FixedGamma
 from bdcli.engine import pick_engine, static_engine, torch_engine
 from bdcli.errors import NonFiniteError, UserError
+from bdcli.gpu import caches
+from bdcli.gpu import program as program_module
+from bdcli.gpu.ops import ops_for
 from bdcli.gpu.program import Law
 from bdcli.memory import decode_plan
 from bdcli.sampling import Sampling
@@ -182,7 +185,7 @@ def test_the_law_on_the_device_is_that_of_sampling(law):
     logits = 3 * torch.randn(6, 41, generator=FRESH)
     logits[:, 30:] = -torch.inf
     sampling = Sampling(*law)
-    got = Law.of(sampling, torch.device("cpu")).distribution(logits)
+    got = Law.of(sampling, 41, torch.device("cpu")).distribution(logits)
     torch.testing.assert_close(got, sampling.distribution(logits))
 
 
@@ -228,22 +231,37 @@ def test_a_seed_repeats_sampled_text():
 
 
 class NoLooking(TorchDispatchMode):
-    """Fails on operations that hand a value to the host, or whose output's size depends on one."""
+    """Fails on operations that hand a value to the host or bring one from it, or whose output's size depends on one.
+
+    In `where` torch copies a Python number to the device; plain twins of kernels, which run on no device, may do so.
+    """
 
     forbidden = (
         "_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal", "bincount",
-        "repeat_interleave",
+        "repeat_interleave", "lift_fresh", "scalar_tensor",
     )  # fmt: skip
 
     def __init__(self):
         super().__init__()
-        self.shapes = []
+        self.shapes, self.standing_in = [], False
+
+    def stand_in(self, function):
+        def run(*args, **kwargs):
+            self.standing_in = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.standing_in = False
+
+        return run
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         assert not any(word in name for word in self.forbidden), f"{name} in a round"
         if name == "index":  # a boolean index is a nonzero
             assert all(i is None or i.dtype is not torch.bool for i in args[1])
+        if name == "where" and not self.standing_in:
+            assert all(t.dim() > 0 for t in args), "a Python number for where in a round"
         out = function(*args, **(kwargs or {}))
         self.shapes += [(name, tuple(t.shape)) for t in (out if isinstance(out, (tuple, list)) else [out])
                         if isinstance(t, torch.Tensor)]  # fmt: skip
@@ -263,15 +281,20 @@ class NoReading(TorchFunctionMode):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(0.9, 5, 0.9)], ids=["greedy", "t", "trunc"])
 @pytest.mark.parametrize("kind", ["full", "official", "window", "chunk absolute"])
-def test_a_round_looks_at_nothing_and_makes_the_same_tensors_whatever_the_text(kind, sampling):
+def test_a_round_looks_at_nothing_and_makes_the_same_tensors_whatever_the_text(kind, sampling, monkeypatch):
     """So one graph serves every round: no value decides what is run or how large anything is."""
+    mode, plain = NoLooking(), ops_for("cpu")
+    ops = type(plain)(**{name: mode.stand_in(getattr(plain, name)) for name in plain.__dataclass_fields__})
+    for module in (program_module, caches):
+        monkeypatch.setattr(module, "ops_for", lambda _device: ops)
     (target, drafter), prompt = similar(), random_ids(100)
     run = speculator(STATIC, target, drafter, VIEWS[kind], prompt, 300, sampling)
     run.round(4)
     program, _ = run._whole._rounds[4]
     traces, accepted, places = [], set(), [t.data_ptr() for t in (program.result, program.logits, program.uniform)]
     while len(traces) < 6 or (len(accepted) == 1 and len(traces) < 50):
-        with NoReading(), NoLooking() as mode:
+        mode.shapes = []
+        with NoReading(), mode:
             program()
         traces.append(mode.shapes)
         accepted.add(int(program.result[-2]))
@@ -283,7 +306,14 @@ def test_a_round_looks_at_nothing_and_makes_the_same_tensors_whatever_the_text(k
 
 
 def test_the_watchman_catches_a_look():
-    for look in (lambda x: bool(x.sum() > 0), lambda x: x[x > 0], lambda x: x.tolist(), lambda x: x.nonzero()):
+    for look in (
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[x > 0],
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x.where(x > 0, 0),
+        lambda _x: torch.tensor([1]),
+    ):
         with pytest.raises(AssertionError, match=r"in a round|assert"), NoReading(), NoLooking():
             look(torch.randn(5))
 

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,13 @@ def test_data_flows_one_way_and_files_stay_small():
         assert room in level, f"{room} is missing from ORDER"
         assert all(level[used] < level[room] for used in imports(path)), room
         assert len(path.read_text("utf-8").splitlines()) <= 380, room
+
+
+def test_an_installed_package_is_whole():
+    """pyproject names every folder that holds modules; an editable install would hide that one is missing."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    here = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "bdcli").rglob("*.py")}
+    assert here | {"bd_kernels"} <= set(named)
 
 
 def test_assets_stay_light_and_are_described():

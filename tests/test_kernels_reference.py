@@ -259,7 +259,11 @@ def test_verdicts_are_appended():
 
 
 def test_the_package_imports_without_triton_and_kernels_without_a_gpu():
-    without = "import sys; sys.modules['triton'] = None; import bd_kernels, bd_kernels.reference, bd_kernels.variants"
+    without = (
+        "import sys; sys.modules['triton'] = None; import bd_kernels, bd_kernels.reference, bd_kernels.variants;"
+        "import bdcli.engine, bdcli.doctor, bdcli.gpu.reader, bdcli.gpu.caches, bdcli.train.distill;"
+        "from bdcli.gpu.ops import ops_for; ops_for('cpu'); bdcli.engine.static_engine('plain', '')"
+    )
     names = ["accept", "chunk_select", "draft_attention", "head_loss", "verify_attention"]
     no_gpu = "import torch, " + ", ".join(f"bd_kernels.{name}" for name in names)
     no_gpu += "; assert not torch.cuda.is_initialized()"

@@ -31,7 +31,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Law:
-    """Sampling parameters as tensors [1]; `truncated` is False where neither top-k nor top-p is in use."""
+    """Sampling parameters as tensors [1]; top_k is the vocabulary where it is off, `truncated` False where both are.
+
+    (A graph can hold no copy from the host, and torch makes one of a Python number in `where`: there are none here.)
+    """
 
     temperature: Tensor
     top_k: Tensor
@@ -39,8 +42,8 @@ class Law:
     truncated: bool
 
     @classmethod
-    def of(cls, sampling: Sampling, device: torch.device) -> Law:
-        values = (sampling.temperature, sampling.top_k, sampling.top_p)
+    def of(cls, sampling: Sampling, vocab: int, device: torch.device) -> Law:
+        values = (sampling.temperature, min(sampling.top_k or vocab, vocab), sampling.top_p)
         return cls(*(torch.tensor([x], device=device) for x in values), bool(sampling.top_k or sampling.top_p < 1))
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -49,8 +52,7 @@ class Law:
         if not self.truncated:
             return logits.softmax(-1)
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        last = torch.where(self.top_k > 0, self.top_k, logits.shape[-1]).clamp(max=logits.shape[-1]) - 1
-        ordered = ordered.masked_fill(ordered < ordered.index_select(-1, last), -torch.inf)
+        ordered = ordered.masked_fill(ordered < ordered.index_select(-1, self.top_k - 1), -torch.inf)
         probs = ordered.softmax(-1)
         beyond = (probs.cumsum(-1) - probs >= self.top_p) & (self.top_p < 1)  # mass before the token already suffices
         probs = probs.masked_fill(beyond, 0.0)
@@ -62,7 +64,7 @@ def forward(reader, tokens: Tensor, start: Tensor) -> Tensor:
     model, cache, eps = reader.model, reader.cache, reader.model.config.norm_eps
     ops = ops_for(start.device.type)
     if model.config.vocab_size < reader.vocab:
-        tokens = tokens.where(tokens < model.config.vocab_size, 0)
+        tokens = tokens.masked_fill(tokens >= model.config.vocab_size, 0)
     x = F.embedding(tokens, model.embedding)
     place = cache.place(start, tokens.shape[0])
     after = [*(layer.attention_norm for layer in model.layers[1:]), model.norm]

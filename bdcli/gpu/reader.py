@@ -84,7 +84,7 @@ class Rounds:
             torch.zeros(1, target.cache.capacity, dtype=torch.long, device=device),
             *(torch.zeros(1, dtype=torch.long, device=device) for _ in range(2)),
         )
-        self._law = None if sampling.greedy else Law.of(sampling, device)
+        self._law = None if sampling.greedy else Law.of(sampling, target.vocab, device)
         self._known: tuple[int, int, list[int]] | None = None  # length, held and last tokens that the device has
         self._rounds: dict[int, tuple[Round, Callable[[], None]]] = {}
         self._pool = new_pool(device)

@@ -155,8 +155,8 @@ def draft_constants(
         "BLOCK_N": 32 if dtype is torch.float32 else 64,
         "DOT": dot_type(dtype),
     }
-    wide = constants["BLOCK_M"] > 16 and constants["BLOCK_D"] == 64  # ptxas spills a little there with 4 warps
-    return constants, {"num_warps": 8 if wide else 4, "num_stages": 3}
+    wide = constants["BLOCK_M"] > 16 and constants["BLOCK_D"] == 64  # ptxas spills a little there otherwise
+    return constants, {"num_warps": 8, "num_stages": 2} if wide else {"num_warps": 4, "num_stages": 3}
 
 
 def draft_attention(
