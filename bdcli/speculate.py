@@ -44,6 +44,8 @@ class Reader:
 
     def prefill(self, tokens: list[int], progress=None) -> None:
         self.model.prefill(self._known(tokens), self.cache, progress)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # whoever times a prefill times its work
 
     def feed(self, tokens: list[int], rows: int) -> Tensor:
         """Append `tokens`; fp32 logits [rows, V] of the last `rows`."""

@@ -124,8 +124,8 @@ class Rounds:
             self._rounds[gamma] = program, capture(program, self.target.model.device, self._pool)
             self._known = None  # the capture has run it once
         program, run = self._rounds[gamma]
-        began = time.perf_counter()
         self._tell(kept, tail, gamma)
+        began = time.perf_counter()
         if self._law is not None:
             program.uniform.uniform_(generator=generator)
         run()
