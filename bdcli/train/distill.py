@@ -223,7 +223,7 @@ class Distillation:
                 trained_s += step_s
                 said = f"loss {loss:.3f}, acceptance {p.latest:.1%}, best {p.best:.1%} at step {p.best_step}"
                 self.watcher.progress("distil", p.step, o.steps, said)
-                late = began + 2 * step_s + 1.5 * grid_s > self.deadline
+                late = began + 2.5 * step_s + 2 * grid_s > self.deadline
                 stopped = self.ranks.agreed("interrupted" if interrupted else "out of time" if late else None)
                 if p.step % self.recipe.evaluation.every == 0 and not stopped:
                     grid_s = self._measure(trainer, passages)
