@@ -7,9 +7,11 @@ import random
 from dataclasses import replace
 
 import pytest
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+from datasets import Dataset
 
 from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache
@@ -433,6 +435,9 @@ def test_preparing_goes_on_at_the_missing_shard(tmp_path):
     again = Distillation(recipe, tmp_path / "stopped", Watcher()).material().windows()
     assert again.accounts == whole.accounts and files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
     shard = tmp_path / "whole" / "data" / "windows-00001.safetensors"
+    table = Dataset.from_dict(safetensors.numpy.load_file(shard))  # how `datasets` reads a shard
+    assert set(table.column_names) == {"ids", "written", "late", "loop_rate", "argmax"} and len(table) == 2
+    assert table[1]["ids"] == whole.ids(3).tolist()
     torn = shard.read_bytes()[:-7]
     shard.write_bytes(torn)
     with pytest.raises(UserError, match=r"windows-00001\.safetensors is damaged"):

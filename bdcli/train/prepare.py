@@ -4,7 +4,8 @@ documents -> candidate windows -> some with an end written by the target -> filt
 held-out documents -> prompts of every context -> what the target writes after each
 
 Everything is made once under a key of all it depends on. A shard appears whole or not at all and is then listed in
-the manifest; a stopped run goes on at the first shard that is missing, and ends with the same files and accounts.
+the manifest; a stopped run goes on at the first shard that is missing, and ends with the same files and accounts. A
+shard holds columns of equal length; `datasets.Dataset.from_dict(safetensors.numpy.load_file(shard))` is a table of it.
 """
 
 from __future__ import annotations
