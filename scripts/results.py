@@ -11,6 +11,7 @@ gunzip -k docs/results.db.gz; bdcli report --db docs/results.db
 from __future__ import annotations
 
 import gzip
+import itertools
 import re
 import shutil
 import sqlite3
@@ -231,7 +232,7 @@ def _paper_head(published: list[Run]) -> str:
     for budget, gamma, context in re.findall(r"(?:b(\d+)-)?g(\d+)-at-(\d+)", names):
         tried.setdefault((int(budget or paper.BUDGET), int(context)), set()).add(int(gamma))
     grids = "; ".join(
-        f"{', '.join(map(str, sorted(gammas)))} at budget {budget} and {context // 1024}k"
+        f"{_span(sorted(gammas))} at budget {budget} and {context // 1024}k"
         for (budget, context), gammas in sorted(tried.items(), reverse=True)
     )
     return (
@@ -239,6 +240,12 @@ def _paper_head(published: list[Run]) -> str:
         f"and for every cell the fastest of γ {grids} (the paper's grids: 5 to 60, 5 to 30 and 5 to 40); {run.prompts} "
         f"prompts a cell counted here, 9 there; commit {run.git_revision}.\n"
     )
+
+
+def _span(numbers: list[int]) -> str:
+    """As `5 to 60 by 5` where the steps are equal, else all of them."""
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
+    return f"{numbers[0]} to {numbers[-1]} by {steps.pop()}" if len(steps) == 1 else ", ".join(map(str, numbers))
 
 
 def _repeats(repeats: list[Run]) -> list[str]:

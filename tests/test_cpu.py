@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -420,6 +423,26 @@ def test_threads_honour_limits(monkeypatch):
     for given, wanted in (("", 4), ("2", 2), ("9", 4), ("3,2", 3), ("0", 4), ("x", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert support.thread_limit() == wanted
+
+
+def test_threads_are_pinned_by_request(monkeypatch):
+    from bdcli.cpu.pool import Pool
+
+    allowed = os.sched_getaffinity(0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2})
+    assert support.processors_to_keep(3) == [None, None, None]
+    monkeypatch.setenv("BDCLI_PIN", "1")
+    assert support.processors_to_keep(5) == [None, 1, 2, 0, 1]
+    monkeypatch.undo()
+    monkeypatch.setenv("BDCLI_PIN", "1")
+    before = {t.native_id for t in threading.enumerate()}
+    own = Pool(2)
+    (new,) = {t.native_id for t in threading.enumerate()} - before
+    wanted, deadline = {sorted(allowed)[1 % len(allowed)]}, time.monotonic() + 20
+    while os.sched_getaffinity(new) != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.sched_getaffinity(new) == wanted and os.sched_getaffinity(0) == allowed
+    own.close()
 
 
 def test_the_plain_twins_are_the_caches_of_torch():

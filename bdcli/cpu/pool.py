@@ -2,13 +2,14 @@
 
 The caller's thread is one of them; the others wait in compiled code without the interpreter lock: they spin for a
 moment, because the next step usually comes soon, and then sleep on a semaphore. Their number honours OMP_NUM_THREADS
-and the processors this process may run on (`support.thread_limit`).
+and the processors this process may run on (`support.thread_limit`); BDCLI_PIN=1 keeps each on one of them.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 import threading
 
 import numpy as np
@@ -16,7 +17,7 @@ from numba import njit, types
 
 from bdcli.cpu.simd import exchange, fetch_add, get_i64, observe, pause, publish, put_i64
 from bdcli.cpu.step import run
-from bdcli.cpu.support import thread_limit
+from bdcli.cpu.support import processors_to_keep, thread_limit
 from bdcli.cpu.threads import wait_for, yield_processor
 
 SPINS = 100_000  # pauses between steps before a thread offers its processor to others; about a millisecond
@@ -87,6 +88,12 @@ def publish_stop(shared, threads):
     begin_round(shared, threads)
 
 
+def _live(shared: int, thread: int, processor: int | None) -> None:
+    if processor is not None:
+        os.sched_setaffinity(0, {processor})
+    serve(shared, thread)
+
+
 class Pool:
     """Threads for `step`; `run(model, call)` takes addresses of the tables of `layout`."""
 
@@ -94,10 +101,11 @@ class Pool:
         self.threads = threads
         self._memory = np.zeros((SHARED + SLEEPER * threads) // 8 + 8, np.int64)
         self._shared = -(-self._memory.ctypes.data // 64) * 64
-        libc = ctypes.CDLL(None)
+        libc, processors = ctypes.CDLL(None), processors_to_keep(threads)
         for thread in range(1, threads):
             libc.sem_init(ctypes.c_void_p(self._shared + SHARED + SLEEPER * thread + SEMAPHORE), 0, 0)
-            threading.Thread(target=serve, args=(self._shared, thread), daemon=True, name=f"bdcli-{thread}").start()
+            life = self._shared, thread, processors[thread]
+            threading.Thread(target=_live, args=life, daemon=True, name=f"bdcli-{thread}").start()
 
     def run(self, model: int, call: int) -> None:
         step(self._shared, model, call, self.threads)

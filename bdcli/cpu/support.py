@@ -47,6 +47,17 @@ def thread_limit() -> int:
     return max(1, min(allowed, int(wanted))) if wanted.isdigit() and int(wanted) > 0 else allowed
 
 
+def processors_to_keep(threads: int) -> list[int | None]:
+    """The processor that each thread of the pool is to stay on, None where the system decides: see BDCLI_PIN.
+
+    The first thread is the caller's and never pinned, because torch's threads would inherit that.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if os.environ.get("BDCLI_PIN", "0") in ("", "0"):
+        return [None] * threads
+    return [None, *(allowed[i % len(allowed)] for i in range(1, threads))]
+
+
 def describe() -> str:
     features = processor_features()
     vectors = "AVX-512" if "avx512f" in features else "AVX2"
