@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from bdcli.checkpoint import POCKET, load_model, load_tokenizer
 from bdcli.config import ModelConfig, RopeConfig
@@ -69,6 +70,23 @@ def tiny_model(
         if qk_norm:
             block.qk_norm = 1 + weight(heads + kv_heads, dim)
     return Model(config, weight(vocab, hidden), blocks, norm(), weight(vocab, hidden))
+
+
+def fits(counts, law) -> bool:
+    """Chi-square at 1e-4."""
+    law = law.double() / law.double().sum()
+    return chisquare(counts.double(), counts.sum().double() * law).pvalue > 1e-4
+
+
+def law_of_two(sampling, plain, prompt, vocab):
+    """Joint law [V, V] of the two tokens after `prompt`, by plain forwards of the reader `plain`."""
+    plain.prefill(prompt[:-1])
+    first = sampling.distribution(plain.feed(prompt[-1:], 1))[0]
+    joint = torch.zeros(vocab, vocab)
+    for token in range(vocab):
+        joint[token] = first[token] * sampling.distribution(plain.feed([token], 1))[0]
+        plain.rollback(len(prompt))
+    return joint
 
 
 @pytest.fixture(scope="session")

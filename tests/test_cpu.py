@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compiled_only, tiny_model
-from scipy.stats import chisquare
+from conftest import compiled_only, fits, law_of_two, tiny_model
 
 from bdcli.budget_cache import BudgetCache
 from bdcli.cache import FullCache, OfficialCache
@@ -49,12 +48,6 @@ def force(monkeypatch, bits):
     if bits and not tiles.available():
         pytest.skip("no matrix tiles here")
     monkeypatch.setattr("bdcli.cpu.reader.tiled", lambda *_: bits)
-
-
-def fits(counts, law):
-    """Chi-square at 1e-4."""
-    law = law.double() / law.double().sum()
-    return chisquare(counts.double(), counts.sum().double() * law).pvalue > 1e-4
 
 
 # -- the two products
@@ -342,12 +335,7 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
     target, drafter = tiny_model(**shape, seed=1), tiny_model(**shape, seed=2)
     engine = pick_engine("compiled", [target, drafter], print)
     prompt, plain = [1, 2, 3], reader(torch_engine(), target, None, 20)
-    plain.prefill(prompt[:-1])
-    first = sampling.distribution(plain.feed([3], 1))[0]
-    joint = torch.zeros(5, 5)
-    for token in range(5):
-        joint[token] = first[token] * sampling.distribution(plain.feed([token], 1))[0]
-        plain.rollback(3)
+    joint = law_of_two(sampling, plain, prompt, 5)
     run = Speculator(reader(engine, target, None, 20), reader(engine, drafter, None, 20), sampling, 0)
     run.prefill(prompt)
     counts = torch.zeros(5, 5)

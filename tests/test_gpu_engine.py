@@ -6,8 +6,7 @@ making a tensor whose size depends on one.
 
 import pytest
 import torch
-from conftest import tiny_model
-from scipy.stats import chisquare
+from conftest import fits, law_of_two, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -189,24 +188,13 @@ def test_the_law_on_the_device_is_that_of_sampling(law):
     torch.testing.assert_close(got, sampling.distribution(logits))
 
 
-def fits(counts, law):
-    """Chi-square at 1e-4."""
-    law = law.double() / law.double().sum()
-    return chisquare(counts.double(), counts.sum().double() * law).pvalue > 1e-4
-
-
 @pytest.mark.parametrize("sampling", [Sampling(0.5), Sampling(1.0, 4, 0.9)], ids=["t", "k and p"])
 def test_sampled_pairs_follow_the_targets_law(sampling):
     """2,500 draws: the joint law of the first two tokens is the target's, from its own plain logits."""
     target, drafter = (tiny_model(vocab=5, layers=1, seed=seed) for seed in (1, 2))
     prompt = [1, 2, 3]
     plain, _ = readers(torch_engine(), target, None, None, 20)
-    plain.prefill(prompt[:-1])
-    first = sampling.distribution(plain.feed([3], 1))[0]
-    joint = torch.zeros(5, 5)
-    for token in range(5):
-        joint[token] = first[token] * sampling.distribution(plain.feed([token], 1))[0]
-        plain.rollback(3)
+    joint = law_of_two(sampling, plain, prompt, 5)
     run = speculator(STATIC, target, drafter, None, prompt, 8, sampling)
     counts, accepted = torch.zeros(5, 5), 0
     for _ in range(2500):
