@@ -136,7 +136,8 @@ def test_products_are_chosen_once_by_whole_steps_and_kept(monkeypatch, tmp_path)
     for times in (None, dict(zip(choice.CHOICES, ([1, 9], [1.02, 5], [1.01, 6], [1.1, 2])))):
         if times:  # as another process finds it
             (shape,) = choice._known
-            (tmp_path / choice.FILE).write_text(json.dumps({shape: times}))
+            entry = {"tries": 1, "ms": {name: [[t, t] for t in each] for name, each in times.items()}}
+            (tmp_path / choice.FILE).write_text(json.dumps({shape: entry}))
             monkeypatch.setattr(choice, "_known", {})
         model = tiny_model(**SHAPES[0], seed=8, spread=0.15, dtype=torch.bfloat16)
         fast, plain = (reader(e, model, None, 90) for e in (pick_engine("compiled", [model], print), torch_engine()))
@@ -146,9 +147,39 @@ def test_products_are_chosen_once_by_whole_steps_and_kept(monkeypatch, tmp_path)
         assert fast.length == 73 and fast.cache.peak_entries == 73  # measuring left no trace
         assert (texts[-1] - plain.feed([1, 2, 3], 3)).abs().max() < 0.1 * texts[-1].std()
         (kept,) = json.loads((tmp_path / choice.FILE).read_text()).values()
-        assert kept.keys() == choice.CHOICES.keys() and all(len(t) == 2 and min(t) > 0 for t in kept.values())
+        assert kept["tries"] == 1 and kept["ms"].keys() == choice.CHOICES.keys()
+        assert all(len(each) == 2 and 0 < min(t) for each in kept["ms"].values() for t in each)
         assert fast._table[layout.TILED] in choice.CHOICES.values()
     assert fast._table[layout.TILED] == choice.CHOICES["tiles in attention"]
+
+
+def test_a_busy_moment_does_not_choose_products_for_good(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from bdcli.cpu import choice
+
+    now, busy, ran = [0.0], [True], []
+    monkeypatch.setattr(choice, "code_folder", lambda: tmp_path)
+    monkeypatch.setattr(choice, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def step(bits: int, rows: int) -> None:
+        ran.append(bits)
+        honest = rows * (2.0 if bits == choice.CHOICES["vectors"] else 3.0)
+        now[0] += honest * (1.3 ** len(ran) if busy[0] else 1.0)  # every step slower than the one before
+
+    chosen, counts = [], []
+    for busy[0] in (True, False, False):  # three processes
+        monkeypatch.setattr(choice, "_known", {})
+        ran.clear()
+        chosen.append(choice.tiled("shape", (1, 9), step))
+        counts.append(len(ran))
+    assert counts == [choice.TRIALS * len(choice.CHOICES) * 2] * 2 + [0]
+    assert chosen[1] == chosen[2] == choice.CHOICES["vectors"]
+    busy[0] = True
+    for _ in range(choice.TRIES + 2):  # always busy: measured no more than so often
+        monkeypatch.setattr(choice, "_known", {})
+        choice.tiled("another", (1, 9), step)
+    assert json.loads((tmp_path / choice.FILE).read_text())["another"]["tries"] == choice.TRIES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,9 @@ from bdcli.errors import UserError
 from bdcli.train.data import CHARACTERS, documents
 from bdcli.train.files import digest, read_state, write_state
 from bdcli.train.pretrain_recipe import PretrainRecipe
+from bdcli.train.recall import copied_ids
 
+LONGEST_COPY = 4096  # ids, and half the shortest window
 _AT_ONCE = 16  # documents given to the tokenizer together, which spreads them over cores
 
 
@@ -23,8 +25,7 @@ class Corpus:
     """Streams of one recipe. A window is the next stretch of one source's stream; a stream that ends begins anew."""
 
     def __init__(self, recipe: PretrainRecipe, streams: list[Tensor]):
-        weights = recipe.corpus.weights or (1.0,) * len(streams)
-        self.shares = [w / sum(weights) for w in weights]
+        self.shares = _shares(recipe)
         self.streams = streams
 
     def take(self, cursor: list[int], context: int, rows: int) -> Tensor:
@@ -54,9 +55,8 @@ def make_corpus(
     key = digest(asdict(recipe.corpus), s.tokens, s.contexts, recipe.seed, vocabulary)
     if path.exists():
         return Corpus(recipe, read_state(path, key)["streams"])
-    empty = Corpus(recipe, [torch.empty(0)] * len(recipe.corpus.sources))
     streams = []
-    for source, share in zip(recipe.corpus.sources, empty.shares):
+    for source, share in zip(recipe.corpus.sources, _shares(recipe)):
         wanted = math.ceil(share * s.tokens) + 2 * max(s.contexts)
         streams.append(_stream(tokenizer, source, wanted, recipe.seed, progress))
         if len(streams[-1]) < max(s.contexts):
@@ -64,8 +64,22 @@ def make_corpus(
                 f"{source} holds {len(streams[-1])} training tokens, fewer than a window of {max(s.contexts)}",
                 "Add text, or shorten schedule.contexts",
             )
+    if recipe.corpus.copies:
+        ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        wanted = math.ceil(recipe.corpus.copies * s.tokens) + 2 * max(s.contexts)
+        ids = copied_ids(
+            random.Random(f"copies {recipe.seed}"), ordinary, wanted, min(LONGEST_COPY, min(s.contexts) // 2)
+        )
+        streams.append(torch.tensor(ids, dtype=torch.int32))
     write_state(path, key, {"streams": streams})
     return Corpus(recipe, streams)
+
+
+def _shares(recipe: PretrainRecipe) -> list[float]:
+    """Share of tokens of each source, and of copies where there are any."""
+    c = recipe.corpus
+    weights = c.weights or (1.0,) * len(c.sources)
+    return [(1 - c.copies) * w / sum(weights) for w in weights] + [c.copies] * (c.copies > 0)
 
 
 def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Callable[[str, int, int, str], None]) -> Tensor:

@@ -29,6 +29,7 @@ class Corpus:
         ("stdlib",), "stdlib, recall, text files, .jsonl, .parquet, tars of texts, folders, hub data sets"
     )
     weights: tuple[float, ...] = setting((), "share of tokens from each source; empty is equal shares")
+    copies: float = setting(0.0, "share of tokens, beside the sources, that are random ids said again: teaches copying")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class PretrainRecipe:
             yield "corpus.sources", "must name at least one source"
         if c.weights and (len(c.weights) != len(c.sources) or min(c.weights) < 0 or sum(c.weights) <= 0):
             yield "corpus.weights", f"must be {len(c.sources)} non-negative numbers, one for each of corpus.sources"
+        if not 0 <= c.copies < 1:
+            yield "corpus.copies", "must lie in 0 .. 1, below 1"
         if len(s.shares) != len(s.contexts) or not s.shares or min(s.shares) < 0 or sum(s.shares) <= 0:
             yield "schedule.shares", f"must be {len(s.contexts)} non-negative numbers, one for each stage"
         for context in s.contexts:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 DOCUMENTS = 400
+SHORTEST_COPY, COPIED = 24, 512  # ids; shorter ones are repeated until so many are there
 CHARACTERS = 48_000  # a document; about 16K tokens of a 4,096-entry vocabulary
 _SYLLABLES = [a + b for a in "bdfghklmnrstvz" for b in "aeo"]
 _PLACES = ("the mill", "the harbour", "the old church", "the library", "the north tower", "the garden", "the inn")
@@ -22,6 +23,19 @@ def recall_documents(count: int = DOCUMENTS, characters: int = CHARACTERS) -> It
     """(name, text) of `count` documents, always the same ones."""
     for number in range(count):
         yield f"recall:{number}", _document(random.Random(f"recall {number}"), characters)
+
+
+def copied_ids(rng: random.Random, vocabulary: Sequence[int], size: int, longest: int) -> list[int]:
+    """`size` ids: random sequences of log-uniform lengths up to `longest`, each at least twice in a row.
+
+    Nothing but finding the last occurrence and copying what followed helps, so heads that do it (induction heads,
+    Olsson et al. 2022) form within a million tokens, where text alone takes a small model far more.
+    """
+    found: list[int] = []
+    while len(found) < size:
+        length = int(math.exp(rng.uniform(math.log(min(SHORTEST_COPY, longest)), math.log(longest))))
+        found += rng.choices(vocabulary, k=length) * max(2, COPIED // length)
+    return found[:size]
 
 
 def _document(rng: random.Random, characters: int) -> str:
