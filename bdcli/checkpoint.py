@@ -285,7 +285,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def save_model(model: Model, like: Path, folder: Path) -> None:
-    """Write `model` as a Hugging Face folder: weights in bf16, everything else copied from the folder `like`.
+    """Write `model` as a Hugging Face folder: weights in bf16, everything but depth copied from the folder `like`.
 
     The folder appears whole or not at all: it is written beside its place and then renamed.
     """
@@ -317,7 +317,9 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
     for path in like.iterdir():
         if path.suffix in (".json", ".model", ".jinja") and not path.name.endswith(".index.json"):
             shutil.copy(path, fresh)
-    raw = _read_json(like / "config.json") | {"dtype": "bfloat16"}
+    raw = _read_json(like / "config.json") | {"dtype": "bfloat16", "num_hidden_layers": c.layers}
+    if "layer_types" in raw:  # full attention in all of them, or it would not have been read
+        raw["layer_types"] = raw["layer_types"][:1] * c.layers
     (fresh / "config.json").write_text(json.dumps(raw, indent=2), "utf-8")
     flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
     save_file(flat, fresh / "model.safetensors", {"format": "pt"})

@@ -6,7 +6,7 @@
     python scripts/train_pocket.py join OUT weights                                            # at home
 
 `train` goes through its stages in order, each where it was stopped: the target (recipes/pocket_target.yaml, without its
-seed), a drafter of one layer with the target's tokenizer, the drafter distilled under all budgets
+seed), a start for the drafter (recipes/pocket_start.yaml), the drafter distilled under all budgets
 (recipes/pocket_drafter.yaml), and its naive rival, distilled on the full cache alone. The last two measure the grid of
 acceptance before and after. Python's own sources and recall texts are made on the spot. `pieces` cuts the three models
 and the grids into files that small transfers take, and `join` puts them together again and checks them.
@@ -104,16 +104,15 @@ class Stage:
 
 def stages(corpus: Path, out: Path, extra: dict[str, list[str]]) -> list[Stage]:
     texts = json.dumps([str(corpus), "stdlib", "recall"])
-    mix = [f"corpus.sources={texts}", "corpus.weights=[0.72, 0.18, 0.1]", "held_out.sources=[]", "init=null"]
+    mix = [f"corpus.sources={texts}", "corpus.weights=[0.72, 0.15, 0.13]", "held_out.sources=[]"]
     target, start = out / "target" / "model", out / "start" / "model"
     pair = [f"target={target}", f"drafter={start}", f"data.sources={json.dumps([str(corpus), 'stdlib'])}"]
-    target_recipe, drafter_recipe = RECIPES / "pocket_target.yaml", RECIPES / "pocket_drafter.yaml"
+    target_recipe, start_recipe, drafter_recipe = (RECIPES / f"pocket_{n}.yaml" for n in ("target", "start", "drafter"))
     tokens = ["schedule.follow=tokens"]
-    one_layer = ["shape.layers=1", f"tokenizer={target}"]
     steps = ["optimizer.follow=steps"]
     made = [
-        Stage("target", "pretrain", target_recipe, (*mix, *tokens, *extra["target"])),
-        Stage("start", "pretrain", target_recipe, (*mix, *tokens, *one_layer, *extra["start"])),
+        Stage("target", "pretrain", target_recipe, (*mix, "init=null", *tokens, *extra["target"])),
+        Stage("start", "pretrain", start_recipe, (*mix, f"init={target}", *tokens, *extra["start"])),
         Stage("drafter", "distill", drafter_recipe, (*pair, *steps, *extra["drafter"])),
     ]
     rival = ("views.mode=full",)

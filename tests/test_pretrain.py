@@ -14,7 +14,7 @@ from bdcli.cache import FullCache
 from bdcli.checkpoint import POCKET, load_model, load_tokenizer
 from bdcli.errors import UserError
 from bdcli.rope import RopeTable
-from bdcli.train.corpus import Corpus
+from bdcli.train.corpus import Corpus, make_corpus
 from bdcli.train.data import documents, measured_windows
 from bdcli.train.held_out import measure
 from bdcli.train.optimizers import Muon, make_optimizers, orthogonal, trapezoid
@@ -22,7 +22,9 @@ from bdcli.train.pretrain import Pretraining, skipped
 from bdcli.train.pretrain_recipe import Corpus as Mix
 from bdcli.train.pretrain_recipe import HeldOut, MuonUpdates, PretrainRecipe, Schedule, Shape
 from bdcli.train.recall import recall_documents
+from bdcli.train.scratch import with_layers
 from bdcli.train.settings import Updates
+from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import causal_hidden
 
 
@@ -102,6 +104,34 @@ def test_going_on_from_a_checkpoint_keeps_its_tokenizer(tmp_path, text):
     assert done.before[0].nll < 9
 
 
+@pytest.mark.parametrize("family", [{}, {"biases": True}, {"qk_norm": True, "kv_heads": 1}])
+def test_another_depth_begins_as_the_model_it_comes_from(family):
+    model = tiny_model(**family)
+    deeper, cut = with_layers(model, 4, seed=1), with_layers(model, 1, seed=1)
+    want = model.forward(list(range(9)), FullCache(model, 9), 9)
+    assert torch.equal(deeper.forward(list(range(9)), FullCache(deeper, 9), 9), want)
+    assert not torch.allclose(cut.forward(list(range(9)), FullCache(cut, 9), 9), want, atol=0.1)
+    assert len(cut.layers) == cut.config.layers == 1 and torch.equal(cut.layers[0].qkv, model.layers[0].qkv)
+    assert deeper.layers[3].qkv.std() > 0  # what reads is random, so that gradients reach it once outputs move
+    made = Trainer(deeper, Updates(method="muon"))
+    ids = torch.arange(9)[None]
+    rope = RopeTable(deeper.config.rope, 9, 9, torch.float32, "cpu")
+    for _ in range(2):
+        made.step(lambda _: [lambda: causal_hidden(deeper, rope, ids).square().mean()])
+    assert deeper.layers[3].out.abs().max() > 0 and deeper.layers[3].down.abs().max() > 0
+
+
+def test_the_first_layers_of_a_model_are_a_start(tmp_path, text):
+    first = Pretraining(small(text), tmp_path / "a").run(False)
+    job = Pretraining(small(text, init=str(first.checkpoint), layers=1), tmp_path / "b")
+    assert job.shape.layers == 1
+    done = job.run(False)
+    assert load_model(done.checkpoint, torch.float32, torch.device("cpu")).config.layers == 1
+    assert torch.equal(weights(tmp_path / "b" / "start")[0], weights(first.checkpoint)[0])
+    assert done.after[0].nll < done.before[0].nll
+    assert [key for key, _ in small(text, layers=1).problems()] == ["layers"]
+
+
 def test_loss_is_the_mean_over_following_tokens_whatever_the_micro_batches(tmp_path, text):
     job = Pretraining(small(text), tmp_path / "run")
     job.model = tiny_model(vocab=300)
@@ -149,6 +179,23 @@ def test_the_mix_keeps_its_shares_and_every_stream_moves_on():
     shares = [sum(k * 10_000 <= t < (k + 1) * 10_000 for t in seen) / len(seen) for k in range(3)]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.01) and sum(cursor) == len(seen)
     assert seen[:10] == list(range(10)) and set(seen) >= set(range(900 - 40))
+
+
+def test_copies_are_beside_the_sources_and_can_be_foretold(tmp_path, pocket):
+    recipe = PretrainRecipe(
+        corpus=Mix(("stdlib", "recall"), (3.0, 1.0), copies=0.2), schedule=Schedule(tokens=40_000, contexts=(1024,))
+    )
+    corpus = make_corpus(recipe, pocket[2], "vocabulary", tmp_path / "tokens.pt", lambda *_: None)
+    assert corpus.shares == pytest.approx([0.6, 0.2, 0.2])
+    ids, known = corpus.streams[2].tolist(), 0
+    assert len(ids) == 8_000 + 2 * 1024 and 0 not in ids and 1 not in ids and len(set(ids)) > 1_500
+    last: dict[tuple, int] = {}
+    for at in range(2, len(ids)):  # two ids tell the third, where they have stood before
+        known += last.get(tuple(ids[at - 2 : at])) == ids[at]
+        last[tuple(ids[at - 2 : at])] = ids[at]
+    assert known > 0.45 * len(ids)
+    again = make_corpus(recipe, pocket[2], "vocabulary", tmp_path / "tokens.pt", lambda *_: None)
+    assert all(torch.equal(a, b) for a, b in zip(corpus.streams, again.streams))
 
 
 def test_recall_texts_repeat_near_and_far():
@@ -267,9 +314,19 @@ def test_the_command(tmp_path, cli, text):
     )
     assert bad.code == 2 and "did you mean schedule.tokens?" in bad.err
     many = cli(
-        "pretrain", path, "--set", "optimizer.lr=-1", "--set", "corpus.weights=[1, 2]", "--set", "schedule.contexts=[3]"
+        "pretrain",
+        path,
+        "--set",
+        "optimizer.lr=-1",
+        "--set",
+        "corpus.weights=[1, 2]",
+        "--set",
+        "schedule.contexts=[3]",
+        "--set",
+        "corpus.copies=1",
     )
-    assert many.code == 2 and all(key in many.err for key in ("optimizer.lr", "corpus.weights", "schedule.contexts"))
+    named = ("optimizer.lr", "corpus.weights", "corpus.copies", "schedule.contexts")
+    assert many.code == 2 and all(key in many.err for key in named)
     gone = cli("pretrain", path, "--set", "corpus.sources=[nowhere.txt]")
     assert gone.code == 2 and "nowhere.txt does not exist" in gone.err
 

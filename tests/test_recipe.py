@@ -20,7 +20,7 @@ HERE = ["target=pocket", "drafter=pocket", "data.sources=[stdlib]"]
 
 def elsewhere(path):
     """What stands in for settings that name what is not on every machine."""
-    if path.stem == "pocket_target":
+    if path.stem in ("pocket_target", "pocket_start"):
         return ["corpus.sources=[stdlib, recall]", "corpus.weights=[]", "held_out.sources=[]"]
     return HERE if path.parent.name == "paper" or path.stem == "pocket_drafter" else []
 

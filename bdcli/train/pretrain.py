@@ -37,7 +37,7 @@ from bdcli.train.held_out import Measured, measure, next_token_rows
 from bdcli.train.losses import ArgmaxTarget, head_loss
 from bdcli.train.optimizers import trapezoid
 from bdcli.train.pretrain_recipe import PretrainRecipe
-from bdcli.train.scratch import copy_tokenizer, random_model, write_config, write_tokenizer
+from bdcli.train.scratch import copy_tokenizer, random_model, with_layers, write_config, write_tokenizer
 from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import causal_block
 
@@ -77,6 +77,8 @@ class Pretraining:
         self.dtype = training_dtype(recipe.precision, self.device)
         self.init = None if recipe.init is None else resolve(recipe.init, "target")
         self.shape = recipe.shape if self.init is None else read_config(self.init)
+        if recipe.layers is not None:
+            self.shape = replace(self.shape, layers=recipe.layers)
         if recipe.schedule.follow == "time" and minutes is None:
             raise UserError("schedule.follow: time needs a limit", "Give --max-minutes, or follow tokens")
 
@@ -135,11 +137,15 @@ class Pretraining:
         )
 
     def _start(self) -> Path:
-        """Folder of the model that training starts from: `init`, or one made from nothing."""
-        if self.init is not None:
+        """Folder of the model that training starts from: `init`, one of another depth, or one made from nothing."""
+        if self.init is not None and self.recipe.layers is None:
             return self.init
         folder = self.out / "start"
         if folder.exists():
+            return folder
+        if self.init is not None:
+            model = with_layers(load_model(self.init, torch.float32, self.device), self.recipe.layers, self.recipe.seed)
+            save_model(model, self.init, folder)
             return folder
         r, half = self.recipe, self.out / "start.like"
         half.mkdir(exist_ok=True)

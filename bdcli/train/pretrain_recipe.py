@@ -67,6 +67,9 @@ class MuonUpdates(Updates):
 @dataclass(frozen=True)
 class PretrainRecipe:
     init: str | None = setting(None, "model folder to go on from; none starts from nothing with `shape`")
+    layers: int | None = setting(
+        None, "layers taken of init, the first ones; beyond its own, new ones that change nothing at first"
+    )
     tokenizer: str | None = setting(
         None, "model folder whose tokenizer is taken; none takes that of init, or trains one"
     )
@@ -109,6 +112,8 @@ class PretrainRecipe:
         }.items():
             if value <= 0:
                 yield key, "must be above 0"
+        if self.layers is not None and (self.init is None or self.layers <= 0):
+            yield "layers", "must be above 0, and is for a model that goes on from init; else give shape.layers"
         if s.reach < 0:
             yield "schedule.reach", "must not be negative"
         for key in ("warmup", "decay"):

@@ -1,10 +1,11 @@
-"""A model from nothing: its configuration, a byte-level BPE tokenizer, and random weights, as a Hugging Face folder."""
+"""A model from nothing, or of another depth: configuration, byte-level BPE tokenizer, first weights."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,3 +98,20 @@ def random_model(
         for _ in range(c.layers)
     ]
     return Model(c, embedding, layers, ones(hidden), embedding if c.tied_head else matrix(c.vocab_size, hidden))
+
+
+def with_layers(model: Model, layers: int, seed: int) -> Model:
+    """The first `layers` layers of `model`; where it has fewer, new ones follow that add nothing until trained.
+
+    What new layers write to the residual stream starts at zero, so a deeper model begins with the same logits.
+    """
+    c, kept = replace(model.config, layers=layers), model.layers[:layers]
+    fresh = random_model(c, seed, model.dtype, model.embedding.device).layers[len(kept) :]
+    for layer in fresh:
+        layer.out.zero_()
+        layer.down.zero_()
+        for name in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias", "qk_norm"):
+            like = getattr(kept[-1], name)
+            if like is not None:
+                setattr(layer, name, torch.ones_like(like) if name == "qk_norm" else torch.zeros_like(like))
+    return Model(c, model.embedding, kept + fresh, model.norm, model.head)
