@@ -46,6 +46,7 @@ FAMILIES = {  # label, colour, marker; the same in every panel
     "lookup": ("prompt lookup", PALETTE[4], "v"),
     "ar": ("AR", "black", "*"),
     "hf-ar": ("transformers AR", PALETTE[6], "x"),
+    "hf-static": ("transformers AR, static cache", PALETTE[6], "+"),
     "hf-assisted": ("transformers assisted", PALETTE[3], "P"),
     "hf-lookup": ("transformers lookup", "0.55", "X"),
 }

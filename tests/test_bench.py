@@ -183,9 +183,10 @@ def test_arms_rotate_and_share_the_targets_prefill(cli, monkeypatch):
 
 
 def test_peers_write_the_same_text_and_are_shown_beside(cli):
-    done = cli(*SMALL, "--methods", "hf-ar,hf-assisted,hf-lookup", "--gamma", "auto,4", "--json")
+    done = cli(*SMALL, "--methods", "hf-ar,hf-static,hf-assisted,hf-lookup", "--gamma", "auto,4", "--json")
     found = cells(done)
-    assert {arm for _, arm in found} == {"ar", "hf-ar", "hf-assisted", "hf-assisted-g4", "hf-lookup", "hf-lookup-g4"}
+    plain = {"ar", "hf-ar", "hf-static"}
+    assert {arm for _, arm in found} == plain | {"hf-assisted", "hf-assisted-g4", "hf-lookup", "hf-lookup-g4"}
     for cell in found.values():
         assert cell["output_equal"] is True and cell["valid"] and cell["speedup"] > 0, cell
     assisted = found[200, "hf-assisted-g4"]

@@ -9,7 +9,7 @@ from typing import Literal
 from bdcli.views import GAMMA_MAX, SINKS
 
 ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
-PEER_METHODS = ("hf-ar", "hf-assisted", "hf-lookup")
+PEER_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
 BUDGETED = ("bd", "window", "chunk", "official")  # methods whose drafter has a KV budget
 DRAFTING = ("bd", "full", "window", "chunk", "official", "lookup", "hf-assisted", "hf-lookup")
 NAIVE = "naive"
@@ -24,8 +24,8 @@ class Arm:
     method: Literal[ENGINE_METHODS + PEER_METHODS] = _setting(
         "bd",
         "ar; bd: the drafter under a budget; full: with its full cache; window, chunk: the undistilled drafter read "
-        "sparsely; official: the paper's selection; lookup: n-grams of the text; hf-ar, hf-assisted, hf-lookup: the "
-        "same weights in transformers",
+        "sparsely; official: the paper's selection; lookup: n-grams of the text; hf-ar, hf-static, hf-assisted, "
+        "hf-lookup: the same weights in transformers",
     )
     budget: int | Literal["full"] | None = _setting(None, "KV entries of the drafter; bd also takes full")
     gamma: int | Literal["auto"] = _setting("auto", "tokens drafted per round")
@@ -71,7 +71,7 @@ class BenchRecipe:
 
     def drafter_of(self, arm: Arm) -> str | None:
         """Name of the drafter that an arm uses; None where it has none."""
-        if arm.method in ("ar", "lookup", "hf-ar", "hf-lookup"):
+        if arm.method in ("ar", "lookup", "hf-ar", "hf-static", "hf-lookup"):
             return None
         name = arm.drafter or (NAIVE if arm.method in ("window", "chunk") else self.drafter)
         return self.naive if name == NAIVE else name

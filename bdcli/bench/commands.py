@@ -33,7 +33,7 @@ def bench(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="ar,bd,full,window,chunk,official,lookup,hf-ar,hf-assisted,hf-lookup; crossed with the above."
+            help="ar,bd,full,window,chunk,official,lookup,hf-ar,hf-static,hf-assisted,hf-lookup; crossed with these."
         ),
     ] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms of the recipe, by name.")] = None,

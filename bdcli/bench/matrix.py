@@ -212,7 +212,7 @@ class Sweep:
             attention=pair.engine.name,
             dtype=str(pair.target.dtype).removeprefix("torch."),
             budget="full" if arm.method == "full" else arm.budget,
-            gamma=0 if arm.method in ("ar", "hf-ar") else arm.gamma,
+            gamma=0 if arm.method in ("ar", "hf-ar", "hf-static") else arm.gamma,
             temperature=r.temperature,
             top_k=r.top_k,
             top_p=r.top_p,

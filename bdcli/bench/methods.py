@@ -147,6 +147,7 @@ METHODS: dict[str, type[Method]] = {
     "official": EngineMethod,
     "lookup": PromptLookup,
     "hf-ar": peers.HfAutoregressive,
+    "hf-static": peers.HfStatic,
     "hf-assisted": peers.HfAssisted,
     "hf-lookup": peers.HfLookup,
 }

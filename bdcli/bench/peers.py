@@ -23,7 +23,6 @@ from bdcli.decode import Pair
 from bdcli.metrics import Round
 
 PREFILL_ROWS = 512
-TRIAL_TOKENS = 16
 
 
 class Clock:
@@ -204,29 +203,14 @@ def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[Round]:
 
 
 class HfAutoregressive(HfMethod):
-    """Plain `generate`, with a dynamic or a static cache: whichever was faster in a trial at this prompt length."""
+    """Plain `generate`, with the dynamic cache that it makes unless told otherwise."""
 
-    def __init__(self, models, arm: Arm):
-        super().__init__(models, arm)
-        self._choice: dict[int, bool] = {}  # prompt length -> is the static cache the faster one?
-        self._static = None
 
-    def prepare(self, prompt: list[int]) -> None:
-        super().prepare(prompt)
-        n = len(prompt)
-        if n not in self._choice:
-            limit = min(TRIAL_TOKENS, self.recipe.max_new_tokens)
-            trials = [self._write(prompt, 0, limit), self._timed(prompt, self._filled(prompt), 0, limit)]
-            dynamic, static = (sum(r.seconds for r in trial.rounds) / len(trial.tokens) for trial in trials)
-            self._choice[n] = static < dynamic
-        self._static = self._filled(prompt) if self._choice[n] else None
+class HfStatic(HfMethod):
+    """Plain `generate` with a static cache that holds the prompt already."""
 
-    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:
-        if self._static is None:
-            return super().generate(prompt, held, seed)
-        outcome = self._timed(prompt, self._static, seed, self.recipe.max_new_tokens)
-        self._static = None
-        return outcome
+    def _write(self, prompt: list[int], seed: int, limit: int) -> Outcome:
+        return self._timed(prompt, self._filled(prompt), seed, limit)
 
     def _filled(self, prompt: list[int]):
         """A static cache with the entries of the dynamic one."""
