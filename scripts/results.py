@@ -204,7 +204,7 @@ def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> s
         "is shown and no fault.\n",
         "## Side by side\n\nSpeedup over AR (95 % interval), tokens per second. Arms named -g5 and -g8 draft that "
         "many tokens a round; the others choose as they go. Peers (hf-) run the same weights, prompts, dtype and stop "
-        "rules in transformers, each with the faster of the caches it supports.\n",
+        "rules in transformers, hf-static with a static cache, the others with the dynamic one they come with.\n",
         markdown(*side_by_side(main)),
         "\n![acceptance, speed and memory](docs/results.svg)\n",
         "## Where we are beaten\n\nBy data set and context, every arm faster than our fastest budgeted one.\n",
@@ -238,7 +238,7 @@ def _paper_head(published: list[Run]) -> str:
     return (
         f"\n## The paper's protocol\n\nGreedy, {run.config['max_new_tokens']} new tokens, the first prompt a warm-up, "
         f"and for every cell the fastest of γ {grids} (the paper's grids: 5 to 60, 5 to 30 and 5 to 40); {run.prompts} "
-        f"prompts a cell counted here, 9 there; commit {run.git_revision}.\n"
+        f"prompts a cell counted here, 9 there; commit {run.git_revision}, with the pair that shipped then.\n"
     )
 
 

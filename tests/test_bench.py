@@ -179,7 +179,7 @@ def test_arms_rotate_and_share_the_targets_prefill(cli, monkeypatch):
     monkeypatch.setattr(speculate.Reader, "prefill", counting)
     cli(*SMALL, "--methods", "ar,bd,full", "--budgets", 64, "--json")
     assert order == ["ar", "bd", "full", "bd", "full", "ar"]
-    assert prefills.count(12) == 2 and prefills.count(1) == 4  # once a prompt; each drafting arm its drafter
+    assert prefills.count(12) == 2 and prefills.count(2) == 4  # once a prompt; each drafting arm its drafter
 
 
 def test_peers_write_the_same_text_and_are_shown_beside(cli):

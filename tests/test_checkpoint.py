@@ -197,7 +197,7 @@ def test_shards_hold_the_same_weights(folder):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("role, layers, parameters", [("target", 12, 10_688_768), ("drafter", 1, 1_852_160)])
+@pytest.mark.parametrize("role, layers, parameters", [("target", 12, 10_688_768), ("drafter", 2, 2_655_488)])
 def test_the_pocket_pair(role, layers, parameters):
     folder = resolve("pocket", role)
     assert folder == POCKET / role
