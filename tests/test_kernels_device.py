@@ -124,6 +124,11 @@ def test_verify_attention(case, lengths, g):
         compare(verify_attention, reference.verify_attention, arguments, dtype, splits=case.splits)
 
 
+def means(keys):
+    """|mean key| [C, Hkv, D] of chunks of 8: with |query| the size of a score's terms, which may cancel each other."""
+    return keys.double().view(-1, 8, *keys.shape[1:]).mean(1).abs()
+
+
 @pytest.mark.parametrize("case", cases(variants.CHUNKS))
 @pytest.mark.parametrize("chunks", [1, 37])
 def test_chunk_scores(case, chunks, g):
@@ -137,7 +142,8 @@ def test_chunk_scores(case, chunks, g):
     for dtype in (case.dtype, torch.float32):
         low = cast(arguments, dtype)
         truth, eager = reference.chunk_scores(**cast(low, torch.float64)), reference.chunk_scores(**low)
-        assert_within_budget(c.chunk_scores(**low), eager.float(), truth)
+        size = reference.chunk_scores(low["queries"].double().mean(0)[None].abs(), means(low["keys"]), 1)
+        assert_within_budget(c.chunk_scores(**low), eager.float(), truth, float(size.max() / truth.abs().max()))
         whole = keys.to(DEVICE, dtype)
         got, truth = c.official_scores(whole, 8), reference.official_scores(whole.double(), 8)
         assert (got[:, 0] == torch.inf).all()
