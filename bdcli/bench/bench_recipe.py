@@ -71,7 +71,7 @@ class BenchRecipe:
 
     def drafter_of(self, arm: Arm) -> str | None:
         """Name of the drafter that an arm uses; None where it has none."""
-        if arm.method in ("ar", "lookup", "hf-ar", "hf-static", "hf-lookup"):
+        if arm.method not in DRAFTING or arm.method in ("lookup", "hf-lookup"):
             return None
         name = arm.drafter or (NAIVE if arm.method in ("window", "chunk") else self.drafter)
         return self.naive if name == NAIVE else name

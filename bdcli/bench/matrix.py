@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from bdcli.baseline import teacher_force
-from bdcli.bench.bench_recipe import Arm, BenchRecipe
+from bdcli.bench.bench_recipe import DRAFTING, Arm, BenchRecipe
 from bdcli.bench.cells import cell_json, counted, digest, seal, summarise
 from bdcli.bench.gates import objections
 from bdcli.bench.methods import METHODS, Models
@@ -212,7 +212,7 @@ class Sweep:
             attention=pair.engine.name,
             dtype=str(pair.target.dtype).removeprefix("torch."),
             budget="full" if arm.method == "full" else arm.budget,
-            gamma=0 if arm.method in ("ar", "hf-ar", "hf-static") else arm.gamma,
+            gamma=arm.gamma if arm.method in DRAFTING else 0,
             temperature=r.temperature,
             top_k=r.top_k,
             top_p=r.top_p,

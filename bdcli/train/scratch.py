@@ -76,28 +76,28 @@ def random_model(
 ) -> Model:
     """Normal weights of deviation 1/√fan-in, those that write to the residual stream 1/√(2·layers) of it; no biases."""
     g = torch.Generator(device).manual_seed(seed)
-    shrink = (2 * c.layers) ** -0.5
+    embedding = torch.randn(c.vocab_size, c.hidden_size, generator=g, dtype=dtype, device=device) * 0.02
+    layers = [_random_layer(c, g, dtype) for _ in range(c.layers)]
+    norm = torch.ones(c.hidden_size, dtype=dtype, device=device)
+    head = embedding if c.tied_head else _random_matrix(c.vocab_size, c.hidden_size, g, dtype)
+    return Model(c, embedding, layers, norm, head)
 
-    def matrix(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(rows, columns, generator=g, dtype=dtype, device=device) * (scale * columns**-0.5)
 
-    def ones(size: int) -> Tensor:
-        return torch.ones(size, dtype=dtype, device=device)
-
+def _random_layer(c: ModelConfig, g: torch.Generator, dtype: torch.dtype) -> Layer:
     hidden, inner, q_rows = c.hidden_size, c.intermediate_size, c.heads * c.head_dim
-    embedding = torch.randn(c.vocab_size, hidden, generator=g, dtype=dtype, device=device) * 0.02
-    layers = [
-        Layer(
-            attention_norm=ones(hidden),
-            qkv=matrix(q_rows + 2 * c.kv_heads * c.head_dim, hidden),
-            out=matrix(hidden, q_rows, shrink),
-            mlp_norm=ones(hidden),
-            gate_up=matrix(2 * inner, hidden),
-            down=matrix(hidden, inner, shrink),
-        )
-        for _ in range(c.layers)
-    ]
-    return Model(c, embedding, layers, ones(hidden), embedding if c.tied_head else matrix(c.vocab_size, hidden))
+    shrink = (2 * c.layers) ** -0.5
+    return Layer(
+        attention_norm=torch.ones(hidden, dtype=dtype, device=g.device),
+        qkv=_random_matrix(q_rows + 2 * c.kv_heads * c.head_dim, hidden, g, dtype),
+        out=_random_matrix(hidden, q_rows, g, dtype, shrink),
+        mlp_norm=torch.ones(hidden, dtype=dtype, device=g.device),
+        gate_up=_random_matrix(2 * inner, hidden, g, dtype),
+        down=_random_matrix(hidden, inner, g, dtype, shrink),
+    )
+
+
+def _random_matrix(rows: int, columns: int, g: torch.Generator, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return torch.randn(rows, columns, generator=g, dtype=dtype, device=g.device) * (scale * columns**-0.5)
 
 
 def with_layers(model: Model, layers: int, seed: int) -> Model:
@@ -106,7 +106,8 @@ def with_layers(model: Model, layers: int, seed: int) -> Model:
     What new layers write to the residual stream starts at zero, so a deeper model begins with the same logits.
     """
     c, kept = replace(model.config, layers=layers), model.layers[:layers]
-    fresh = random_model(c, seed, model.dtype, model.embedding.device).layers[len(kept) :]
+    g = torch.Generator(model.embedding.device).manual_seed(seed)
+    fresh = [_random_layer(c, g, model.dtype) for _ in range(layers - len(kept))]
     for layer in fresh:
         layer.out.zero_()
         layer.down.zero_()
