@@ -73,7 +73,7 @@ ORDER = [
     ["plots"],
     ["page"],
     ["cache", "checkpoint", "train.view_forward", "train.optimizers", "train.corpus", "train.scratch"],
-    ["train.trainer", "budget_cache", "convert", "train.held_out", "train.memory"],
+    ["train.trainer", "budget_cache", "convert", "train.held_out", "train.memory", "train.copying"],
     ["train.estimate"],
     ["speculate", "train.acceptance", "cpu.code", "gpu.ops", "gpu.capture", "gpu.support"],
     ["gpu.program", "gpu.caches"],

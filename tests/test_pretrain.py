@@ -14,7 +14,8 @@ from bdcli.cache import FullCache
 from bdcli.checkpoint import POCKET, load_model, load_tokenizer
 from bdcli.errors import UserError
 from bdcli.rope import RopeTable
-from bdcli.train.corpus import Corpus, make_corpus
+from bdcli.train.copying import LENGTH, WINDOWS, guide_loss, lesson
+from bdcli.train.corpus import Corpus, make_corpus, ordinary_ids
 from bdcli.train.data import documents, measured_windows
 from bdcli.train.held_out import measure
 from bdcli.train.optimizers import Muon, make_optimizers, orthogonal, trapezoid
@@ -25,7 +26,7 @@ from bdcli.train.recall import recall_documents
 from bdcli.train.scratch import with_layers
 from bdcli.train.settings import Updates
 from bdcli.train.trainer import Trainer
-from bdcli.train.view_forward import causal_hidden
+from bdcli.train.view_forward import attend, causal_hidden
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +235,63 @@ def test_measured_windows_come_from_held_out_documents_only(text, pocket):
     inside = [{n for n, ids in bodies.items() if w[:40] == ids[(len(ids) - 512) // 2 :][:40]} for w in found]
     assert all(names <= held for names in inside) and len(found) == len(held)
     assert len(measured_windows(pocket[2], [str(text)], 512, 20, everything=True)) == len(bodies)
+
+
+# -- copying
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_the_guide_asks_for_attention_where_a_copy_would_be_found(kv_heads):
+    """Against plain loops over one text's scores."""
+    model, g = tiny_model(kv_heads=kv_heads), torch.Generator().manual_seed(kv_heads)
+    c, length = model.config, 23
+    ids = torch.randint(0, 5, (2, length), generator=g)
+    ids[1] = torch.arange(length) % 19  # one text that hardly repeats
+    rope = RopeTable(c.rope, length, length, torch.float32, "cpu")
+    previous, induced = [], []
+    for row in ids.tolist():
+        x = F.embedding(torch.tensor(row), model.embedding)
+        for number, layer in enumerate(model.layers):
+            qk, v = model.project(layer, x)
+            turned = rope.rotate(qk, rope.rows(slice(0, length)))
+            for t in range(length):
+                weights = (turned[: t + 1, c.heads] @ turned[t, 0] / c.head_dim**0.5).softmax(0)
+                if number == 0 and t > 0:
+                    previous.append(-math.log(weights[t - 1]))
+                followers = [s for s in range(1, t + 1) if row[s - 1] == row[t]]
+                if number == len(model.layers) - 1 and followers:
+                    induced.append(-math.log(sum(weights[s] for s in followers)))
+            x = model.mix(layer, x, attend(rope, qk, v, None))
+    want = sum(previous) / len(previous) + sum(induced) / len(induced)
+    assert float(guide_loss(model, ids, torch.float32)) == pytest.approx(want, rel=1e-4)
+    assert len(induced) < len(previous)
+    with pytest.raises(ValueError, match="two layers"):
+        guide_loss(with_layers(model, 1, 0), ids, torch.float32)
+
+
+def test_lessons_repeat_themselves_and_move_the_heads(pocket):
+    ids = ordinary_ids(pocket[2])
+    once, again, other = lesson(0, 5, ids), lesson(0, 5, ids), lesson(0, 6, ids)
+    assert torch.equal(once, again) and not torch.equal(once, other) and once.shape == (WINDOWS, LENGTH)
+    known = [len(set(row)) / LENGTH for row in once.tolist()]
+    assert max(known) < 0.75 and 0 not in once and 1 not in once
+    model = tiny_model(vocab=len(pocket[2]))
+    made = Trainer(model, Updates(method="muon", lr=2e-2))
+    losses = [made.step(lambda _: [lambda: guide_loss(model, once, torch.float32)]) for _ in range(30)]
+    assert losses[-1] < losses[0] - 1.5
+
+
+def test_a_guided_run_goes_on_after_a_stop_and_wants_two_layers(tmp_path, text):
+    guided = small(text, corpus=Mix((str(text),), copies=0.5, guide=0.5))
+    whole = Pretraining(guided, tmp_path / "whole").run(False)
+    Pretraining(guided, tmp_path / "parts", minutes=0).run(False)
+    rest = Pretraining(guided, tmp_path / "parts").run(True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole.checkpoint), weights(rest.checkpoint), strict=True))
+    plain = Pretraining(replace(guided, corpus=replace(guided.corpus, guide=0.0)), tmp_path / "plain").run(False)
+    assert not torch.equal(weights(plain.checkpoint)[0], weights(whole.checkpoint)[0])
+    with pytest.raises(UserError, match="two layers"):
+        Pretraining(replace(guided, shape=replace(guided.shape, layers=1)), tmp_path / "one")
+    assert [k for k, _ in replace(guided, corpus=Mix(guide=0.5)).problems()] == ["corpus.guide"]
 
 
 # -- optimizers

@@ -65,14 +65,16 @@ def make_corpus(
                 "Add text, or shorten schedule.contexts",
             )
     if recipe.corpus.copies:
-        ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
         wanted = math.ceil(recipe.corpus.copies * s.tokens) + 2 * max(s.contexts)
-        ids = copied_ids(
-            random.Random(f"copies {recipe.seed}"), ordinary, wanted, min(LONGEST_COPY, min(s.contexts) // 2)
-        )
-        streams.append(torch.tensor(ids, dtype=torch.int32))
+        rng, longest = random.Random(f"copies {recipe.seed}"), min(LONGEST_COPY, min(s.contexts) // 2)
+        streams.append(torch.tensor(copied_ids(rng, ordinary_ids(tokenizer), wanted, longest), dtype=torch.int32))
     write_state(path, key, {"streams": streams})
     return Corpus(recipe, streams)
+
+
+def ordinary_ids(tokenizer) -> list[int]:
+    """Ids of the vocabulary that are not special tokens."""
+    return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
 
 
 def _shares(recipe: PretrainRecipe) -> list[float]:

@@ -29,7 +29,8 @@ from bdcli.checkpoint import (
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.recipe import as_dict
-from bdcli.train.corpus import Corpus, make_corpus
+from bdcli.train.copying import WEIGHT, guide_loss, lesson
+from bdcli.train.corpus import Corpus, make_corpus, ordinary_ids
 from bdcli.train.data import documents, measured_windows, missing_sources
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed, weights
 from bdcli.train.files import check_room, digest
@@ -79,6 +80,8 @@ class Pretraining:
         self.shape = recipe.shape if self.init is None else read_config(self.init)
         if recipe.layers is not None:
             self.shape = replace(self.shape, layers=recipe.layers)
+        if recipe.corpus.guide and self.shape.layers < 2:
+            raise UserError("corpus.guide needs a model of two layers or more", "Raise layers, or set it to 0")
         if recipe.schedule.follow == "time" and minutes is None:
             raise UserError("schedule.follow: time needs a limit", "Give --max-minutes, or follow tokens")
 
@@ -114,6 +117,7 @@ class Pretraining:
         vocabulary = digest(sorted(tokenizer.get_vocab().items()))
         self.model = load_model(start, torch.float32, self.device)
         self._check_positions()
+        self._ordinary = ordinary_ids(tokenizer)
         corpus = make_corpus(self.recipe, tokenizer, vocabulary, self.out / "tokens.pt", self.progress)
         self._held = self._held_out(tokenizer)
         trainer = Trainer(self.model, self.recipe.optimizer)
@@ -190,7 +194,8 @@ class Pretraining:
                     break
                 context = self.stage(done)
                 windows = corpus.take(p.cursor, context, max(1, s.tokens_per_step // context)).to(self.device)
-                parts = partial(self._parts, windows, block, skipped(context, s.reach, r.seed, p.step))
+                shown = lesson(r.seed, p.step, self._ordinary).to(self.device) if done < r.corpus.guide else None
+                parts = partial(self._parts, windows, block, skipped(context, s.reach, r.seed, p.step), shown)
                 loss = trainer.step(parts, trapezoid(done, s.warmup, s.decay))
                 p.tokens += windows.numel()
                 step_s = time.monotonic() - began
@@ -230,9 +235,12 @@ class Pretraining:
         trainer.save(self.out / STATE, key)
         save_model(self.model, start, self.out / "model")
 
-    def _parts(self, windows: Tensor, block, positions: Tensor, pieces: int) -> list[Callable[[], Tensor]]:
+    def _parts(
+        self, windows: Tensor, block, positions: Tensor, shown: Tensor | None, pieces: int
+    ) -> list[Callable[[], Tensor]]:
         rows = max(1, self.recipe.schedule.micro_tokens // windows.shape[1] // pieces)
-        return [partial(self.loss, w, windows.shape[0], block, positions) for w in windows.split(rows)]
+        parts = [partial(self.loss, w, windows.shape[0], block, positions) for w in windows.split(rows)]
+        return parts if shown is None else [*parts, lambda: WEIGHT * guide_loss(self.model, shown, self.dtype)]
 
     def loss(self, windows: Tensor, of: int, block=causal_block, positions: Tensor | None = None) -> Tensor:
         """Share of windows [N, T] in the mean next-token cross-entropy of `of` windows."""

@@ -30,6 +30,9 @@ class Corpus:
     )
     weights: tuple[float, ...] = setting((), "share of tokens from each source; empty is equal shares")
     copies: float = setting(0.0, "share of tokens, beside the sources, that are random ids said again: teaches copying")
+    guide: float = setting(
+        0.0, "share of the run, at its start, in which two heads are shown where to look in copies; for few layers"
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class PretrainRecipe:
             yield "corpus.weights", f"must be {len(c.sources)} non-negative numbers, one for each of corpus.sources"
         if not 0 <= c.copies < 1:
             yield "corpus.copies", "must lie in 0 .. 1, below 1"
+        if not 0 <= c.guide <= 1 or (c.guide and not c.copies):
+            yield "corpus.guide", "must lie in 0 .. 1, and needs corpus.copies"
         if len(s.shares) != len(s.contexts) or not s.shares or min(s.shares) < 0 or sum(s.shares) <= 0:
             yield "schedule.shares", f"must be {len(s.contexts)} non-negative numbers, one for each stage"
         for context in s.contexts:
