@@ -24,6 +24,7 @@ from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.speculate import Reader, Speculator
 from bdcli.train.acceptance import Passage, acceptance_cell, chances, drafter_cache, replay, text_probs
+from bdcli.train.checks import missing
 from bdcli.train.data import Documents, documents, held_out_prompts
 from bdcli.train.distill import Distillation, Watcher
 from bdcli.train.distill_recipe import Data, DistillRecipe, Evaluation, Optimizer, Views
@@ -281,6 +282,21 @@ def test_a_run_measures_before_and_after_and_writes_a_drafter(tmp_path):
     assert all(0 <= p["loop_rate"] <= 1 for p in saved) and any(p["loop_rate"] for p in saved)
     with pytest.raises(UserError, match="holds an earlier run"):
         Distillation(SMALL, tmp_path / "run", Watcher()).run(resume=False)
+
+
+def test_without_a_drafter_the_targets_first_layers_are_the_start(tmp_path):
+    recipe = replace(SMALL, drafter=None, layers=1, optimizer=replace(SMALL.optimizer, steps=2))
+    job = Distillation(recipe, tmp_path / "run", Watcher())
+    assert any("drafter of its first 1 layers" in line for line in job.plan()) and len(job.drafter.layers) == 1
+    target = load_model(POCKET / "target", torch.float32, torch.device("cpu"))
+    assert torch.equal(job.drafter.layers[0].qkv, target.layers[0].qkv)
+    assert [p for _, p in missing(recipe, tmp_path / "run", tmp_path / "run" / "data")] == []
+    done = job.run(resume=False)
+    assert torch.equal(weights_of(done.initial)[0], target.embedding) and done.steps == 2
+    again = Distillation(recipe, tmp_path / "run", Watcher()).run(resume=True)  # from the same start
+    assert again.steps == 2 and again.after == done.after
+    other = replace(recipe, target=str(POCKET / "drafter"))
+    assert "target" in [key for key, _ in missing(other, tmp_path / "run", tmp_path / "run" / "data")]
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):

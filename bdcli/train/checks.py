@@ -14,15 +14,23 @@ from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.files import digest, read_json
 
 MANIFEST, PASSAGES = "manifest.json", "passages.json"
+INITIAL = "initial"  # folder of the drafter that a run started from
 
 
-def missing(recipe: DistillRecipe, data: Path | None = None) -> Iterator[tuple[str, str]]:
-    """(key, message) of models and texts that are not here or do not fit together, or to what `data` was made from."""
+def missing(recipe: DistillRecipe, out: Path | None = None, data: Path | None = None) -> Iterator[tuple[str, str]]:
+    """(key, message) of models and texts that are not here or do not fit together, or to what `data` was made from.
+
+    `out` is the folder of the run where there may be one, `data` what prepare made for it.
+    """
     folders = {}
     for role in ("target", "drafter"):
         try:
-            folders[role] = resolve(getattr(recipe, role), role)
-            read_config(folders[role])
+            name = getattr(recipe, role)
+            if name is not None:
+                folders[role] = resolve(name, role)
+                read_config(folders[role])
+            elif out is not None and (out / INITIAL).exists():  # an earlier start made it of the target
+                folders[role] = out / INITIAL
         except UserError as error:
             folders.pop(role, None)
             yield role, str(error)

@@ -138,7 +138,7 @@ def _distillation(
     def check(settings: DistillRecipe):
         from bdcli.train.checks import missing
 
-        return missing(settings, data or folder / "data")
+        return missing(settings, folder, data or folder / "data")
 
     settings = load_recipe(recipe, DistillRecipe, overrides or [], check)
     from bdcli.store import Store

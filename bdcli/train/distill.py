@@ -27,6 +27,7 @@ from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_cell
+from bdcli.train.checks import INITIAL
 from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.files import check_room, digest
@@ -35,6 +36,7 @@ from bdcli.train.memory import distill_memory, memory_line
 from bdcli.train.optimizers import warm_cosine
 from bdcli.train.prepare import Material, Windows, bytes_per_token
 from bdcli.train.ranks import join, local_device
+from bdcli.train.scratch import with_layers
 from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import anchored_hidden, final_rows, view_hidden
 from bdcli.views import View, plan_view
@@ -82,12 +84,13 @@ class Distillation:
     ):
         self.recipe, self.out, self.watcher, self.deadline = recipe, out, watcher, deadline
         self.data = data or out / "data"
-        self.folders = resolve(recipe.target, "target"), resolve(recipe.drafter, "drafter")
         self.device = pick_device(local_device(recipe.device))
         self.ranks = join(self.device)
+        out.mkdir(parents=True, exist_ok=True)
+        self.folders = resolve(recipe.target, "target"), self._start()
         self.dtype = training_dtype(recipe.precision, self.device)
         kind = str(self.dtype).removeprefix("torch.")
-        options = DecodeOptions(target=recipe.target, drafter=recipe.drafter, dtype=kind, device=str(self.device))
+        options = DecodeOptions(target=recipe.target, drafter=str(self.folders[1]), dtype=kind, device=str(self.device))
         self.pair = load_pair(options)
         self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
         longest = max(recipe.data.context, *recipe.evaluation.contexts) + recipe.evaluation.new_tokens
@@ -97,9 +100,19 @@ class Distillation:
                 "Lower data.context or evaluation.contexts",
             )
         self.longest = longest
-        out.mkdir(parents=True, exist_ok=True)
         check_room(out, self.disk_bytes)
         self._hidden: dict[int, Tensor] = {}
+
+    def _start(self) -> Path:
+        """Folder of the drafter to start from; made of the target's first layers where the recipe names none."""
+        if self.recipe.drafter is not None:
+            return resolve(self.recipe.drafter, "drafter")
+        target, initial = resolve(self.recipe.target, "target"), self.out / INITIAL
+        with self.ranks.in_turn():
+            if not initial.exists():
+                whole = load_model(target, torch.bfloat16, torch.device("cpu"))
+                save_model(with_layers(whole, self.recipe.layers, self.recipe.seed), target, initial)
+        return initial
 
     def plan(self) -> Iterator[str]:
         """What the run will do and what it needs, in lines."""
@@ -108,7 +121,8 @@ class Distillation:
         written = round(d.written * d.windows) * d.written_tokens
         written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
         sizes = [f"{sum(t.numel() for t in m.tensors()) / 1e6:.1f} M parameters" for m in (self.target, self.drafter)]
-        yield f"target {r.target} ({sizes[0]}), drafter {r.drafter} ({sizes[1]})"
+        drafter = r.drafter or f"of its first {r.layers} layers"
+        yield f"target {r.target} ({sizes[0]}), drafter {drafter} ({sizes[1]})"
         if self.longest > self.drafter.config.max_position:
             yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.config.max_position}"
         yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
@@ -179,7 +193,7 @@ class Distillation:
             material = self.material()
             passages, windows = material.passages(), material.windows()
         key = digest(as_dict(self.recipe), len(windows), *map(fingerprint, self.folders))
-        initial, best = self.out / "initial", self.out / "drafter"
+        initial, best = self.out / INITIAL, self.out / "drafter"
         if self.ranks.first and not initial.exists():
             save_model(self.drafter, self.folders[1], initial)
         trainer = Trainer(self.drafter, self.recipe.optimizer, self.ranks)

@@ -89,7 +89,10 @@ class Evaluation:
 @dataclass(frozen=True)
 class DistillRecipe:
     target: str = setting("pocket", "folder, hub name, or pocket")
-    drafter: str = setting("pocket", "the undistilled drafter to start from: folder, hub name, or pocket")
+    drafter: str | None = setting(
+        "pocket", "the drafter to start from: folder, hub name, or pocket; none takes the first layers of the target"
+    )
+    layers: int = setting(2, "how many layers of the target, where drafter is none")
     seed: int = setting(0, "seed of data order, views and sampling")
     device: str = setting("auto", "auto, cpu, cuda")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where it is multiplied")
@@ -143,6 +146,7 @@ class DistillRecipe:
         if not 0 < d.written_tokens < d.context:
             yield "data.written_tokens", f"must lie between 0 and data.context ({d.context})"
         positive = {
+            "layers": self.layers,
             "data.context": d.context,
             "data.windows": d.windows,
             "data.top_k": d.top_k,

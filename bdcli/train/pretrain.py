@@ -148,8 +148,8 @@ class Pretraining:
         if folder.exists():
             return folder
         if self.init is not None:
-            model = with_layers(load_model(self.init, torch.float32, self.device), self.recipe.layers, self.recipe.seed)
-            save_model(model, self.init, folder)
+            whole = load_model(self.init, torch.bfloat16, self.device)
+            save_model(with_layers(whole, self.recipe.layers, self.recipe.seed), self.init, folder)
             return folder
         r, half = self.recipe, self.out / "start.like"
         half.mkdir(exist_ok=True)
