@@ -34,7 +34,7 @@ from bdcli.recipe import load_recipe
 from bdcli.sampling import Sampling
 from bdcli.store import Store
 from bdcli.terminal import note, phases, run_script
-from bdcli.train.acceptance import Passage, acceptance_cell
+from bdcli.train.acceptance import Passage, acceptance_grid
 from bdcli.train.checks import missing
 from bdcli.train.distill import Distillation, Watcher
 from bdcli.train.distill_recipe import DistillRecipe, Loss, Views
@@ -182,11 +182,9 @@ def one_arm(recipe: DistillRecipe, name: str, evaluation, out: Path, store: Stor
 
 def cells(drafter, passages: list[Passage], recipe: DistillRecipe, reading: str, progress) -> Iterator[dict]:
     """Acceptance of every data set, context and budget, the drafter read in one way."""
-    e, keys = recipe.evaluation, list(dict.fromkeys((p.dataset, len(p.prompt)) for p in passages))
-    for number, (key, budget) in enumerate([(key, budget) for key in keys for budget in e.budgets], 1):
-        group = [p for p in passages if (p.dataset, len(p.prompt)) == key]
-        size = None if budget == "full" else budget
-        cell = acceptance_cell(drafter, group, size, *READINGS[reading], e.gamma, Sampling(recipe.temperature))
+    e, keys = recipe.evaluation, {(p.dataset, len(p.prompt)) for p in passages}
+    found = acceptance_grid(drafter, passages, e.budgets, *READINGS[reading], e.gamma, Sampling(recipe.temperature))
+    for number, cell in enumerate(found, 1):
         progress(f"measure, {reading}", number, len(keys) * len(e.budgets), "")
         yield asdict(cell)
 

@@ -8,7 +8,8 @@ the replay gives drafted and accepted tokens of real decoding exactly (fp32), el
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,6 +147,24 @@ def replay(accepts: Sequence[float], gamma: int, limit: int, looped: Sequence[bo
             clean_accepted += clean * begins
         starts[at + proposed + 1] += begins
     return Replay(rounds, drafted, accepted, size, clean_drafted, clean_accepted)
+
+
+def acceptance_grid(
+    drafter: Model,
+    passages: Sequence[Passage],
+    budgets: Sequence[int | str],
+    select: str,
+    positions: str,
+    gamma: int,
+    sampling: Sampling = GREEDY,
+) -> Iterator[Cell]:
+    """Every data set and context among `passages`, by every one of `budgets` (tokens, or full)."""
+    groups: dict[tuple[str, int], list[Passage]] = {}
+    for p in passages:
+        groups.setdefault((p.dataset, len(p.prompt)), []).append(p)
+    for group, budget in itertools.product(groups.values(), budgets):
+        size = None if budget == "full" else budget
+        yield acceptance_cell(drafter, group, size, select, positions, gamma, sampling)
 
 
 def acceptance_cell(

@@ -26,7 +26,7 @@ from bdcli.options import DecodeOptions
 from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
-from bdcli.train.acceptance import Cell, Passage, acceptance_cell
+from bdcli.train.acceptance import Cell, Passage, acceptance_grid
 from bdcli.train.checks import INITIAL
 from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
@@ -36,7 +36,7 @@ from bdcli.train.memory import distill_memory, memory_line
 from bdcli.train.optimizers import warm_cosine
 from bdcli.train.prepare import Material, Windows, bytes_per_token
 from bdcli.train.ranks import join, local_device
-from bdcli.train.scratch import with_layers
+from bdcli.train.scratch import write_first_layers
 from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import anchored_hidden, final_rows, view_hidden
 from bdcli.views import View, plan_view
@@ -110,8 +110,7 @@ class Distillation:
         target, initial = resolve(self.recipe.target, "target"), self.out / INITIAL
         with self.ranks.in_turn():
             if not initial.exists():
-                whole = load_model(target, torch.bfloat16, torch.device("cpu"))
-                save_model(with_layers(whole, self.recipe.layers, self.recipe.seed), target, initial)
+                write_first_layers(target, initial, self.recipe.layers, self.recipe.seed)
         return initial
 
     def plan(self) -> Iterator[str]:
@@ -358,23 +357,13 @@ class Distillation:
         weights = weights * torch.tensor(scale, device=x.device)[:, None]
         return head_loss(x, head, target, s.kind, s.temperature, weights, float(x.shape[1]))[0]
 
-    def grid(self, passages: Sequence[Passage]) -> list[Cell]:
-        """Acceptance of every context and budget of the recipe."""
-        e, v, sampling = self.recipe.evaluation, self.recipe.views, Sampling(self.recipe.temperature)
-        return [
-            acceptance_cell(
-                self.drafter, group, None if budget == "full" else budget, v.select, v.positions, e.gamma, sampling
-            )
-            for group in _by_context(passages)
-            for budget in e.budgets
-        ]
-
     def _measure(self, trainer: Trainer, passages: Sequence[Passage]) -> float:
         """Add this step's grid to the history, once; keep the drafter best in the mean over budgets. Seconds."""
         p, began = trainer.progress, time.monotonic()
         if p.history and p.history[-1]["step"] == p.step:
             return 0.0
-        cells = self.grid(passages)
+        e, v, sampling = self.recipe.evaluation, self.recipe.views, Sampling(self.recipe.temperature)
+        cells = list(acceptance_grid(self.drafter, passages, e.budgets, v.select, v.positions, e.gamma, sampling))
         p.history.append({"step": p.step, "cells": [asdict(c) for c in cells]})
         full = self.recipe.views.mode == "full"  # such a drafter is judged by what it learns
         counted = [c for c in cells if (c.budget == "full") == full] or cells
@@ -386,8 +375,3 @@ class Distillation:
                 save_model(self.drafter, self.folders[1], self.out / "drafter")
         self.watcher.grid(p.step, cells)
         return time.monotonic() - began
-
-
-def _by_context(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
-    for key in dict.fromkeys((p.dataset, len(p.prompt)) for p in passages):
-        yield [p for p in passages if (p.dataset, len(p.prompt)) == key]

@@ -38,7 +38,7 @@ from bdcli.train.held_out import Measured, measure, next_token_rows
 from bdcli.train.losses import ArgmaxTarget, head_loss
 from bdcli.train.optimizers import trapezoid
 from bdcli.train.pretrain_recipe import PretrainRecipe
-from bdcli.train.scratch import copy_tokenizer, random_model, with_layers, write_config, write_tokenizer
+from bdcli.train.scratch import copy_tokenizer, random_model, write_config, write_first_layers, write_tokenizer
 from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import causal_block
 
@@ -148,8 +148,7 @@ class Pretraining:
         if folder.exists():
             return folder
         if self.init is not None:
-            whole = load_model(self.init, torch.bfloat16, self.device)
-            save_model(with_layers(whole, self.recipe.layers, self.recipe.seed), self.init, folder)
+            write_first_layers(self.init, folder, self.recipe.layers, self.recipe.seed)
             return folder
         r, half = self.recipe, self.out / "start.like"
         half.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdcli.checkpoint import load_model, save_model
 from bdcli.config import ModelConfig, parse_config
 from bdcli.model import Layer, Model
 from bdcli.train.pretrain_recipe import Shape
@@ -98,6 +99,12 @@ def _random_layer(c: ModelConfig, g: torch.Generator, dtype: torch.dtype) -> Lay
 
 def _random_matrix(rows: int, columns: int, g: torch.Generator, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return torch.randn(rows, columns, generator=g, dtype=dtype, device=g.device) * (scale * columns**-0.5)
+
+
+def write_first_layers(source: Path, folder: Path, layers: int, seed: int) -> None:
+    """Write `with_layers` of the model in `source` as a model folder."""
+    whole = load_model(source, torch.bfloat16, torch.device("cpu"))  # as it is saved; a large model fits more easily
+    save_model(with_layers(whole, layers, seed), source, folder)
 
 
 def with_layers(model: Model, layers: int, seed: int) -> Model:
