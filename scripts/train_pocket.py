@@ -6,10 +6,11 @@
     python scripts/train_pocket.py join OUT weights                                            # at home
 
 `train` goes through its stages in order, each where it was stopped: the target (recipes/pocket_target.yaml, without its
-seed), a start for the drafter (recipes/pocket_start.yaml), the drafter distilled under all budgets
-(recipes/pocket_drafter.yaml), and its naive rival, distilled on the full cache alone. The last two measure the grid of
-acceptance before and after. Python's own sources and recall texts are made on the spot. `pieces` cuts the three models
-and the grids into files that small transfers take, and `join` puts them together again and checks them.
+seed), a start for the drafter (recipes/pocket_start.yaml), that start distilled on short texts
+(recipes/pocket_short.yaml), then under all budgets (recipes/pocket_drafter.yaml), and the naive rival, distilled on the
+full cache alone instead. The last two measure the grid of acceptance before and after. Python's own sources and recall
+texts are made on the spot. `pieces` cuts the models and the grids into files that small transfers take, and `join`
+puts them together again and checks them.
 """
 
 from __future__ import annotations
@@ -106,13 +107,17 @@ def stages(corpus: Path, out: Path, extra: dict[str, list[str]]) -> list[Stage]:
     texts = json.dumps([str(corpus), "stdlib", "recall"])
     mix = [f"corpus.sources={texts}", "corpus.weights=[0.72, 0.15, 0.13]", "held_out.sources=[]"]
     target, start = out / "target" / "model", out / "start" / "model"
-    pair = [f"target={target}", f"drafter={start}", f"data.sources={json.dumps([str(corpus), 'stdlib'])}"]
-    target_recipe, start_recipe, drafter_recipe = (RECIPES / f"pocket_{n}.yaml" for n in ("target", "start", "drafter"))
+    taught = [f"target={target}", f"data.sources={texts}"]
+    pair = [*taught, f"drafter={out / 'short' / 'drafter'}"]
+    target_recipe, start_recipe, short_recipe, drafter_recipe = (
+        RECIPES / f"pocket_{name}.yaml" for name in ("target", "start", "short", "drafter")
+    )
     tokens = ["schedule.follow=tokens"]
     steps = ["optimizer.follow=steps"]
     made = [
         Stage("target", "pretrain", target_recipe, (*mix, "init=null", *tokens, *extra["target"])),
         Stage("start", "pretrain", start_recipe, (*mix, f"init={target}", *tokens, *extra["start"])),
+        Stage("short", "distill", short_recipe, (*taught, f"drafter={start}", *steps, *extra["short"])),
         Stage("drafter", "distill", drafter_recipe, (*pair, *steps, *extra["drafter"])),
     ]
     rival = ("views.mode=full",)
@@ -129,12 +134,14 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Stop in time; the same command goes on.")] = None,
     set_target: Settings = None,
     set_start: Settings = None,
+    set_short: Settings = None,
     set_drafter: Settings = None,
     db: Annotated[str | None, typer.Option(help="Store of the runs.")] = None,
 ) -> None:
     """Train what is not trained yet, stage by stage."""
     deadline = time.monotonic() + (float("inf") if minutes is None else 60 * minutes)
-    extra = {"target": set_target or [], "start": set_start or [], "drafter": set_drafter or []}
+    given = {"target": set_target, "start": set_start, "short": set_short, "drafter": set_drafter}
+    extra = {stage: settings or [] for stage, settings in given.items()}
     store = Store(db)
     for stage in stages(corpus, out, extra):
         if (out / stage.name / RESULT).exists():
@@ -155,7 +162,7 @@ def one_stage(stage: Stage, folder: Path, store: Store, deadline: float) -> bool
             result = pretrain_run(store, job, resume=True)
         else:
             settings = load_recipe(stage.recipe, DistillRecipe, list(stage.settings), missing_for_distilling)
-            data = folder.parent / "data"
+            data = folder / "data" if stage.name == "short" else folder.parent / "data"
             job = Distillation(settings, folder, Watcher(progress, grid), deadline, data)
             result = distill_run(store, job, resume=True)
     if result["status"] == "interrupted":

@@ -22,7 +22,7 @@ def elsewhere(path):
     """What stands in for settings that name what is not on every machine."""
     if path.stem in ("pocket_target", "pocket_start"):
         return ["corpus.sources=[stdlib, recall]", "corpus.weights=[]", "held_out.sources=[]"]
-    return HERE if path.parent.name == "paper" or path.stem == "pocket_drafter" else []
+    return HERE if path.parent.name == "paper" or path.stem in ("pocket_drafter", "pocket_short") else []
 
 
 def command_of(path):

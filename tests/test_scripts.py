@@ -212,7 +212,7 @@ def test_the_pair_is_trained_from_an_archive_and_comes_home_in_pieces(tmp_path, 
     drafter += ["evaluation.passages=2", "evaluation.new_tokens=16", "evaluation.every=2"]
     words = ["train", "--corpus", archive, "--out", out]
     for flag, settings in (("--set-target", target), ("--set-start", [*mix, *small, *held, *shape]),
-                           ("--set-drafter", drafter)):  # fmt: skip
+                           ("--set-short", [*drafter, "views.budgets=[40]"]), ("--set-drafter", drafter)):  # fmt: skip
         words += [word for setting in settings for word in (flag, setting)]
     assert call(script, *words, "--minutes", "0") == "" and not (out / "target" / "result.json").exists()
     call(script, *words)
