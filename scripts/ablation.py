@@ -283,8 +283,8 @@ def cost_of(recipe: DistillRecipe, steps: int) -> dict:
             trainer.step(lambda pieces, step=step: job.parts(windows, step, pieces), 0.1)
             taken.append(time.perf_counter() - began)
         return {
-            "views": len(job.draw_views(0)),
-            "positions": round(job.supervised * recipe.data.context),
+            "views": len(job.plan.views),
+            "positions": round(job.plan.supervised * recipe.data.context),
             "windows": recipe.optimizer.windows_per_step,
             "context": recipe.data.context,
             "seconds": statistics.median(taken[1:]),

@@ -29,6 +29,7 @@ from bdcli.train.data import Documents, documents, held_out_prompts
 from bdcli.train.distill import Distillation, Watcher
 from bdcli.train.distill_recipe import Data, DistillRecipe, Evaluation, Optimizer, Views
 from bdcli.train.losses import HiddenTarget
+from bdcli.train.plan import draw_views
 from bdcli.train.prepare import bytes_per_token
 from bdcli.train.trainer import Trainer
 from bdcli.train.view_forward import anchored_hidden, final_rows, view_hidden
@@ -269,7 +270,7 @@ def adds_up(a):
 def test_a_run_measures_before_and_after_and_writes_a_drafter(tmp_path):
     grids = []
     job = Distillation(SMALL, tmp_path / "run", Watcher(grid=lambda step, cells: grids.append((step, cells))))
-    assert any("supervised positions" in line for line in job.plan())
+    assert any("supervised positions" in line for line in job.plan.lines())
     outcome = job.run(resume=False)
     assert outcome.status == "done" and outcome.steps == 6 and outcome.skipped == 0
     assert [step for step, _ in grids] == [0, 3, 6]
@@ -287,7 +288,7 @@ def test_a_run_measures_before_and_after_and_writes_a_drafter(tmp_path):
 def test_without_a_drafter_the_targets_first_layers_are_the_start(tmp_path):
     recipe = replace(SMALL, drafter=None, layers=1, optimizer=replace(SMALL.optimizer, steps=2))
     job = Distillation(recipe, tmp_path / "run", Watcher())
-    assert any("drafter of its first 1 layers" in line for line in job.plan()) and len(job.drafter.layers) == 1
+    assert any("drafter of its first 1 layers" in line for line in job.plan.lines()) and len(job.drafter.layers) == 1
     target = load_model(POCKET / "target", torch.float32, torch.device("cpu"))
     assert torch.equal(job.drafter.layers[0].qkv, target.layers[0].qkv)
     assert [p for _, p in missing(recipe, tmp_path / "run", tmp_path / "run" / "data")] == []
@@ -336,7 +337,7 @@ def test_training_stops_when_acceptance_does_not_get_better_and_keeps_the_best(t
         evaluation=replace(SMALL.evaluation, every=2, patience=2),
     )
     job = Distillation(still, tmp_path / "run", Watcher())
-    assert any("stops after 2 measurements" in line for line in job.plan())
+    assert any("stops after 2 measurements" in line for line in job.plan.lines())
     outcome = job.run(resume=False)
     assert (outcome.status, outcome.stopped, outcome.steps) == ("done", "no better for 2 measurements", 4)
     assert outcome.best_step == 0 and outcome.after == outcome.before
@@ -363,11 +364,13 @@ def test_views_and_order_depend_on_seed_and_step_alone(tmp_path):
     job = Distillation(SMALL, tmp_path / "a", Watcher())
     twin = Distillation(SMALL, tmp_path / "b", Watcher())
     for step in range(7):
-        assert job.draw_views(step) == twin.draw_views(step) and job.order(step, 5) == twin.order(step, 5)
-        budgets = [v.budget for v in job.draw_views(step)[1:]]
+        assert draw_views(job.recipe, step) == draw_views(twin.recipe, step) and job.order(step, 5) == twin.order(
+            step, 5
+        )
+        budgets = [v.budget for v in draw_views(job.recipe, step)[1:]]
         assert budgets[:2] == [40, 100] and 40 <= budgets[2] <= 100
     assert sorted(w for step in range(5) for w in job.order(step, 5)) == list(range(5))
-    assert len({v[3].budget for v in map(job.draw_views, range(40))}) > 10
+    assert len({v[3].budget for v in (draw_views(job.recipe, n) for n in range(40))}) > 10
 
 
 def test_lambda_weighs_the_sparse_branch(tmp_path):
@@ -378,7 +381,7 @@ def test_lambda_weighs_the_sparse_branch(tmp_path):
         job = Distillation(recipe, tmp_path / str(sparse_weight), Watcher())
         ids = torch.arange(192) * 7 % 4096
         target = HiddenTarget(final_rows(job.target, ids).detach(), job.target.head)
-        return job, float(job.loss(ids, target, job.draw_views(0), 1)), float(job.loss(ids, target, [None], 1))
+        return job, float(job.loss(ids, target, job.plan.views, 1)), float(job.loss(ids, target, [None], 1))
 
     (_, zero, full), (_, one, _), (_, three, _) = map(loss, (0.0, 1.0, 3.0))
     assert zero == pytest.approx(full, rel=1e-5)
@@ -468,7 +471,7 @@ def test_cached_answers_teach_what_the_target_would(tmp_path):
         job = Distillation(replace(SMALL, data=data), tmp_path / cache, Watcher())
         windows = job.material().windows()
         assert windows.bytes >= bytes_per_token(job.recipe, 256) * 5 * 192
-        losses[cache] = [float(job.window_loss(windows, w, job.draw_views(0), 1)) for w in range(3)]
+        losses[cache] = [float(job.window_loss(windows, w, job.plan.views, 1)) for w in range(3)]
     assert losses["hidden"] == pytest.approx(losses["none"], rel=2e-2)
     assert losses["topk"] == pytest.approx(losses["none"], rel=5e-2)
 

@@ -93,6 +93,7 @@ ORDER = [
     ["decode", "doctor"],
     ["train.writing", "train.checks"],
     ["train.prepare", "runs"],
+    ["train.plan"],
     ["train.distill", "train.pretrain"],
     ["train.runs", "bench.outcome"],
     ["train.commands", "bench.peers"],

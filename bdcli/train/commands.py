@@ -147,7 +147,7 @@ def _distillation(
     with status_line("loading torch and models"):
         from bdcli.train.distill import Distillation, Watcher
     job = Distillation(settings, folder, Watcher(), deadline, data)
-    for line in job.plan() if job.ranks.first else ():
+    for line in job.plan.lines() if job.ranks.first else ():
         note(line)
     return job, store, folder
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,11 @@ from bdcli.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_grid
 from bdcli.train.checks import INITIAL
 from bdcli.train.distill_recipe import DistillRecipe
-from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.files import check_room, digest
-from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss, kernel_rows
-from bdcli.train.memory import distill_memory, memory_line
+from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
 from bdcli.train.optimizers import warm_cosine
-from bdcli.train.prepare import Material, Windows, bytes_per_token
+from bdcli.train.plan import KEPT_TARGETS_BYTES, Plan, draw_views
+from bdcli.train.prepare import Material, Windows
 from bdcli.train.ranks import join, local_device
 from bdcli.train.scratch import write_first_layers
 from bdcli.train.trainer import Trainer
@@ -42,7 +41,6 @@ from bdcli.train.view_forward import anchored_hidden, final_rows, view_hidden
 from bdcli.views import View, plan_view
 
 STATE = "state.pt"
-KEPT_TARGETS_BYTES = 2**30  # hidden states of the target kept between passes over the windows
 
 
 @dataclass
@@ -93,14 +91,8 @@ class Distillation:
         options = DecodeOptions(target=recipe.target, drafter=str(self.folders[1]), dtype=kind, device=str(self.device))
         self.pair = load_pair(options)
         self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
-        longest = max(recipe.data.context, *recipe.evaluation.contexts) + recipe.evaluation.new_tokens
-        if longest > self.target.config.max_position:
-            raise UserError(
-                f"the recipe needs {longest} positions, the target has {self.target.config.max_position}",
-                "Lower data.context or evaluation.contexts",
-            )
-        self.longest = longest
-        check_room(out, self.disk_bytes)
+        self.plan = Plan(recipe, self.target, self.drafter, self.dtype, self.device)
+        check_room(out, self.plan.disk_bytes)
         self._hidden: dict[int, Tensor] = {}
 
     def _start(self) -> Path:
@@ -112,70 +104,6 @@ class Distillation:
             if not initial.exists():
                 write_first_layers(target, initial, self.recipe.layers, self.recipe.seed)
         return initial
-
-    def plan(self) -> Iterator[str]:
-        """What the run will do and what it needs, in lines."""
-        r, d, views = self.recipe, self.recipe.data, len(self.draw_views(0))
-        tokens = r.optimizer.windows_per_step * d.context
-        written = round(d.written * d.windows) * d.written_tokens
-        written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
-        sizes = [f"{sum(t.numel() for t in m.tensors()) / 1e6:.1f} M parameters" for m in (self.target, self.drafter)]
-        drafter = r.drafter or f"of its first {r.layers} layers"
-        yield f"target {r.target} ({sizes[0]}), drafter {drafter} ({sizes[1]})"
-        if self.longest > self.drafter.config.max_position:
-            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.config.max_position}"
-        yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
-        yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
-        yield f"{self.supervised:.2f} supervised positions per token the target reads"
-        if r.evaluation.patience is not None:
-            yield f"stops after {r.evaluation.patience} measurements without a better acceptance"
-        yield memory_line(self.memory())
-        kernel = kernel_rows(torch.empty(0, dtype=self.dtype, device=self.device), HiddenTarget(None, None), 1.0)[0]
-        yield f"loss in {'Triton kernels' if kernel else 'torch'} on {self.device}, {self.dtype}".replace("torch.", "")
-        yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
-        yield f"steps take about {duration(self.seconds())} here, writing and measuring apart"
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of a step at the most demanding views, by what holds them."""
-        r, d = self.recipe, self.recipe.data
-        views = [view for view in self.draw_views(0) if not isinstance(view, int)]
-        budgets = len(self.draw_views(0)) - len(views)
-        lengths = [a + r.views.anchor_tokens for a in r.anchors() for _ in range(budgets)]
-        parts = distill_memory(self.target.config, self.drafter.config, d.context, views, lengths, self.dtype.itemsize)
-        return parts | {"kept hidden states": min(self.hidden_bytes, KEPT_TARGETS_BYTES)}
-
-    @property
-    def hidden_bytes(self) -> int:
-        """The target's hidden states of all windows."""
-        d = self.recipe.data
-        return d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
-
-    def seconds(self) -> float:
-        """About how long all steps take; the target reads a window once where the hidden states of all are kept."""
-        r, length = self.recipe, self.recipe.data.context
-        views = [view if isinstance(view, View) else None for view in self.draw_views(0)]  # chosen ones read it all
-        keys = [min(length / 2, length / 2 if view is None else view.prefix + view.window) for view in views]
-        learned = sum(forward_operations(self.drafter.config, length, k) for k in keys)
-        windows = r.optimizer.steps * r.optimizer.windows_per_step
-        read = min(windows, r.data.windows) if self.hidden_bytes <= KEPT_TARGETS_BYTES else windows
-        read *= forward_operations(self.target.config, length, length / 2)
-        taught = windows * BACKWARD * learned / speed(self.drafter.config, self.dtype, self.device)
-        return taught + read / speed(self.target.config, self.dtype, self.device)
-
-    @property
-    def supervised(self) -> float:
-        """Positions that teach the drafter, over all views, per token that the target reads."""
-        r, views = self.recipe, len(self.draw_views(0))
-        anchored = len(r.anchors()) * r.views.anchor_tokens / r.data.context
-        if r.views.select == "window":
-            return float(views)
-        return (1.0 if r.views.teach == "all" else anchored) + (views - 1) * anchored
-
-    @property
-    def disk_bytes(self) -> int:
-        """Shards, state with optimizer moments, two drafters."""
-        tokens = self.recipe.data.windows * self.recipe.data.context
-        return 4 * self.drafter.weight_bytes + bytes_per_token(self.recipe, self.target.config.hidden_size) * tokens
 
     def material(self, share: float = 0.5) -> Material:
         """What the recipe's data and evaluation ask for; making it may take `share` of the time that is left."""
@@ -213,7 +141,7 @@ class Distillation:
             skipped=p.skipped,
             documents=asdict(windows.documents),
             windows=asdict(windows.accounts),
-            positions_per_target_token=self.supervised,
+            positions_per_target_token=self.plan.supervised,
             tokens_per_second=tokens_per_second,
             peak_memory_bytes=peak_memory(self.device),
         )
@@ -258,20 +186,6 @@ class Distillation:
         if self.ranks.first:
             trainer.save(self.out / STATE, key)
 
-    def draw_views(self, step: int) -> list[View | int | None]:
-        """Views of a step, the full one first; budgets where chunks are chosen. A function of (seed, step)."""
-        v, rng = self.recipe.views, random.Random(f"{self.recipe.seed}/{step}")
-        if v.mode == "full":
-            return [None]
-        if v.mode == "sampled":
-            budgets = rng.choices(v.budgets, v.weights or None)
-        else:
-            low, high = min(v.budgets), max(v.budgets)
-            budgets = [low, high, round(math.exp(rng.uniform(math.log(low), math.log(high))))]
-        if v.select != "window":
-            return [None, *budgets]
-        return [None, *(plan_view(b, "window", v.positions, None, self.recipe.data.context) for b in budgets)]
-
     def order(self, step: int, windows: int) -> list[int]:
         """Windows of a step, of so many: each pass over the data is a permutation of its own."""
         per = self.recipe.optimizer.windows_per_step
@@ -283,7 +197,7 @@ class Distillation:
 
     def parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
         """This rank's windows of a step, each under all views, or under some at a time where memory is short."""
-        views, picked = self.draw_views(step), self.order(step, len(windows))
+        views, picked = draw_views(self.recipe, step), self.order(step, len(windows))
         some = -(-len(views) // min(pieces, len(views)))
         groups = [views[at : at + some] for at in range(0, len(views), some)]
         share, sparse = len(picked), len(views) - 1

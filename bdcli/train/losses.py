@@ -164,25 +164,25 @@ def head_loss(
     weights = weights.detach().to(_wide_dtype(x))
     if denominator is None:
         denominator = weights.sum().clamp_(min=torch.finfo(weights.dtype).tiny)  # no weight at all: loss 0, not 0 / 0
-    kernel, rows = kernel_rows(x, target, temperature)
-    chunk = chunk or (max(CHUNK, rows // head.shape[0]) if kernel else CHUNK)
+    kernel, rows = kernel_rows(x, target, temperature, head.shape[0])
     loss, *stats = _HeadLoss.apply(
-        x, head, target, kind, temperature, weights, denominator, chunk, torch.is_grad_enabled(), kernel
+        x, head, target, kind, temperature, weights, denominator, chunk or rows, torch.is_grad_enabled(), kernel
     )
     return loss, Stats(*stats)
 
 
-def kernel_rows(x: Tensor, target: Target, temperature: float) -> tuple[Callable | None, int]:
-    """(`bd_kernels.head_loss.loss_rows`, logits to make at a time) where it serves: on CUDA, in low precision, for the
+def kernel_rows(x: Tensor, target: Target, temperature: float, vocabulary: int) -> tuple[Callable | None, int]:
+    """(`bd_kernels.head_loss.loss_rows` where it serves, rows whose logits live at once).
 
-    exact p of a hidden target at a temperature above 0. Else (None, 0), and torch makes rows of fp32 logits.
+    It serves on CUDA, in low precision, for the exact p of a hidden target at a temperature above 0. Else the first is
+    None, and torch makes rows of fp32 logits.
     """
     fits = isinstance(target, HiddenTarget) and temperature > 0 and x.dtype in (torch.bfloat16, torch.float16)
     if x.device.type != "cuda" or not fits or importlib.util.find_spec("triton") is None:
-        return None, 0
+        return None, CHUNK
     from bd_kernels.head_loss import PART_ELEMENTS, loss_rows
 
-    return loss_rows, PART_ELEMENTS
+    return loss_rows, max(CHUNK, PART_ELEMENTS // vocabulary)
 
 
 class _HeadLoss(torch.autograd.Function):
