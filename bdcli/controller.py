@@ -28,18 +28,18 @@ class FixedGamma:
 
 
 class AutoGamma:
-    """Maximise expected tokens per second, (1 + a + .. + a^γ) / (γ·d + v(γ + 1)).
+    """Maximise expected tokens per second, (1 + a + .. + a^γ) / (d(γ) + v(γ + 1)).
 
-    a is the chance that a proposal passes given that those before it did; d the seconds per draft token; v(T) the
-    seconds of a target forward over T rows. All three are running estimates. When γ = 0 wins, drafting stops and is
-    tried again later for a few rounds.
+    a is the chance that a proposal passes given that those before it did; d(γ) the seconds to draft γ tokens, whose
+    first one costs more; v(T) the seconds of a target forward over T rows. All are running estimates. When γ = 0 wins,
+    drafting stops and is tried again later for a few rounds.
     """
 
     def __init__(self, max_gamma: int, verify_costs: dict[int, float], draft_cost: float):
         """`verify_costs` maps rows to measured seconds (one row count at least); `draft_cost` is one draft token's."""
         self.max_gamma = max_gamma
         self._verify = dict(verify_costs)
-        self._draft = draft_cost
+        self._draft = {0: 0.0, 1: draft_cost}
         self._passed, self._tried = 3.0, 5.0  # a prior worth five trials
         self._idle = 0  # tokens since drafting stopped
         self._wait = RETRY_FIRST
@@ -63,7 +63,7 @@ class AutoGamma:
             self._idle += 1
             return
         self._trials = max(0, self._trials - 1)
-        self._draft = _blend(self._draft, draft_s / drafted)
+        self._draft[drafted] = _blend(self._draft.get(drafted), draft_s)
         self._passed = DECAY * self._passed + accepted
         self._tried = DECAY * self._tried + min(accepted + 1, drafted)
 
@@ -75,24 +75,23 @@ class AutoGamma:
     def _rate(self, gamma: int) -> float:
         a = self.acceptance
         tokens = (1 - a ** (gamma + 1)) / (1 - a)
-        return tokens / (gamma * self._draft + self._verify_cost(gamma + 1))
+        return tokens / (_cost(self._draft, gamma) + _cost(self._verify, gamma + 1))
 
-    def _verify_cost(self, rows: int) -> float:
-        """Linear between measured row counts, proportional to the outermost slope beyond, never below fewer rows."""
-        if rows in self._verify:
-            return self._verify[rows]
-        known = sorted(self._verify)
-        below = [r for r in known if r < rows]
-        above = [r for r in known if r > rows]
-        if not below:
-            return self._verify[above[0]]
-        if not above:
-            low, high = (below[-2:] * 2)[:2] if len(below) == 1 else below[-2:]
-            slope = (self._verify[high] - self._verify[low]) / (high - low) if high > low else 0.0
-            return self._verify[high] + max(slope, 0.0) * (rows - high)
-        low, high = below[-1], above[0]
-        share = (rows - low) / (high - low)
-        return (1 - share) * self._verify[low] + share * self._verify[high]
+
+def _cost(known: dict[int, float], size: int) -> float:
+    """Linear between measured sizes, along the outermost slope beyond them, never falling there."""
+    if size in known:
+        return known[size]
+    below, above = sorted(n for n in known if n < size), sorted(n for n in known if n > size)
+    if not below:
+        return known[above[0]]
+    if not above:
+        low, high = below[-2:] if len(below) > 1 else 2 * below
+        slope = (known[high] - known[low]) / (high - low) if high > low else 0.0
+        return known[high] + max(slope, 0.0) * (size - high)
+    low, high = below[-1], above[0]
+    share = (size - low) / (high - low)
+    return (1 - share) * known[low] + share * known[high]
 
 
 def _blend(old: float | None, new: float, weight: float = 0.2) -> float:

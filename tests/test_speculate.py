@@ -1,6 +1,7 @@
 """The engine: exact whatever the drafter, stops inside a block, honest failure on NaN, the law of sampling."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -238,18 +239,28 @@ def test_the_drafters_vocabulary_is_cut_or_padded_to_the_targets():
 # -- γ chosen online
 
 
-def run_auto(accept, draft_s, verify_s, rounds=200, limit=8):
+def run_auto(accept, draft_s, verify_s, rounds=200, limit=8, first_s=0.0):
     """Drive AutoGamma with fixed costs and a drafter that gets its first accept(round) proposals right."""
     auto, chosen = AutoGamma(limit, {1: verify_s(1), 5: verify_s(5)}, draft_s), []
     for i in range(rounds):
         gamma = auto.choose()
         chosen.append(gamma)
-        auto.observe(gamma, min(gamma, accept(i)), draft_s * gamma, verify_s(gamma + 1))
+        auto.observe(gamma, min(gamma, accept(i)), first_s * (gamma > 0) + draft_s * gamma, verify_s(gamma + 1))
     return chosen
 
 
 def test_auto_gamma_drafts_long_when_drafts_are_cheap_and_good():
     assert set(run_auto(lambda _: 8, 0.001, lambda _: 0.1)[20:]) == {8}
+
+
+def test_auto_gamma_knows_that_the_first_draft_token_costs_most():
+    """Seconds over γ would make longer drafts look as dear, a token, as the short ones tried first."""
+    rng = random.Random(0)
+    passes = [next(n for n in range(99) if rng.random() > 0.7) for _ in range(600)]  # runs of hits, 7 of 10 go on
+    rate = {g: (1 - 0.7 ** (g + 1)) / 0.3 / (0.4 + 0.05 * g + 1.7 + 0.2 * g) for g in range(1, 9)}
+    chosen = run_auto(lambda i: passes[i], 0.05, lambda rows: 1.5 + 0.2 * rows, rounds=600, first_s=0.4)
+    assert max(rate, key=rate.get) == 4
+    assert sum(rate.get(g, 0) for g in chosen[100:]) / 500 > 0.98 * rate[4]
 
 
 def test_auto_gamma_stops_when_drafting_does_not_pay_and_tries_again():
