@@ -20,6 +20,7 @@ SAMPLES = 10  # rounds replayed in a run by mode `sample`
 TIE_FACTOR = 4.0  # a differing argmax within this many low-precision logit errors is a tie
 CALIBRATION_ROWS = (1, 2, 4, 6, 8, 9, 17)  # products take rows by eight: 9 cost a jump
 CALIBRATIONS = 4  # forwards of each, the first not timed, the best of the others
+LONG_FORWARD_S = 0.1  # so long a one is not repeated: noise is small against it, and a large model would wait
 CHECK_ROWS = 8  # rows of the many-row forwards that `teacher_force` measures the logit error with
 
 
@@ -160,4 +161,6 @@ def _warm_seconds(reader: Reader, tokens: list[int]) -> float:
         reader.feed(tokens, len(tokens)).max(-1).indices.tolist()
         seconds.append(time.perf_counter() - began)
         reader.rollback(start)
+        if len(seconds) > 1 and seconds[-1] > LONG_FORWARD_S:
+            break
     return min(seconds[1:])

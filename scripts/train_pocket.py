@@ -101,6 +101,7 @@ class Stage:
     command: str
     recipe: Path
     settings: tuple[str, ...]
+    data: Path | None = None  # folder of a distil run's windows; its own where none
 
 
 def stages(corpus: Path, out: Path, extra: dict[str, list[str]]) -> list[Stage]:
@@ -118,10 +119,10 @@ def stages(corpus: Path, out: Path, extra: dict[str, list[str]]) -> list[Stage]:
         Stage("target", "pretrain", target_recipe, (*mix, "init=null", *tokens, *extra["target"])),
         Stage("start", "pretrain", start_recipe, (*mix, f"init={target}", *tokens, *extra["start"])),
         Stage("short", "distill", short_recipe, (*taught, f"drafter={start}", *steps, *extra["short"])),
-        Stage("drafter", "distill", drafter_recipe, (*pair, *steps, *extra["drafter"])),
+        Stage("drafter", "distill", drafter_recipe, (*pair, *steps, *extra["drafter"]), out / "data"),
     ]
     rival = ("views.mode=full",)
-    return [*made, Stage("naive", "distill", drafter_recipe, (*pair, *steps, *extra["drafter"], *rival))]
+    return [*made, Stage("naive", "distill", drafter_recipe, (*pair, *steps, *extra["drafter"], *rival), out / "data")]
 
 
 Settings = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
@@ -162,8 +163,7 @@ def one_stage(stage: Stage, folder: Path, store: Store, deadline: float) -> bool
             result = pretrain_run(store, job, resume=True)
         else:
             settings = load_recipe(stage.recipe, DistillRecipe, list(stage.settings), missing_for_distilling)
-            data = folder / "data" if stage.name == "short" else folder.parent / "data"
-            job = Distillation(settings, folder, Watcher(progress, grid), deadline, data)
+            job = Distillation(settings, folder, Watcher(progress, grid), deadline, stage.data)
             result = distill_run(store, job, resume=True)
     if result["status"] == "interrupted":
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.files import digest, read_json
 
 MANIFEST, PASSAGES = "manifest.json", "passages.json"
-INITIAL = "initial"  # folder of the drafter that a run started from
+START = "start"  # folder of a drafter made of the target's first layers
 
 
 def missing(recipe: DistillRecipe, out: Path | None = None, data: Path | None = None) -> Iterator[tuple[str, str]]:
@@ -29,8 +29,8 @@ def missing(recipe: DistillRecipe, out: Path | None = None, data: Path | None = 
             if name is not None:
                 folders[role] = resolve(name, role)
                 read_config(folders[role])
-            elif out is not None and (out / INITIAL).exists():  # an earlier start made it of the target
-                folders[role] = out / INITIAL
+            elif out is not None and (out / START).exists():  # an earlier start made it of the target
+                folders[role] = out / START
         except UserError as error:
             folders.pop(role, None)
             yield role, str(error)

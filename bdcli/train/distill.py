@@ -27,7 +27,7 @@ from bdcli.recipe import as_dict
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_grid
-from bdcli.train.checks import INITIAL
+from bdcli.train.checks import START
 from bdcli.train.distill_recipe import DistillRecipe
 from bdcli.train.files import check_room, digest
 from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
@@ -85,25 +85,25 @@ class Distillation:
         self.device = pick_device(local_device(recipe.device))
         self.ranks = join(self.device)
         out.mkdir(parents=True, exist_ok=True)
-        self.folders = resolve(recipe.target, "target"), self._start()
+        target = resolve(recipe.target, "target")
+        self.folders = target, self._start(target)
         self.dtype = training_dtype(recipe.precision, self.device)
         kind = str(self.dtype).removeprefix("torch.")
         options = DecodeOptions(target=recipe.target, drafter=str(self.folders[1]), dtype=kind, device=str(self.device))
         self.pair = load_pair(options)
         self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
-        self.plan = Plan(recipe, self.target, self.drafter, self.dtype, self.device)
+        self.plan = Plan(recipe, self.target, self.drafter, self.dtype, self.device, out)
         check_room(out, self.plan.disk_bytes)
         self._hidden: dict[int, Tensor] = {}
 
-    def _start(self) -> Path:
+    def _start(self, target: Path) -> Path:
         """Folder of the drafter to start from; made of the target's first layers where the recipe names none."""
         if self.recipe.drafter is not None:
             return resolve(self.recipe.drafter, "drafter")
-        target, initial = resolve(self.recipe.target, "target"), self.out / INITIAL
         with self.ranks.in_turn():
-            if not initial.exists():
-                write_first_layers(target, initial, self.recipe.layers, self.recipe.seed)
-        return initial
+            if self.ranks.first and not (self.out / STATE).exists():  # nothing was learned from an older one
+                write_first_layers(target, self.out / START, self.recipe.layers, self.recipe.seed)
+        return self.out / START
 
     def material(self, share: float = 0.5) -> Material:
         """What the recipe's data and evaluation ask for; making it may take `share` of the time that is left."""
@@ -120,7 +120,7 @@ class Distillation:
             material = self.material()
             passages, windows = material.passages(), material.windows()
         key = digest(as_dict(self.recipe), len(windows), *map(fingerprint, self.folders))
-        initial, best = self.out / INITIAL, self.out / "drafter"
+        initial, best = self.out / "initial", self.out / "drafter"
         if self.ranks.first and not initial.exists():
             save_model(self.drafter, self.folders[1], initial)
         trainer = Trainer(self.drafter, self.recipe.optimizer, self.ranks)

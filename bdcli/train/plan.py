@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -31,6 +32,7 @@ class Plan:
     drafter: Model
     dtype: torch.dtype
     device: torch.device
+    out: Path
 
     def __post_init__(self):
         d, e, held = self.recipe.data, self.recipe.evaluation, self.target.config.max_position
@@ -61,7 +63,7 @@ class Plan:
         yield memory_line(self.memory())
         by, kind = "Triton kernels" if self._loss[0] else "torch", str(self.dtype).removeprefix("torch.")
         yield f"loss in {by} on {self.device}, {kind}"
-        yield f"disk {self.disk_bytes / 1e6:.0f} MB"
+        yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
         yield f"steps take about {duration(self.seconds())} here, writing and measuring apart"
 
     def memory(self) -> dict[str, int]:
