@@ -296,6 +296,8 @@ def test_without_a_drafter_the_targets_first_layers_are_the_start(tmp_path):
     assert torch.equal(weights_of(done.initial)[0], target.embedding) and done.steps == 2
     again = Distillation(recipe, tmp_path / "run", Watcher()).run(resume=True)  # from the same start
     assert again.steps == 2 and again.after == done.after
+    Distillation(replace(recipe, layers=3), tmp_path / "tried", Watcher())  # as a dry run does
+    assert len(Distillation(recipe, tmp_path / "tried", Watcher()).drafter.layers) == 1
     other = replace(recipe, target=str(POCKET / "drafter"))
     assert "target" in [key for key, _ in missing(other, tmp_path / "run", tmp_path / "run" / "data")]
 

@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from bdcli.checkpoint import POCKET, load_model
+from bdcli.checkpoint import POCKET
 from bdcli.train.recall import recall_documents
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 DISTIL = """\
+drafter: null
 precision: float32
 data: {{sources: ['{texts}'], context: 192, windows: 4, written: 0.5, written_tokens: 16, max_loop_rate: 1.0}}
 views: {{budgets: [40, 100]}}
-optimizer: {{steps: 2, lr: 1.0e-3, warmup: 1}}
+optimizer: {{steps: 2, lr: 1.0e-2, warmup: 1}}
 evaluation:
   {{sources: ['{texts}'], every: 2, contexts: [64, 128], budgets: [40, 100, full], passages: 2, new_tokens: 16}}
 """
@@ -84,9 +84,7 @@ def test_every_arm_is_trained_on_the_same_and_measured_alike(tmp_path, recipe, t
     (out / "full-3" / "measured.json").unlink()
     assert call(script, *words, *measured_on) == shown, "what is missing is made again, with the same figures"
     assert (out / "ours-3" / "measured.json").read_bytes() == before and call(script, "table", out) == shown
-    start = load_model(out / "ours-3" / "initial", torch.float32, torch.device("cpu")).tensors()
-    trained = torch.load(out / "ours-3" / "state.pt", weights_only=True)["weights"]
-    assert not torch.equal(start[0], trained[0]), "training changed nothing"
+    assert grids["none"] != grids["ours"], "training changed nothing"
 
 
 def test_the_table_counts_gains_between_rows_read_alike():
