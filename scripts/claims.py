@@ -7,7 +7,7 @@ Prompts are cut from held-out documents as running text; those of all contexts e
 decoded, greedily and at temperature 1, with every drafter and budget, until each cell has enough tokens outside loops.
 `naive` is a drafter trained on its full cache only. Bounds are one-sided 95 % percentile bootstraps over documents,
 whose prompts are drawn together. Every text is a line of prompts.jsonl as soon as it is written; the same command goes
-on after a stop.
+on after a stop, and one with a naive drafter, a budget or a temperature more adds its texts.
 """
 
 from __future__ import annotations
@@ -101,9 +101,11 @@ class Measurement:
         }
         ends = {name: [(s.source, s.before[-64:]) for s in samples] for name, samples in self.samples.items()}
         prints = {role: fingerprint(resolve(name, role_of(role))) for role, name in models.items()}
-        self.key = digest(asdict(settings), ends, prints)
+        # contexts, budgets, temperatures and a naive drafter may be added later: a text carries its own
+        common = {k: v for k, v in asdict(settings).items() if k not in ("contexts", "budgets", "temperatures")}
+        self.key = digest(common, longest, ends, prints.pop("target"))
         out.mkdir(parents=True, exist_ok=True)
-        self.texts = read_texts(out / TEXTS, self.key)
+        self.texts = begin_texts(out / TEXTS, {"key": self.key, "drafters": prints})
 
     @property
     def arms(self) -> list[tuple[str, int | str]]:
@@ -198,18 +200,25 @@ def role_of(role: str) -> str:
     return "target" if role == "target" else "drafter"
 
 
-def read_texts(path: Path, key: str) -> list[Text]:
-    """Texts written so far; a line cut short by a kill is removed. Raises UserError on texts of other models."""
-    if not path.exists():
-        path.write_text(json.dumps({"key": key}) + "\n", "utf-8")
-        return []
+def begin_texts(path: Path, asked: dict) -> list[Text]:
+    """Texts written so far under the head `asked`, whose new drafters are noted; a line cut short by a kill is removed.
+
+    Raises UserError on texts of other models.
+    """
+    head, lines = read_lines(path) if path.exists() else ({}, [])
+    if head:
+        others = [role for role, given in asked["drafters"].items() if head["drafters"].get(role, given) != given]
+        if head["key"] != asked["key"] or others:
+            raise UserError(f"{path} was measured with other models, texts or settings", "Give another --out")
+    head = asked | {"drafters": head.get("drafters", {}) | asked["drafters"]}
+    write_text(path, json.dumps(head) + "\n" + "".join(lines))
+    return [Text(**json.loads(line)) for line in lines]
+
+
+def read_lines(path: Path) -> tuple[dict, list[str]]:
+    """Its head, and its whole lines."""
     head, *lines = path.read_text("utf-8").splitlines(keepends=True)
-    if key and json.loads(head)["key"] != key:
-        raise UserError(f"{path} was measured with other models, texts or settings", "Give another --out")
-    whole = [line for line in lines if line.endswith("\n")]
-    if key and len(whole) < len(lines):
-        write_text(path, head + "".join(whole))
-    return [Text(**json.loads(line)) for line in whole]
+    return json.loads(head), [line for line in lines if line.endswith("\n")]
 
 
 def clean_tokens(texts: Sequence[Text]) -> dict[tuple, int]:
@@ -268,11 +277,12 @@ def by_document(texts: Sequence[Text]) -> dict[str, list[Text]]:
 def falls(texts: Sequence[Text]) -> Iterator[Fall]:
     """The claims on texts of one data set (or of all) at one temperature."""
     contexts, budgets = sorted({t.context for t in texts}), sorted({t.budget for t in texts if t.budget != "full"})
-    least, ours = budgets[0], {"drafter": "drafter"}
+    least, most, ours = budgets[0], budgets[-1], {"drafter": "drafter"}
     naive = any(t.drafter == "naive" for t in texts)
-    for c in contexts:
-        small, whole = ours | {"context": c, "budget": least}, ours | {"context": c, "budget": "full"}
-        yield fall(texts, f"full - {least} at {c}", whole, small, SMALL_LOSS)
+    for large in ["full", *([most] if most > least else [])]:
+        for c in contexts:
+            small, whole = ours | {"context": c, "budget": least}, ours | {"context": c, "budget": large}
+            yield fall(texts, f"{large} - {least} at {c}", whole, small, SMALL_LOSS)
     near, far = (ours | {"context": c, "budget": least} for c in (contexts[0], contexts[-1]))
     yield fall(texts, f"{contexts[0]} - {contexts[-1]} at budget {least}", near, far, FAR_LOSS)
     for c in contexts if naive else ():
@@ -349,7 +359,7 @@ def run(
     drafter: Annotated[str, typer.Option(help="The drafter that is measured.")] = "pocket",
     naive: Annotated[str | None, typer.Option(help="One trained on its full cache only.")] = None,
     ctx: Annotated[str, typer.Option(help="Contexts.")] = "4k,8k,16k",
-    budgets: Annotated[str, typer.Option(help="Budgets; the least is held against full.")] = "256,full",
+    budgets: Annotated[str, typer.Option(help="The least is held against full and the largest.")] = "256,2048,full",
     temperatures: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
     gamma: Annotated[int, typer.Option(help="Tokens drafted a round.")] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens written after each prompt.")] = 256,
@@ -383,9 +393,9 @@ def show(
     """Print what is measured so far."""
     if not (out / TEXTS).exists():
         raise UserError(f"{out} holds no measurement", "Start one with: python scripts/claims.py run --on NAME=PLACE")
-    key = json.loads((out / TEXTS).open(encoding="utf-8").readline())["key"]
-    worth = json.loads((out / WORTH).read_text("utf-8")).get(key, {}) if (out / WORTH).exists() else {}
-    typer.echo(report(read_texts(out / TEXTS, ""), worth, enough))
+    head, lines = read_lines(out / TEXTS)
+    worth = json.loads((out / WORTH).read_text("utf-8")).get(head["key"], {}) if (out / WORTH).exists() else {}
+    typer.echo(report([Text(**json.loads(line)) for line in lines], worth, enough))
 
 
 if __name__ == "__main__":

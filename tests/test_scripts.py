@@ -134,9 +134,13 @@ def test_the_paper_teaches_less_than_a_tenth_of_our_positions_per_target_pass(re
 
 def test_claims_are_measured_until_there_is_enough(tmp_path, texts):
     script, out = load("claims"), tmp_path / "claims"
-    words = ("run", "--on", f"x={texts}", "--out", out, "--naive", POCKET / "drafter", "--ctx", "320,640", "--budgets",
-             "64,full", "--new-tokens", "12", "--prompts", "6", "--dtype", "float32")  # fmt: skip
+    words = ("run", "--on", f"x={texts}", "--out", out, "--ctx", "320,640", "--budgets", "64,full",
+             "--new-tokens", "12", "--prompts", "6", "--dtype", "float32")  # fmt: skip
+    alone = call(script, *words, "--enough", "12")
+    first = (out / "prompts.jsonl").read_text().splitlines()[1:]
+    words += ("--naive", POCKET / "drafter")  # joins later
     shown = call(script, *words, "--enough", "12")
+    assert (out / "prompts.jsonl").read_text().splitlines()[1 : len(first) + 1] == first and alone != shown
     lines = (out / "prompts.jsonl").read_text().splitlines()
     written = [script.Text(**json.loads(line)) for line in lines[1:]]
     assert {t.cell for t in written} == {
@@ -156,6 +160,8 @@ def test_claims_are_measured_until_there_is_enough(tmp_path, texts):
     assert (out / "prompts.jsonl").read_text().splitlines() == lines
     with pytest.raises(script.UserError, match="measured with other models"):
         call(script, *words, "--gamma", "3")
+    with pytest.raises(script.UserError, match="measured with other models"):
+        call(script, *words[:-1], POCKET / "target")
 
 
 def test_bounds_of_the_claims():
