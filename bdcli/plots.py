@@ -71,7 +71,7 @@ def plot(runs: list[Run], path: Path) -> None:
     done = [r for r in runs if r.status == "done" and r.speedup is not None and r.valid is not False]
     if not done:
         raise UserError("no finished run with a speedup fits the filters", "Run bdcli bench or bdcli decode first")
-    done = [r for r in done if _comparable(r) == _comparable(done[0])]
+    done = _fastest_dtype([r for r in done if _comparable(r) == _comparable(done[0])])
     datasets = sorted({r.dataset for r in done}) if done[0].experiment else [None]
     shape = (2, 2) if len(datasets) == 1 else (len(datasets), 4)
     size = 4.9 * shape[1], 4.3 * shape[0]
@@ -239,6 +239,17 @@ def _comparable(run: Run) -> tuple:
     if run.experiment:
         return (run.experiment,)
     return run.target, run.drafter, run.machine, run.device, run.dtype, run.temperature, run.select == "official"
+
+
+def _fastest_dtype(runs: list[Run]) -> list[Run]:
+    """Without a peer's slower dtypes in a sweep that has several."""
+    top: dict[tuple, Run] = {}
+    for r in runs:
+        key = r.experiment, r.dataset, r.context, r.method, r.gamma
+        if r.speedup > getattr(top.get(key), "speedup", 0.0):
+            top[key] = r
+    keys = {(k, r.dtype) for k, r in top.items()}
+    return [r for r in runs if ((r.experiment, r.dataset, r.context, r.method, r.gamma), r.dtype) in keys]
 
 
 def _budget_order(budget: int | str | None) -> float:

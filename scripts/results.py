@@ -25,6 +25,7 @@ from typing import Annotated
 import typer
 
 from bdcli.bench import paper
+from bdcli.bench.bench_recipe import PEER_METHODS
 from bdcli.plots import plot
 from bdcli.report import checked, losses, markdown, refused, side_by_side
 from bdcli.store import Run, Store
@@ -203,9 +204,11 @@ def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> s
         "(none where its rows do not depend on each other); peers round otherwise, so theirs may part from ours, which "
         "is shown and no fault.\n",
         "## Side by side\n\nSpeedup over AR (95 % interval), tokens per second. Arms named -g5 and -g8 draft that "
-        "many tokens a round; the others choose as they go. Peers (hf-) run the same weights, prompts, dtype and stop "
-        "rules in transformers, hf-static with a static cache, the others with the dynamic one they come with.\n",
+        "many tokens a round; the others choose as they go. Peers (hf-) run the same weights, prompts and stop rules "
+        "in transformers, in the same dtype or, where named -fp32, in fp32; hf-static with a static cache, the others "
+        "with the dynamic one they come with.\n",
         markdown(*side_by_side(main)),
+        *_against_transformers(main),
         "\n![acceptance, speed and memory](docs/results.svg)\n",
         "## Where we are beaten\n\nBy data set and context, every arm faster than our fastest budgeted one.\n",
         "\n".join(f"* {line}" for line in losses(main)) or "Nowhere in this matrix.",
@@ -217,6 +220,28 @@ def results_page(main: list[Run], repeats: list[Run], published: list[Run]) -> s
         "\n".join(paper.lines(published)) if published else "",
     ]
     return "\n".join(part for part in parts if part != "") + "\n"
+
+
+def _against_transformers(main: list[Run]) -> list[str]:
+    """Our AR and our fastest arm beside theirs, as ratios of tokens per second."""
+    head, body = ["", "AR, over transformers' with the cache it comes with", "with a static cache"], []
+    head += ["our fastest arm", "theirs, of any dtype", "ours over theirs"]
+    for context in sorted({r.context for r in main}):
+        here = [r for r in main if r.context == context and r.valid and r.tokens_per_second]
+        own, peers = ([r for r in here if (r.method in PEER_METHODS) is peer] for peer in (False, True))
+        if not peers:
+            continue
+        ar = next(r for r in own if r.method == "ar").tokens_per_second
+        ours, theirs = (max(rows, key=lambda r: r.tokens_per_second) for rows in (own, peers))
+        over = [
+            ", ".join(f"{ar / r.tokens_per_second:.1f}× {r.dtype}" for r in peers if r.method == method)
+            for method in ("hf-ar", "hf-static")
+        ]
+        fastest = [f"{r.arm} {r.tokens_per_second:.1f}" for r in (ours, theirs)]
+        body.append(
+            [f"{context // 1024}k", *over, *fastest, f"{ours.tokens_per_second / theirs.tokens_per_second:.1f}×"]
+        )
+    return ["\n## Against transformers\n", markdown(head, body)] if body else []
 
 
 def _refused(main: list[Run]) -> str:

@@ -193,6 +193,18 @@ def test_peers_write_the_same_text_and_are_shown_beside(cli):
     assert 0 < assisted["acceptance_rate"] < 1 and assisted["mean_accepted_length"] > 1
 
 
+def test_a_peer_runs_in_a_dtype_of_its_own(cli):
+    arms = [f"arms.{name}={{method: hf-ar, dtype: {name}}}" for name in ("float32", "bfloat16")]
+    words = [word for arm in arms for word in ("--set", arm)]
+    found = cells(cli(*SMALL, *words, "--arms", "float32,bfloat16", "--json"))
+    assert {arm: c["dtype"] for (_, arm), c in found.items()} == {
+        "ar": "float32", "float32": "float32", "bfloat16": "bfloat16"
+    }  # fmt: skip
+    assert all(c["valid"] and c["speedup"] > 0 for c in found.values())
+    assert found[200, "float32"]["output_equal"] is True
+    assert all(r["valid"] for r in cli("report", "--format", "json").json["runs"])
+
+
 def test_sampling_is_measured_but_never_called_equal(cli):
     found = cells(cli(*SMALL, "--methods", "ar,bd,lookup", "--budgets", 64, "--temperature", 1, "--json"))
     assert all(c["output_equal"] is None and c["valid"] for c in found.values())
@@ -336,6 +348,7 @@ def test_bad_input_is_one_line(cli, tmp_path):
         ("--prompts", tmp_path / "none.txt"): "none.txt does not exist",
         ("--arms", "x"): "--arms x: no such arm",
         ("--samples", 0): "samples: must be at least 1",
+        ("--set", "arms.x={method: full, dtype: float32}"): "arms.x.dtype: full runs in the dtype of the recipe",
     }.items():
         done = cli("bench", *words)
         assert done.code == 2 and message in done.err and "Traceback" not in done.err, done

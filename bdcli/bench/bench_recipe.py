@@ -33,6 +33,7 @@ class Arm:
     positions: Literal["rebased", "absolute"] = _setting("rebased", "places of kept keys")
     drafter: str | None = _setting(None, "another drafter: folder, hub name, pocket, or naive")
     contexts: tuple[int, ...] = _setting((), "only at these contexts; empty is all")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(None, "of a peer (hf-) alone, not the recipe's")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class BenchRecipe:
             yield f"{key}.budget", f"{arm.method} needs a number; the full cache is the method full"
         if isinstance(arm.budget, int) and (arm.budget < least or arm.method == "full"):
             yield f"{key}.budget", f"must be at least {least}" if arm.method != "full" else "full has no bound"
+        if arm.dtype is not None and arm.method not in PEER_METHODS:
+            yield f"{key}.dtype", f"{arm.method} runs in the dtype of the recipe, beside its baseline"
         if arm.contexts and arm.method == "ar":
             yield f"{key}.contexts", "ar is measured at all contexts"
         if arm.gamma != "auto" and arm.gamma < 1:

@@ -210,7 +210,7 @@ class Sweep:
             drafter=drafter and self.models.with_drafter(drafter).names[1],
             device=str(pair.target.device),
             attention=pair.engine.name,
-            dtype=str(pair.target.dtype).removeprefix("torch."),
+            dtype=arm.dtype or str(pair.target.dtype).removeprefix("torch."),
             budget="full" if arm.method == "full" else arm.budget,
             gamma=arm.gamma if arm.method in DRAFTING else 0,
             temperature=r.temperature,

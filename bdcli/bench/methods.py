@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
+
 from bdcli.baseline import warm_up
 from bdcli.bench import peers
 from bdcli.bench.bench_recipe import Arm, BenchRecipe
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Held, Method, Outcome
-from bdcli.checkpoint import check_vocabulary, load_model, resolve
+from bdcli.checkpoint import check_vocabulary, load_model, pick_dtype, resolve
 from bdcli.decode import Pair, drafter_reader, effective_positions, gamma_max_of, load_pair
 from bdcli.engine import pick_engine
 from bdcli.errors import UserError
@@ -33,6 +35,7 @@ class Models:
     recipe: BenchRecipe
     say: Callable[[str], None] = lambda _line: None
     _pairs: dict[str | None, Pair] = field(default_factory=dict)
+    _transformers: dict[torch.dtype, peers.Transformers] = field(default_factory=dict)
 
     @cached_property
     def pair(self) -> Pair:
@@ -54,10 +57,13 @@ class Models:
             self._pairs[name] = replace(self.pair, drafter=drafter, names=(self.pair.names[0], name))
         return self._pairs[name]
 
-    @cached_property
-    def transformers(self) -> peers.Transformers:
-        """The same weights as `transformers` models."""
-        return peers.Transformers(self.recipe, self.pair)
+    def transformers(self, arm: Arm) -> peers.Transformers:
+        """The same weights as `transformers` models, shared by the arms of one dtype."""
+        like = self.pair.target
+        dtype = pick_dtype(arm.dtype, like.device) if arm.dtype else like.dtype
+        if dtype not in self._transformers:
+            self._transformers[dtype] = peers.Transformers(self.recipe, like.device, dtype, self.pair.eos)
+        return self._transformers[dtype]
 
 
 class EngineMethod(Method):

@@ -1,4 +1,4 @@
-"""Peers: the same weights, prompt ids, dtype and stop rules in `transformers`, as its users would run it.
+"""Peers: the same weights, prompt ids and stop rules in `transformers`, as its users would run it, in any dtype.
 
 What is timed. The prompt is read once into a dynamic cache, outside the clock, and rolled back (`crop`) before each
 peer. A streamer notes when each block of tokens arrives; the decode speed is that of all tokens after the first block,
@@ -19,7 +19,6 @@ import torch
 from bdcli.bench.bench_recipe import Arm, BenchRecipe
 from bdcli.bench.outcome import Held, Method, Outcome
 from bdcli.checkpoint import resolve
-from bdcli.decode import Pair
 from bdcli.metrics import Round
 
 PREFILL_ROWS = 512
@@ -44,10 +43,12 @@ class Clock:
 
 @dataclass
 class Transformers:
-    """The pair as `transformers` models, and the prompt that was read last."""
+    """The pair as `transformers` models in one dtype, and the prompt that was read last."""
 
     recipe: BenchRecipe
-    pair: Pair
+    device: torch.device
+    dtype: torch.dtype
+    eos: frozenset[int]
     _prompt: list[int] | None = None
     _cache: object = None
     _drafters: dict[str, object] = field(default_factory=dict)
@@ -59,11 +60,10 @@ class Transformers:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        folder, like = resolve(name, role), self.pair.target
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=like.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            resolve(name, role), dtype=self.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        return model.to(like.device).eval()
+        return model.to(self.device).eval()
 
     @functools.cached_property
     def target(self):
@@ -128,11 +128,11 @@ class HfMethod(Method):
     peer = True
 
     def __init__(self, models, arm: Arm):
-        self.models, self.arm, self.recipe = models, arm, models.recipe
+        self.hf, self.arm, self.recipe = models.transformers(arm), arm, models.recipe
         self._warm = False
 
     def prepare(self, prompt: list[int]) -> None:
-        self.models.transformers.read(prompt)
+        self.hf.read(prompt)
         if not self._warm:
             self._write(prompt, seed=0, limit=3)
             self._warm = True
@@ -142,17 +142,17 @@ class HfMethod(Method):
         return {}
 
     def weights(self) -> int:
-        return _bytes(self.models.transformers.target.parameters())
+        return _bytes(self.hf.target.parameters())
 
     def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:  # noqa: ARG002
         return self._write(prompt, seed, self.recipe.max_new_tokens)
 
     def _write(self, prompt: list[int], seed: int, limit: int) -> Outcome:
-        return self._timed(prompt, self.models.transformers.rolled_back(), seed, limit)
+        return self._timed(prompt, self.hf.rolled_back(), seed, limit)
 
     @torch.inference_mode()
     def _timed(self, prompt: list[int], cache, seed: int, limit: int) -> Outcome:
-        hf, r, eos = self.models.transformers, self.recipe, sorted(self.models.pair.eos)
+        hf, r, eos = self.hf, self.recipe, sorted(self.hf.eos)
         clock, widths = Clock(), []
         hook = hf.target.register_forward_pre_hook(
             lambda _module, _args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -216,9 +216,8 @@ class HfStatic(HfMethod):
         """A static cache with the entries of the dynamic one."""
         from transformers import StaticCache
 
-        hf = self.models.transformers
-        source = hf.rolled_back()
-        cache = StaticCache(config=hf.target.config, max_cache_len=len(prompt) + self.recipe.max_new_tokens)
+        source = self.hf.rolled_back()
+        cache = StaticCache(config=self.hf.target.config, max_cache_len=len(prompt) + self.recipe.max_new_tokens)
         for i, layer in enumerate(source.layers):
             cache.update(layer.keys, layer.values, i)
         return cache
@@ -231,7 +230,7 @@ class HfAssisted(HfMethod):
     """
 
     def extra(self) -> dict:
-        model = self.models.transformers.drafter(self.recipe.drafter_of(self.arm))
+        model = self.hf.drafter(self.recipe.drafter_of(self.arm))
         config = model.generation_config
         if self.arm.gamma == "auto":
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = None, None  # the library's defaults
@@ -242,7 +241,7 @@ class HfAssisted(HfMethod):
         return {"assistant_model": model}
 
     def weights(self) -> int:
-        model = self.models.transformers.drafter(self.recipe.drafter_of(self.arm))
+        model = self.hf.drafter(self.recipe.drafter_of(self.arm))
         return super().weights() + _bytes(model.parameters())
 
 
