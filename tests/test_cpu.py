@@ -184,12 +184,14 @@ def test_a_busy_moment_does_not_choose_products_for_good(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_equal_plain_maths_whatever_the_rows(dtype):
+    from bdcli.cpu.micro import MAX_ROWS
+
     for product, columns, width in ((rows_dot, 37, 32), (rows_dot, 5, 704), (scores, 48, 96), (scores, 16, 32)):
-        w, x = randn(columns, width).to(dtype), randn(8, width)
+        w, x = randn(columns, width).to(dtype), randn(MAX_ROWS, width)
         wanted = x.double() @ w.double().T
         together = product(w, x)
         assert (together - wanted).abs().max() < 1e-5 * wanted.abs().max() * math.sqrt(width)
-        for rows in range(1, 8):  # bit for bit: a row does not know how many it is computed with
+        for rows in range(1, len(together)):  # bit for bit: a row does not know how many it is computed with
             assert torch.equal(product(w, x[:rows].contiguous()), together[:rows])
 
 

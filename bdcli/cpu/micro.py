@@ -1,4 +1,4 @@
-"""Two register-blocked products that the whole engine is made of, for 1 to 8 rows at a time.
+"""Two register-blocked products that the whole engine is made of, for 1 to 9 rows at a time.
 
     rows_dot     y[r, n] = Σ_k W[n, k] x[r, k]       W row-major as in a checkpoint: every linear layer and the lm head
     panels       y[r, j] += Σ_s P[s, j] x[r, s]      P in panels of 16 columns: scores from keys, outputs from values
@@ -42,7 +42,7 @@ from bdcli.cpu.simd import (
 
 FLOATS, PAIRS = KINDS = 0, 1
 TILES = 2
-MAX_ROWS = 8
+MAX_ROWS = 9 if WIDE else 8  # nine: a draft of eight and the token before it; beyond, LLVM spills registers
 STEP_BYTES = 64
 AHEAD = 4096  # bytes of weights that are asked for before they are needed
 
