@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from bdcli.bench.bench_recipe import BenchRecipe
 from bdcli.cli import app
+from bdcli.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = typer.main.get_command(app).commands
@@ -52,7 +54,9 @@ def test_readme_and_results_equal_the_store():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     main, repeats, published = script.load()
-    assert len({(r.context, r.arm) for r in main}) == 51 and len(repeats) >= 6
+    recipe = load_recipe(ROOT / "recipes" / "bench_pocket.yaml", BenchRecipe)
+    assert {(r.context, r.arm) for r in main} == {(c, arm) for c in recipe.contexts for arm in recipe.arms}
+    assert len(repeats) >= 6
     assert script.PAGE.read_text("utf-8") == script.results_page(main, repeats, published)
     assert README.split(script.BEGIN)[1].split(script.END)[0].strip() == script.readme_table(main)
     assert script.DB.stat().st_size < 600_000
