@@ -311,11 +311,13 @@ def start(*args, **settings):
 
 
 def test_ctrl_c_keeps_what_was_written_and_kill_leaves_a_row(prompt):
-    polite, killed = (start("decode", prompt, "--max-new-tokens", 4000) for _ in range(2))
-    shown, _ = [process.stdout.read(20) for process in (polite, killed)]  # both are writing text now
+    polite = start("decode", prompt, "--max-new-tokens", 4000)
+    shown = polite.stdout.read(20)  # it is writing text now
     polite.send_signal(signal.SIGINT)
-    killed.kill()
     rest, err = polite.communicate(timeout=60)
+    killed = start("decode", prompt, "--max-new-tokens", 4000)
+    killed.stdout.read(20)
+    killed.kill()
     killed.communicate()
     out = (shown + rest).decode()
     assert polite.returncode == 130 and b"Traceback" not in err and b"is kept as run" in err and "speedup" in out
