@@ -311,7 +311,8 @@ def start(*args, **settings):
 
 
 def test_ctrl_c_keeps_what_was_written_and_kill_leaves_a_row(prompt):
-    polite = start("decode", prompt, "--max-new-tokens", 4000)
+    heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (also where the tests ignore it)
+    polite = start("decode", prompt, "--max-new-tokens", 4000, preexec_fn=heeding)
     shown = polite.stdout.read(20)  # it is writing text now
     polite.send_signal(signal.SIGINT)
     rest, err = polite.communicate(timeout=60)
