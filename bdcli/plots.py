@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
+from bdcli.bench.bench_recipe import PEER_METHODS
+from bdcli.bench.cells import best
 from bdcli.errors import UserError
 from bdcli.report import NEAR
 from bdcli.store import Evaluation, Run
@@ -243,13 +245,9 @@ def _comparable(run: Run) -> tuple:
 
 def _fastest_dtype(runs: list[Run]) -> list[Run]:
     """Without a peer's slower dtypes in a sweep that has several."""
-    top: dict[tuple, Run] = {}
-    for r in runs:
-        key = r.experiment, r.dataset, r.context, r.method, r.gamma
-        if r.speedup > getattr(top.get(key), "speedup", 0.0):
-            top[key] = r
-    keys = {(k, r.dtype) for k, r in top.items()}
-    return [r for r in runs if ((r.experiment, r.dataset, r.context, r.method, r.gamma), r.dtype) in keys]
+    peers = [r for r in runs if r.method in PEER_METHODS]
+    kept = {r.run_id for r in best(peers, lambda r: (r.dataset, r.context, r.method, r.gamma, r.drafter))}
+    return [r for r in runs if r.method not in PEER_METHODS or r.run_id in kept]
 
 
 def _budget_order(budget: int | str | None) -> float:

@@ -205,20 +205,18 @@ def begin_texts(path: Path, asked: dict) -> list[Text]:
 
     Raises UserError on texts of other models.
     """
-    head, lines = read_lines(path) if path.exists() else ({}, [])
-    if head:
-        others = [role for role, given in asked["drafters"].items() if head["drafters"].get(role, given) != given]
-        if head["key"] != asked["key"] or others:
-            raise UserError(f"{path} was measured with other models, texts or settings", "Give another --out")
-    head = asked | {"drafters": head.get("drafters", {}) | asked["drafters"]}
-    write_text(path, json.dumps(head) + "\n" + "".join(lines))
-    return [Text(**json.loads(line)) for line in lines]
+    head, texts = read_texts(path) if path.exists() else (asked, [])
+    drafters = head.get("drafters", {}) | asked["drafters"]
+    if head["key"] != asked["key"] or not head["drafters"].items() <= drafters.items():
+        raise UserError(f"{path} was measured with other models, texts or settings", "Give another --out")
+    write_text(path, "".join(json.dumps(x) + "\n" for x in (asked | {"drafters": drafters}, *map(asdict, texts))))
+    return texts
 
 
-def read_lines(path: Path) -> tuple[dict, list[str]]:
-    """Its head, and its whole lines."""
+def read_texts(path: Path) -> tuple[dict, list[Text]]:
+    """Its head, and the texts of its whole lines."""
     head, *lines = path.read_text("utf-8").splitlines(keepends=True)
-    return json.loads(head), [line for line in lines if line.endswith("\n")]
+    return json.loads(head), [Text(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def clean_tokens(texts: Sequence[Text]) -> dict[tuple, int]:
@@ -393,9 +391,9 @@ def show(
     """Print what is measured so far."""
     if not (out / TEXTS).exists():
         raise UserError(f"{out} holds no measurement", "Start one with: python scripts/claims.py run --on NAME=PLACE")
-    head, lines = read_lines(out / TEXTS)
+    head, texts = read_texts(out / TEXTS)
     worth = json.loads((out / WORTH).read_text("utf-8")).get(head["key"], {}) if (out / WORTH).exists() else {}
-    typer.echo(report([Text(**json.loads(line)) for line in lines], worth, enough))
+    typer.echo(report(texts, worth, enough))
 
 
 if __name__ == "__main__":

@@ -304,15 +304,15 @@ def test_doctor(cli):
 
 
 def start(*args, **settings):
-    """Unbuffered pipes: what one read leaves is there for the next."""
+    """Unbuffered pipes: what one read leaves is there for the next. It heeds SIGINT, also where the tests ignore it."""
     words = [sys.executable, "-m", "bdcli", *map(str, args)]
     pipe, env = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+    settings = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} | settings
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, env=env, bufsize=0, **settings)
 
 
 def test_ctrl_c_keeps_what_was_written_and_kill_leaves_a_row(prompt):
-    heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (also where the tests ignore it)
-    polite = start("decode", prompt, "--max-new-tokens", 4000, preexec_fn=heeding)
+    polite = start("decode", prompt, "--max-new-tokens", 4000)
     shown = polite.stdout.read(20)  # it is writing text now
     polite.send_signal(signal.SIGINT)
     rest, err = polite.communicate(timeout=60)

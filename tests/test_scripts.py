@@ -162,6 +162,9 @@ def test_claims_are_measured_until_there_is_enough(tmp_path, texts):
         call(script, *words, "--gamma", "3")
     with pytest.raises(script.UserError, match="measured with other models"):
         call(script, *words[:-1], POCKET / "target")
+    (out / "prompts.jsonl").write_text('{"key": "of an earlier version"}\n')
+    with pytest.raises(script.UserError, match="measured with other models"):
+        call(script, *words)
 
 
 def test_bounds_of_the_claims():
