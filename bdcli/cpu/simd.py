@@ -146,6 +146,7 @@ def machine_code(result, *arguments):
         name = f"bdcli_{function.__name__}"
         code = cfunc(signature, nopython=True, cache=True, error_model="numpy")(function)
         llvmlite.binding.add_symbol(name, code.address)
+        code._library._shared_module = None  # its IR, kept for callers to inline: megabytes that nothing here reads
         entries[function.__name__] = code
         return types.ExternalFunction(name, signature)
 
