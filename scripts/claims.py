@@ -31,14 +31,14 @@ from bdcli.options import DecodeOptions, parse_budget, parse_context
 from bdcli.sampling import Sampling
 from bdcli.speculate import Speculator
 from bdcli.terminal import note, phases, run_script
-from bdcli.train.data import measured_windows, split_source
+from bdcli.train.data import split_source
 from bdcli.train.files import digest, write_text
 from bdcli.train.held_out import measure
 
 TEXTS, WORTH = "prompts.jsonl", "context.json"
 SMALL_LOSS, FAR_LOSS, NAIVE_GAP, CONTEXT_WORTH = 0.02, 0.03, 0.05, 0.05  # the claims
 MIN_DOCUMENTS = 5  # below it there are no bounds
-WINDOWS = 8  # held-out windows of a data set, for what its context is worth
+WORTH_PROMPTS = 24  # of a data set, for what its context is worth
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -182,18 +182,17 @@ class Measurement:
                 accepted_in_all=sum(r.accepted for r in rounds),
             )
 
-    def context_worth(self, sources: Sequence[str], progress: Callable[[str, int, int, str], None]) -> None:
-        """The target's loss on held-out windows of the longest context, once for each data set."""
+    def context_worth(self, progress: Callable[[str, int, int, str], None]) -> None:
+        """The target's loss on the first prompts of the longest context, once for each data set."""
         path, longest = self.out / WORTH, max(self.s.contexts)
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        for number, source in enumerate(sources, 1):
-            name = split_source(source)[0]
-            if name not in found.get(self.key, {}):
-                windows = measured_windows(self.pair.tokenizer, [source], longest, WINDOWS, everything=True)
-                told = measure(self.pair.target, torch.tensor(windows), longest, self.pair.target.dtype)
-                found.setdefault(self.key, {})[name] = asdict(told)
+        known = found.setdefault(self.key, {})
+        for number, (name, samples) in enumerate(self.samples.items(), 1):
+            prompts = torch.tensor([s.prompt(longest) for s in samples[:WORTH_PROMPTS]])
+            if known.get(name, {}).get("windows", 0) < len(prompts):
+                known[name] = asdict(measure(self.pair.target, prompts, longest, self.pair.target.dtype))
                 write_text(path, json.dumps(found))
-            progress("worth of context", number, len(sources), name)
+            progress("worth of context", number, len(self.samples), name)
 
 
 def role_of(role: str) -> str:
@@ -324,14 +323,15 @@ def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
     if any(t.drafter == "naive" for t in texts) and not tested:
         lines += ["", f"The naive drafter loses less than {100 * NAIVE_GAP:.0f} points when it is read sparsely: this"]
         lines[-1] += " pair does not yet test the claim."
-    lines += ["", "| data set | context | loss of its end | given the last 256 tokens | context is worth | |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    lines += ["", "| data set | context | prompts | loss of their ends | given the last 256 | context is worth | |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for name, w in worth.items():
         gain = w["tail_nll_short"] - w["tail_nll"]
         verdict = "holds" if gain >= CONTEXT_WORTH else f"below {CONTEXT_WORTH} nat"
         row = [
             name,
             str(w["context"]),
+            str(w["windows"]),
             f"{w['tail_nll']:.3f}",
             f"{w['tail_nll_short']:.3f}",
             f"{gain:+.3f} nat",
@@ -378,7 +378,7 @@ def run(
     models = {"target": target, "drafter": drafter} | ({"naive": naive} if naive else {})
     job = Measurement(out, settings, on, models)
     with phases(quiet=False) as (progress, _):
-        job.context_worth(on, progress)
+        job.context_worth(progress)
         job.run(enough, progress)
     show(out, enough)
 

@@ -144,19 +144,20 @@ def draft_constants(
     dim: int, group: int, rows: int, dtype: torch.dtype, query: str, indexed: bool, splits: int
 ) -> tuple[dict, dict]:
     """Compile-time constants and launch options of `draft_kernel`."""
+    block_d, block_m = triton.next_power_of_2(dim), tile_rows(rows, group, TILE_ROWS)
+    wide = block_m > 16 and block_d == 64  # with 64 entries ptxas spills a little there (sm_80, sm_100)
     constants = {
         "GROUP": group,
         "QUERY": query,
         "INDEXED": indexed,
         "SPLITS": splits,
         "DIM": dim,
-        "BLOCK_D": triton.next_power_of_2(dim),
-        "BLOCK_M": tile_rows(rows, group, TILE_ROWS),
-        "BLOCK_N": 32 if dtype is torch.float32 else 64,
+        "BLOCK_D": block_d,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 32 if wide or dtype is torch.float32 else 64,
         "DOT": dot_type(dtype),
     }
-    wide = constants["BLOCK_M"] > 16 and constants["BLOCK_D"] == 64  # ptxas spills a little there otherwise
-    return constants, {"num_warps": 8, "num_stages": 2} if wide else {"num_warps": 4, "num_stages": 3}
+    return constants, {"num_warps": 4, "num_stages": 3}
 
 
 def draft_attention(
