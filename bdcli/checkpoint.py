@@ -98,11 +98,17 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the products of a training forward run in; weights stay fp32. `auto`: bf16 where it is multiplied."""
+    """What the products of a training forward run in; weights stay fp32. `auto`: bf16 where its GEMMs are faster.
+
+    On a CPU that takes more than bf16 instructions: Intel's vector ones alone take 1.8 times as long as fp32 (LOG.md).
+    """
     if precision != "auto":
         return DTYPES[precision]
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
-    return torch.bfloat16 if able else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    vectors_only = "Intel" in known.get("cpu_name", "") and not known.get("amx_bf16", False)
+    return torch.bfloat16 if cpu_has_bfloat16() and not vectors_only else torch.float32
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:

@@ -22,6 +22,7 @@ from bdcli.checkpoint import (
     pick_dtype,
     read_config,
     resolve,
+    training_dtype,
 )
 from bdcli.config import ROPE_TYPES, SUPPORTED
 from bdcli.errors import UserError
@@ -387,6 +388,22 @@ def test_what_is_not_only_tensors_is_never_opened(tmp_path, cli, capfd):
     (tmp_path / "pytorch_model.bin").unlink()
     assert "does not exist" in cli("convert", tmp_path, tmp_path / "new").err
     assert "this must never run" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Cortex", "bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False}, torch.float32),
+    ],
+)
+def test_training_takes_bf16_where_its_products_are_faster(monkeypatch, known, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert training_dtype("auto", CPU) is wanted
+    assert training_dtype("float32", CPU) is torch.float32 and training_dtype("bfloat16", CPU) is torch.bfloat16
 
 
 def test_device_and_dtype():

@@ -95,7 +95,7 @@ class DistillRecipe:
     layers: int = setting(2, "how many layers of the target, where drafter is none")
     seed: int = setting(0, "seed of data order, views and sampling")
     device: str = setting("auto", "auto, cpu, cuda")
-    precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where it is multiplied")
+    precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")
     temperature: float = setting(0.0, "serving temperature: what the target writes is written at it")
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)

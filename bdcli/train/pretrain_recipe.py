@@ -78,7 +78,7 @@ class PretrainRecipe:
     )
     seed: int = setting(0, "seed of weights and data order")
     device: str = setting("auto", "auto, cpu, cuda")
-    precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 autocast where it is multiplied")
+    precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")
     compile: bool = setting(
         False, "torch.compile of a layer: slow to start, then faster; needs a C++ compiler on a CPU"
     )
