@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -190,10 +190,7 @@ class Distillation:
         """Windows of a step, of so many: each pass over the data is a permutation of its own."""
         per = self.recipe.optimizer.windows_per_step
         places = range(step * per, (step + 1) * per)
-        return [
-            random.Random(f"{self.recipe.seed}:{at // windows}").sample(range(windows), windows)[at % windows]
-            for at in places
-        ]
+        return [_shuffled(self.recipe.seed, at // windows, windows)[at % windows] for at in places]
 
     def parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
         """This rank's windows of a step, each under all views, or under some at a time where memory is short."""
@@ -289,3 +286,8 @@ class Distillation:
                 save_model(self.drafter, self.folders[1], self.out / "drafter")
         self.watcher.grid(p.step, cells)
         return time.monotonic() - began
+
+
+@lru_cache(maxsize=2)  # a step may stand between two passes
+def _shuffled(seed: int, turn: int, windows: int) -> list[int]:
+    return random.Random(f"{seed}:{turn}").sample(range(windows), windows)
