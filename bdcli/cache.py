@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdcli.devices import product_dtype
 from bdcli.model import PREFILL_BLOCK, Model
 from bdcli.rope import RopeTable
 from bdcli.select import official_chunks
@@ -128,11 +129,20 @@ class FullCache(Cached):
         return self._attend(q, self.keys[layer, :, :stop], self.values[layer, :, :stop], mask)
 
     def read_prompt(self, layer: int, q: Tensor) -> Tensor:
-        """Causal attention [T, H·D] of all prompt queries q [T, H, D] at once."""
-        k, v = self.keys[layer, :, : q.shape[0]], self.values[layer, :, : q.shape[0]]
-        gqa = self.heads != self.kv_heads
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], is_causal=True, enable_gqa=gqa)
-        return out[0].transpose(0, 1).reshape(q.shape[0], -1)
+        """Causal attention [T, H·D] of all prompt queries q [T, H, D] at once.
+
+        A bf16 cache takes fp32 where that multiplies faster, a KV head a thread, so that little is wide at once.
+        """
+        kind = product_dtype(self.device.type) if self.dtype is torch.bfloat16 else self.dtype
+        some, group = self.kv_heads if kind is self.dtype else torch.get_num_threads(), self.heads // self.kv_heads
+        out = q.new_empty(q.shape)
+        for first in range(0, self.kv_heads, some):
+            asking = slice(first * group, (first + some) * group)  # fewer in the last turn
+            kept = (x[layer, first : first + some, : q.shape[0]] for x in (self.keys, self.values))
+            wide = (x[None].to(kind) for x in (q[:, asking].transpose(0, 1), *kept))
+            read = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=group > 1)[0]
+            out[:, asking] = read.transpose(0, 1)
+        return out.flatten(1)
 
     def save(self, start: int) -> tuple[int, Tensor, Tensor]:
         """Copy of the entries from position `start` on; `restore` puts them back."""

@@ -15,7 +15,6 @@ from bdcli.errors import UserError
 from bdcli.model import Layer, Model
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*"]  # second copies of the weights in other layouts
 _NAMES = "Give a folder, a hub name like owner/model, or pocket"
@@ -68,47 +67,6 @@ def eos_tokens(folder: Path) -> frozenset[int]:
         if eos is not None:
             return frozenset(eos if isinstance(eos, list) else [eos])
     return frozenset()
-
-
-def pick_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {device} is not usable here", "Try --device cpu, or see bdcli doctor") from None
-    return chosen
-
-
-def cpu_has_bfloat16() -> bool:
-    """True where the CPU multiplies bf16 itself; elsewhere torch emulates it and fp32 is faster."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-    return any(known.get(name, False) for name in names)
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
-
-
-def training_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the products of a training forward run in; weights stay fp32. `auto`: bf16 where its GEMMs are faster.
-
-    On a CPU that takes more than bf16 instructions: Intel's vector ones alone take 1.8 times as long as fp32 (LOG.md).
-    """
-    if precision != "auto":
-        return DTYPES[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    vectors_only = "Intel" in known.get("cpu_name", "") and not known.get("amx_bf16", False)
-    return torch.bfloat16 if cpu_has_bfloat16() and not vectors_only else torch.float32
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:

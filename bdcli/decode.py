@@ -20,11 +20,10 @@ from bdcli.checkpoint import (
     eos_tokens,
     load_model,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
     read_config,
     resolve,
 )
+from bdcli.devices import pick_device, pick_dtype
 from bdcli.engine import Engine, pick_engine
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from bdcli.checkpoint import POCKET, cpu_has_bfloat16, load_model, load_tokenizer, pick_device, pick_dtype
+from bdcli.checkpoint import POCKET, load_model, load_tokenizer
+from bdcli.devices import cpu_has_bfloat16, pick_device, pick_dtype
 from bdcli.engine import pick_engine, torch_engine
 from bdcli.errors import BdcliError
 from bdcli.prompts import cut_prompt, stdlib_text

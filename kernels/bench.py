@@ -28,8 +28,9 @@ from torch import Tensor
 
 from bdcli.baseline import teacher_force
 from bdcli.bench import shapes
-from bdcli.checkpoint import POCKET, load_model, load_tokenizer, pick_device, pick_dtype
+from bdcli.checkpoint import POCKET, load_model, load_tokenizer
 from bdcli.controller import FixedGamma
+from bdcli.devices import pick_device, pick_dtype
 from bdcli.engine import Engine, static_engine, torch_engine
 from bdcli.gpu import caches, program
 from bdcli.gpu.capture import capture, new_pool

@@ -22,9 +22,10 @@ import torch
 import typer
 
 from bdcli.bench.samples import Sample, load_samples
-from bdcli.checkpoint import fingerprint, resolve
+from bdcli.checkpoint import fingerprint, load_model, resolve
 from bdcli.controller import FixedGamma
 from bdcli.decode import Pair, drafter_reader, load_pair, target_reader
+from bdcli.devices import product_dtype
 from bdcli.errors import UserError
 from bdcli.metrics import Round, bootstrap, looped_tokens, mark_loops
 from bdcli.options import DecodeOptions, parse_budget, parse_context
@@ -38,7 +39,7 @@ from bdcli.train.held_out import measure
 TEXTS, WORTH = "prompts.jsonl", "context.json"
 SMALL_LOSS, FAR_LOSS, NAIVE_GAP, CONTEXT_WORTH = 0.02, 0.03, 0.05, 0.05  # the claims
 MIN_DOCUMENTS = 5  # below it there are no bounds
-WORTH_PROMPTS = 24  # of a data set, for what its context is worth
+WORTH_PROMPTS = 16  # of a data set, for what its context is worth
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -186,11 +187,12 @@ class Measurement:
         """The target's loss on the first prompts of the longest context, once for each data set."""
         path, longest = self.out / WORTH, max(self.s.contexts)
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        known = found.setdefault(self.key, {})
+        known, kind = found.setdefault(self.key, {}), product_dtype(self.pair.target.device.type)
+        target = load_model(resolve(self.base.target, "target"), kind, self.pair.target.device)
         for number, (name, samples) in enumerate(self.samples.items(), 1):
             prompts = torch.tensor([s.prompt(longest) for s in samples[:WORTH_PROMPTS]])
             if known.get(name, {}).get("windows", 0) < len(prompts):
-                known[name] = asdict(measure(self.pair.target, prompts, longest, self.pair.target.dtype))
+                known[name] = asdict(measure(target, prompts, longest, kind))
                 write_text(path, json.dumps(found))
             progress("worth of context", number, len(self.samples), name)
 

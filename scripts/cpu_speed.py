@@ -23,7 +23,8 @@ import torch
 import typer
 
 from bdcli.bench.peers import cache_argument
-from bdcli.checkpoint import DTYPES, POCKET, load_model
+from bdcli.checkpoint import POCKET, load_model
+from bdcli.devices import DTYPES
 from bdcli.engine import pick_engine, torch_engine
 from bdcli.model import Model
 from bdcli.provenance import machine

@@ -224,3 +224,28 @@ def test_view_sizes():
     assert plan_view(4 + 3 + 2, "window", "rebased", 3, 100).window == 1
     with pytest.raises(UserError, match="4 sinks \\+ 3 draft tokens"):
         plan_view(4 + 3 + 1, "window", "rebased", 3, 100)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 3), (5, 1), (3, 3)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_bf16_prompt_is_read_in_the_dtype_that_multiplies_faster(monkeypatch, kind, heads, kv_heads):
+    monkeypatch.setattr("bdcli.cache.product_dtype", lambda _device: kind)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # three heads take two turns
+    model = tiny_model(heads=heads, kv_heads=kv_heads, dtype=torch.bfloat16)
+    cache, length = FullCache(model, 80), random.randrange(1, 71)
+    cache.begin_prefill(length)
+    cache.keys.normal_(), cache.values.normal_()
+    q = torch.randn(length, heads, 8).bfloat16()
+    exact = torch.cat([
+        causal_attention(q[:, h], *(x[1, h * kv_heads // heads, :length] for x in (cache.keys, cache.values)))
+        for h in range(heads)
+    ], 1)  # fmt: skip
+    read = cache.read_prompt(1, q)
+    assert read.dtype is torch.bfloat16 and read.shape == (length, heads * 8)
+    torch.testing.assert_close(read.double(), exact, atol=0.04, rtol=0.02)
+
+
+def causal_attention(q, k, v):
+    """Plain causal attention of one head in fp64; q, k and v [T, D]."""
+    scores = (q.double() @ k.double().T) * q.shape[1] ** -0.5
+    return scores.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf).softmax(-1) @ v.double()

@@ -18,13 +18,11 @@ from bdcli.checkpoint import (
     eos_tokens,
     load_model,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
     read_config,
     resolve,
-    training_dtype,
 )
 from bdcli.config import ROPE_TYPES, SUPPORTED
+from bdcli.devices import pick_device, pick_dtype, training_dtype
 from bdcli.errors import UserError
 
 CPU = torch.device("cpu")

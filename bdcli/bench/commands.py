@@ -124,7 +124,7 @@ def _shape(
     store = Store(db)
     with status_line("loading torch"):
         from bdcli.bench import shapes
-        from bdcli.checkpoint import pick_device, pick_dtype
+        from bdcli.devices import pick_device, pick_dtype
         from bdcli.runs import recorded
 
         pair, where = shapes.parse_shape(name), pick_device(options.device)

@@ -18,8 +18,9 @@ from bdcli.bench import peers
 from bdcli.bench.bench_recipe import Arm, BenchRecipe
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Held, Method, Outcome
-from bdcli.checkpoint import check_vocabulary, load_model, pick_dtype, resolve
+from bdcli.checkpoint import check_vocabulary, load_model, resolve
 from bdcli.decode import Pair, drafter_reader, effective_positions, gamma_max_of, load_pair
+from bdcli.devices import pick_dtype
 from bdcli.engine import pick_engine
 from bdcli.errors import UserError
 from bdcli.metrics import Round

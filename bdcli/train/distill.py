@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.checkpoint import fingerprint, load_model, pick_device, resolve, save_model, training_dtype
+from bdcli.checkpoint import fingerprint, load_model, resolve, save_model
 from bdcli.decode import load_pair, peak_memory
+from bdcli.devices import pick_device, training_dtype
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.options import DecodeOptions

@@ -20,12 +20,11 @@ from bdcli.checkpoint import (
     fingerprint,
     load_model,
     load_tokenizer,
-    pick_device,
     read_config,
     resolve,
     save_model,
-    training_dtype,
 )
+from bdcli.devices import pick_device, training_dtype
 from bdcli.errors import UserError
 from bdcli.interrupt import deferred_interrupt
 from bdcli.recipe import as_dict
