@@ -65,7 +65,19 @@ def test_readme_and_results_equal_the_store():
 # A module may import only from rooms above its own line; a package lists its rooms with their dots.
 ORDER = [
     ["errors"],
-    ["config", "options", "bench.published", "metrics", "text", "interrupt", "views", "recipe", "flags", "provenance"],
+    [
+        "config",
+        "devices",
+        "options",
+        "bench.published",
+        "metrics",
+        "text",
+        "interrupt",
+        "views",
+        "recipe",
+        "flags",
+        "provenance",
+    ],
     ["terminal"],
     ["train.settings", "train.recall", "train.files", "train.ranks"],
     ["rope", "select", "store", "prompts", "sampling", "controller", "train.losses", "bench.lookup"],
