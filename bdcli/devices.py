@@ -22,7 +22,7 @@ def pick_device(device: str) -> torch.device:
 
 def cpu_has_bfloat16() -> bool:
     """True where the CPU multiplies bf16 itself; elsewhere torch emulates it and fp32 is faster."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known = _capabilities()
     names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
     return any(known.get(name, False) for name in names)
 
@@ -43,7 +43,7 @@ def product_dtype(kind: str) -> torch.dtype:
     """
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known = _capabilities()
     vectors_only = "Intel" in known.get("cpu_name", "") and not known.get("amx_bf16", False)
     return torch.bfloat16 if cpu_has_bfloat16() and not vectors_only else torch.float32
 
@@ -51,3 +51,8 @@ def product_dtype(kind: str) -> torch.dtype:
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What the products of a training forward run in; weights stay fp32. `auto`: the faster one."""
     return product_dtype(device.type) if precision == "auto" else DTYPES[precision]
+
+
+def _capabilities() -> dict:
+    """What torch knows of the CPU; older ones tell nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)()

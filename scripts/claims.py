@@ -187,14 +187,17 @@ class Measurement:
         """The target's loss on the first prompts of the longest context, once for each data set."""
         path, longest = self.out / WORTH, max(self.s.contexts)
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        known, kind = found.setdefault(self.key, {}), product_dtype(self.pair.target.device.type)
-        target = load_model(resolve(self.base.target, "target"), kind, self.pair.target.device)
-        for number, (name, samples) in enumerate(self.samples.items(), 1):
-            prompts = torch.tensor([s.prompt(longest) for s in samples[:WORTH_PROMPTS]])
-            if known.get(name, {}).get("windows", 0) < len(prompts):
-                known[name] = asdict(measure(target, prompts, longest, kind))
-                write_text(path, json.dumps(found))
-            progress("worth of context", number, len(self.samples), name)
+        known, device = found.setdefault(self.key, {}), self.pair.target.device
+        asked = {name: samples[:WORTH_PROMPTS] for name, samples in self.samples.items()}
+        missing = [name for name in asked if known.get(name, {}).get("windows", 0) < len(asked[name])]
+        if missing:
+            kind = product_dtype(device.type)
+            target = load_model(resolve(self.base.target, "target"), kind, device)
+        for number, name in enumerate(missing, 1):
+            prompts = torch.tensor([s.prompt(longest) for s in asked[name]])
+            known[name] = asdict(measure(target, prompts, longest, kind))
+            write_text(path, json.dumps(found))
+            progress("worth of context", number, len(missing), name)
 
 
 def role_of(role: str) -> str:

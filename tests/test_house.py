@@ -65,20 +65,8 @@ def test_readme_and_results_equal_the_store():
 # A module may import only from rooms above its own line; a package lists its rooms with their dots.
 ORDER = [
     ["errors"],
-    [
-        "config",
-        "devices",
-        "options",
-        "bench.published",
-        "metrics",
-        "text",
-        "interrupt",
-        "views",
-        "recipe",
-        "flags",
-        "provenance",
-    ],
-    ["terminal"],
+    ["config", "options", "bench.published", "metrics", "text", "interrupt", "views", "recipe", "flags", "provenance"],
+    ["terminal", "devices"],
     ["train.settings", "train.recall", "train.files", "train.ranks"],
     ["rope", "select", "store", "prompts", "sampling", "controller", "train.losses", "bench.lookup"],
     ["train.distill_recipe", "train.pretrain_recipe"],
