@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import signal
 import sys
 import time
+from pathlib import Path
+from typing import NoReturn
+
+import typer
 
 from bdcli.errors import BdcliError
 from bdcli.flags import INTERRUPTED
+from bdcli.interrupt import interrupt
 
 QUIET_S = 60  # longest silence of a phase where no bar can be drawn
 
@@ -21,16 +28,27 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def as_typed(*more: str) -> str:
+    """This process's command line, with the words of `more` that it lacks."""
+    place = Path(sys.argv[0])
+    start = ["python", sys.argv[0]] if place.suffix == ".py" and place.stem != "__main__" else ["bdcli"]
+    return shlex.join([*start, *sys.argv[1:], *(word for word in more if word not in sys.argv)])
+
+
+def end_interrupted(*more: str, where: str = "") -> NoReturn:
+    """Say how to go on and leave: with this command line and the words of `more`."""
+    note(f"interrupted{where}; go on with: {as_typed(*more)}")
+    raise typer.Exit(INTERRUPTED)
+
+
 def run_script(app) -> None:
     """Run the commands of a script: an expected error is one line and an exit code, as for `bdcli`."""
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         code = app(standalone_mode=False)
     except BdcliError as error:
         note(f"error: {error}")
         code = error.exit_code
-    except KeyboardInterrupt:
-        note("interrupted; the same command goes on")
-        code = INTERRUPTED
     sys.exit(code or 0)
 
 
@@ -73,7 +91,8 @@ def prefill_meter():
 def phases(quiet: bool):
     """Yields (progress(phase, done, total, note), grid(step, cells)): bars with an ETA, and grids as they come.
 
-    On a stderr that is no terminal: a line now and then instead of bars. `quiet` leaves the grids out.
+    On a stderr that is no terminal: a line now and then instead of bars. `quiet` leaves the grids out. Ctrl-C inside
+    says how to go on.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -106,7 +125,11 @@ def phases(quiet: bool):
             if not quiet:
                 bar.console.print(line) if sys.stderr.isatty() else note(line)
 
-        yield progress, grid
+        try:
+            yield progress, grid
+        except KeyboardInterrupt:
+            bar.stop()
+            end_interrupted()
 
 
 def show_grids(result: dict) -> None:

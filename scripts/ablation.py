@@ -33,7 +33,7 @@ from bdcli.errors import UserError
 from bdcli.recipe import load_recipe
 from bdcli.sampling import Sampling
 from bdcli.store import Store
-from bdcli.terminal import note, phases, run_script
+from bdcli.terminal import end_interrupted, note, phases, run_script
 from bdcli.train.acceptance import Passage, acceptance_grid
 from bdcli.train.checks import missing
 from bdcli.train.distill import Distillation, Watcher
@@ -160,7 +160,7 @@ def one_arm(recipe: DistillRecipe, name: str, evaluation, out: Path, store: Stor
     if arm.change and not told.exists():
         ended = distill_run(store, job, resume=True)
         if ended["status"] == "interrupted":
-            raise KeyboardInterrupt
+            end_interrupted()
         kept = ("checkpoint", "steps", "best_step", "stopped", "skipped", "positions_per_target_token")
         write_text(told, json.dumps({key: ended[key] for key in (*kept, "tokens_per_second")}))
     drafter = job.drafter

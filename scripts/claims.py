@@ -6,15 +6,21 @@
 Prompts are cut from held-out documents as running text; those of all contexts end at the same token. Every data set is
 decoded, greedily and at temperature 1, with every drafter and budget, until each cell has enough tokens outside loops.
 `naive` is a drafter trained on its full cache only. Bounds are one-sided 95 % percentile bootstraps over documents,
-whose prompts are drawn together. Every text is a line of prompts.jsonl as soon as it is written; the same command goes
-on after a stop, and one with a naive drafter, a budget or a temperature more adds its texts.
+whose prompts are drawn together. Every text is a line of prompts.jsonl as soon as it is written, with --jobs as soon as
+those after the same prompt are. The same command goes on after a stop, and one with a naive drafter, a budget or a
+temperature more adds its texts.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +46,9 @@ TEXTS, WORTH = "prompts.jsonl", "context.json"
 SMALL_LOSS, FAR_LOSS, NAIVE_GAP, CONTEXT_WORTH = 0.02, 0.03, 0.05, 0.05  # the claims
 MIN_DOCUMENTS = 5  # below it there are no bounds
 WORTH_PROMPTS = 16  # of a data set, for what its context is worth
+
+Arm = tuple[float, str, int | str]  # temperature, drafter, budget
+Work = tuple[Sample, int, list[Arm]]  # a prompt, its context, what is to be decoded after it
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -85,72 +94,19 @@ class Settings:
     dtype: str
 
 
-class Measurement:
-    """The texts in the folder `out`, and writing those that are missing."""
+class Decoder:
+    """The models, and the texts they write after a prompt."""
 
-    def __init__(self, out: Path, settings: Settings, sources: Sequence[str], models: dict[str, str]):
-        self.s, self.out = settings, out
-        base = DecodeOptions(target=models["target"], dtype=settings.dtype, baseline="off")
+    def __init__(self, settings: Settings, models: dict[str, str]):
+        self.s = settings
+        self.base = DecodeOptions(target=models["target"], dtype=settings.dtype, baseline="off")
         self.pairs: dict[str, Pair] = {}
         for role in [r for r in ("drafter", "naive") if r in models]:
-            self.pairs[role] = load_pair(DecodeOptions(**asdict(base) | {"drafter": models[role]}), note)
-        self.base, self.pair = base, self.pairs["drafter"]
-        longest = max(settings.contexts)
-        self.samples = {
-            name: load_samples(self.pair.tokenizer, name, [place], settings.prompts, longest, asked=False)
-            for name, place in map(split_source, sources)
-        }
-        ends = {name: [(s.source, s.before[-64:]) for s in samples] for name, samples in self.samples.items()}
-        prints = {role: fingerprint(resolve(name, role_of(role))) for role, name in models.items()}
-        # contexts, budgets, temperatures and a naive drafter may be added later: a text carries its own
-        common = {k: v for k, v in asdict(settings).items() if k not in ("contexts", "budgets", "temperatures")}
-        self.key = digest(common, longest, ends, prints.pop("target"))
-        out.mkdir(parents=True, exist_ok=True)
-        self.texts = begin_texts(out / TEXTS, {"key": self.key, "drafters": prints})
+            self.pairs[role] = load_pair(DecodeOptions(**asdict(self.base) | {"drafter": models[role]}), note)
+        self.pair = self.pairs["drafter"]
 
-    @property
-    def arms(self) -> list[tuple[str, int | str]]:
-        return [(role, budget) for role in self.pairs for budget in self.s.budgets]
-
-    def run(self, enough: int, progress: Callable[[str, int, int, str], None]) -> None:
-        """Write texts until every cell has `enough` clean tokens, or there are no more prompts."""
-        have = {(*t.cell, t.index) for t in self.texts}
-        longest = max(map(len, self.samples.values()))
-        for n in range(longest):
-            for name in self.samples:
-                open_ones = [t for t in self.s.temperatures if not self.filled(name, t, enough)]
-                if n >= len(self.samples[name]) or not open_ones:
-                    continue
-                for context in self.s.contexts:
-                    arms = [
-                        (temperature, role, budget)
-                        for temperature in open_ones
-                        for role, budget in self.arms
-                        if (name, context, temperature, role, budget, n) not in have
-                    ]
-                    for text in self._decode(self.samples[name][n], context, arms):
-                        self.texts.append(text)
-                        with (self.out / TEXTS).open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(asdict(text)) + "\n")
-                        progress("clean tokens", *self.done(enough), f"{name}, prompt {n + 1}, context {context}")
-
-    def _cells(self, name: str, temperature: float) -> list[tuple]:
-        return [(name, c, temperature, *arm) for c in self.s.contexts for arm in self.arms]
-
-    def filled(self, name: str, temperature: float, enough: int) -> bool:
-        """Every cell of a data set and temperature has `enough`."""
-        clean = clean_tokens(self.texts)
-        return all(clean.get(cell, 0) >= enough for cell in self._cells(name, temperature))
-
-    def done(self, enough: int) -> tuple[int, int]:
-        clean = clean_tokens(self.texts)
-        cells = [cell for name in self.samples for t in self.s.temperatures for cell in self._cells(name, t)]
-        return sum(min(enough, clean.get(cell, 0)) for cell in cells), enough * len(cells)
-
-    def _decode(self, sample: Sample, context: int, arms: Sequence[tuple]) -> Iterator[Text]:
-        """Texts after one prompt, which the target reads once."""
-        if not arms:
-            return
+    def texts(self, sample: Sample, context: int, arms: Sequence[Arm]) -> Iterator[Text]:
+        """Texts of the arms after one prompt, which the target reads once."""
         s, prompt = self.s, sample.prompt(context)
         common = asdict(self.base) | {"max_new_tokens": s.new_tokens, "gamma": s.gamma}
         held = target_reader(self.pair, DecodeOptions(**common), len(prompt), s.gamma)
@@ -183,16 +139,118 @@ class Measurement:
                 accepted_in_all=sum(r.accepted for r in rounds),
             )
 
+
+def side_by_side(jobs: int, settings: Settings, models: dict[str, str], work: Iterator[Work]) -> Iterator[Text]:
+    """The texts of `work`, decoded by that many processes that share the processors; in the order they are done in."""
+    begin = settings, models, max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker, begin) as pool:
+        try:
+            running = {pool.submit(_texts_of, *unit) for unit in islice(work, jobs)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield from future.result()
+                # drawn only now: whether there is enough depends on what came
+                running |= {pool.submit(_texts_of, *unit) for unit in islice(work, len(done))}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_decoder: Decoder | None = None  # of a worker
+
+
+def _begin_worker(settings: Settings, models: dict[str, str], threads: int) -> None:
+    global _decoder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    _decoder = Decoder(settings, models)
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _texts_of(*unit) -> list[Text]:
+    return list(_decoder.texts(*unit))
+
+
+class Measurement:
+    """The texts in the folder `out`, and writing those that are missing."""
+
+    def __init__(self, out: Path, settings: Settings, sources: Sequence[str], models: dict[str, str], jobs: int = 1):
+        self.s, self.out, self.models, self.jobs = settings, out, models, jobs
+        self.decoder = Decoder(settings, models)
+        longest = max(settings.contexts)
+        self.samples = {
+            name: load_samples(self.decoder.pair.tokenizer, name, [place], settings.prompts, longest, asked=False)
+            for name, place in map(split_source, sources)
+        }
+        ends = {name: [(s.source, s.before[-64:]) for s in samples] for name, samples in self.samples.items()}
+        prints = {role: fingerprint(resolve(name, role_of(role))) for role, name in models.items()}
+        # contexts, budgets, temperatures and a naive drafter may be added later: a text carries its own
+        common = {k: v for k, v in asdict(settings).items() if k not in ("contexts", "budgets", "temperatures")}
+        self.key = digest(common, longest, ends, prints.pop("target"))
+        out.mkdir(parents=True, exist_ok=True)
+        self.texts = begin_texts(out / TEXTS, {"key": self.key, "drafters": prints})
+
+    @property
+    def arms(self) -> list[tuple[str, int | str]]:
+        return [(role, budget) for role in self.decoder.pairs for budget in self.s.budgets]
+
+    def run(self, enough: int, progress: Callable[[str, int, int, str], None]) -> None:
+        """Write texts until every cell has `enough` clean tokens, or there are no more prompts."""
+        work = self.missing(enough)
+        if self.jobs > 1:
+            made = side_by_side(self.jobs, self.s, self.models, work)
+        else:
+            made = (text for unit in work for text in self.decoder.texts(*unit))
+        for text in made:
+            self.texts.append(text)
+            with (self.out / TEXTS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(text)) + "\n")
+            progress("clean tokens", *self.done(enough), f"{text.dataset}, prompt {text.index + 1}")
+
+    def missing(self, enough: int) -> Iterator[Work]:
+        """What is to be decoded next, while it is: a data set and temperature ends when all its cells have enough."""
+        have = {(*t.cell, t.index) for t in self.texts}
+        for n in range(max(map(len, self.samples.values()))):
+            for name in [name for name, samples in self.samples.items() if n < len(samples)]:
+                open_ones = [t for t in self.s.temperatures if not self.filled(name, t, enough)]
+                for context in self.s.contexts:
+                    arms = [
+                        (temperature, role, budget)
+                        for temperature in open_ones
+                        for role, budget in self.arms
+                        if (name, context, temperature, role, budget, n) not in have
+                    ]
+                    if arms:
+                        yield self.samples[name][n], context, arms
+
+    def _cells(self, name: str, temperature: float) -> list[tuple]:
+        return [(name, c, temperature, *arm) for c in self.s.contexts for arm in self.arms]
+
+    def filled(self, name: str, temperature: float, enough: int) -> bool:
+        """Every cell of a data set and temperature has `enough`."""
+        clean = clean_tokens(self.texts)
+        return all(clean.get(cell, 0) >= enough for cell in self._cells(name, temperature))
+
+    def done(self, enough: int) -> tuple[int, int]:
+        clean = clean_tokens(self.texts)
+        cells = [cell for name in self.samples for t in self.s.temperatures for cell in self._cells(name, t)]
+        return sum(min(enough, clean.get(cell, 0)) for cell in cells), enough * len(cells)
+
     def context_worth(self, progress: Callable[[str, int, int, str], None]) -> None:
         """The target's loss on the first prompts of the longest context, once for each data set."""
         path, longest = self.out / WORTH, max(self.s.contexts)
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        known, device = found.setdefault(self.key, {}), self.pair.target.device
+        known, device = found.setdefault(self.key, {}), self.decoder.pair.target.device
         asked = {name: samples[:WORTH_PROMPTS] for name, samples in self.samples.items()}
         missing = [name for name in asked if known.get(name, {}).get("windows", 0) < len(asked[name])]
         if missing:
             kind = product_dtype(device.type)
-            target = load_model(resolve(self.base.target, "target"), kind, device)
+            target = load_model(resolve(self.decoder.base.target, "target"), kind, device)
         for number, name in enumerate(missing, 1):
             prompts = torch.tensor([s.prompt(longest) for s in asked[name]])
             known[name] = asdict(measure(target, prompts, longest, kind))
@@ -369,6 +427,7 @@ def run(
     enough: Annotated[int, typer.Option(help="Tokens outside loops that each cell needs.")] = 5000,
     prompts: Annotated[int, typer.Option(help="Most prompts of a data set.")] = 200,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that decode side by side.")] = 1,
 ) -> None:
     """Measure what is missing, then show it."""
     settings = Settings(
@@ -381,7 +440,7 @@ def run(
         dtype=dtype,
     )
     models = {"target": target, "drafter": drafter} | ({"naive": naive} if naive else {})
-    job = Measurement(out, settings, on, models)
+    job = Measurement(out, settings, on, models, jobs)
     with phases(quiet=False) as (progress, _):
         job.context_worth(progress)
         job.run(enough, progress)

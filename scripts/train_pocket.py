@@ -32,7 +32,7 @@ import typer
 from bdcli.errors import BdcliError, UserError
 from bdcli.recipe import load_recipe
 from bdcli.store import Store
-from bdcli.terminal import note, phases, run_script, show_grids, show_losses
+from bdcli.terminal import end_interrupted, note, phases, run_script, show_grids, show_losses
 from bdcli.train.checks import missing as missing_for_distilling
 from bdcli.train.data import documents
 from bdcli.train.distill import Distillation, Watcher
@@ -166,7 +166,7 @@ def one_stage(stage: Stage, folder: Path, store: Store, deadline: float) -> bool
             job = Distillation(settings, folder, Watcher(progress, grid), deadline, stage.data)
             result = distill_run(store, job, resume=True)
     if result["status"] == "interrupted":
-        raise KeyboardInterrupt
+        end_interrupted()
     (show_losses if stage.command == "pretrain" else show_grids)(result)
     if result["stopped"] == "out of time":
         return False

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from bdcli.checkpoint import POCKET
 from bdcli.store import Store
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 CONTRACT = {
     "run_id",
     "target",
@@ -339,6 +341,25 @@ def test_sigterm_ends_a_background_run_as_ctrl_c_does(prompt):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"is kept as run" in err
     assert Store().runs()[0].status == "interrupted" and Store().runs()[0].new_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sign"),
+    [
+        (("prepare", RECIPES / "llama_4k.yaml", "--set", "seed=3", "--out", "here"), b"passages: 1"),
+        (("bench", RECIPES / "bench_pocket.yaml", "--quick", "--arms", "bd-256"), b"% done"),
+    ],
+    ids=["prepare", "bench"],
+)
+def test_an_interrupted_command_says_how_to_go_on(words, sign, tmp_path):
+    """With all of its options, not with the recipe alone."""
+    process = start(*words, cwd=tmp_path)
+    assert any(sign in line for line in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"invalid" not in err and b"Traceback" not in err
+    assert f"go on with: bdcli {shlex.join(map(str, words))}\n".encode() in err
+    assert all("×" in row for row in out.decode().splitlines()[1:]), "no row of a cell that was not reached"
 
 
 def test_two_processes_decode_at_once(prompt):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 import tarfile
 from dataclasses import replace
@@ -165,6 +166,19 @@ def test_claims_are_measured_until_there_is_enough(tmp_path, texts):
     (out / "prompts.jsonl").write_text('{"key": "of an earlier version"}\n')
     with pytest.raises(script.UserError, match="measured with other models"):
         call(script, *words)
+
+
+def test_claims_of_two_processes_are_those_of_one(tmp_path, texts):
+    words = ("--on", f"x={texts}", "--ctx", "320,640", "--budgets", "64,full", "--temperatures", "0", "--prompts", "2",
+             "--new-tokens", "12", "--dtype", "float32")  # fmt: skip
+    found = []
+    for jobs in (1, 2):
+        out = tmp_path / str(jobs)
+        command = [sys.executable, SCRIPTS / "claims.py", "run", *words, "--out", out, "--jobs", str(jobs)]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        lines = (out / "prompts.jsonl").read_text().splitlines()
+        found.append((shown.splitlines()[:6], lines[0], sorted(lines[1:])))
+    assert found[0] == found[1] and len(found[0][2]) == 2 * 2 * 2
 
 
 def test_bounds_of_the_claims():

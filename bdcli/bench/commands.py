@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from bdcli.errors import BdcliError, UserError
-from bdcli.flags import INTERRUPTED, DbOption, JsonOption
-from bdcli.terminal import note, status_line, sweep_meter
+from bdcli.flags import DbOption, JsonOption
+from bdcli.terminal import end_interrupted, note, status_line, sweep_meter
 
 QUICK = ("samples=2", "max_new_tokens=32")
 
@@ -90,7 +90,7 @@ def bench(
     settings = load_recipe(recipe, BenchRecipe, given)
     if arms is not None:
         settings = _only(settings, _words(arms))
-    _measure(settings, db, fresh, dry_run, as_json, again=f"bdcli bench {recipe or ''}".rstrip())
+    _measure(settings, db, fresh, dry_run, as_json)
 
 
 def _shape(
@@ -151,7 +151,7 @@ def _protocol(name: str | None, recipe: Path | None) -> list[str]:
     return settings() if recipe is None else ["protocol=paper"]
 
 
-def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool, again: str) -> None:
+def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool) -> None:
     from bdcli.report import as_table, brief, print_table
     from bdcli.store import Store
 
@@ -169,17 +169,17 @@ def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        print_table(sweep.runs())
+        unfinished = result["status"] == "interrupted"
+        print_table([r for r in sweep.runs() if r.tokens_per_second or not unfinished])
         if settings.protocol == "paper":
             from bdcli.bench.paper import lines
 
             typer.echo("\n" + "\n".join(lines(sweep.runs())))
+    if result["status"] == "interrupted":
+        end_interrupted()
     for cell in result["cells"]:
         if not cell["valid"]:
             note(f"invalid: {cell['dataset']} {cell['context']} {cell['arm']}: {cell['invalid_reason']}")
-    if result["status"] == "interrupted":
-        note(f"interrupted; go on with the same command: {again}")
-        raise typer.Exit(INTERRUPTED)
     if result["cells"] and not any(cell["samples"] for cell in result["cells"]):
         raise BdcliError("no cell could be measured", "The reasons stand above")
 

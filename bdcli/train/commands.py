@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from bdcli.flags import INTERRUPTED, DbOption, JsonOption
-from bdcli.terminal import note, phases, show_accounts, show_grids, show_losses, status_line
+from bdcli.flags import DbOption, JsonOption
+from bdcli.terminal import end_interrupted, note, phases, show_accounts, show_grids, show_losses, status_line
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
@@ -67,7 +67,7 @@ def pretrain(
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         show_losses(result)
-    _end(result, f"bdcli pretrain {recipe} --out {folder} --resume")
+    _end(result)
 
 
 def prepare(
@@ -106,7 +106,7 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Train one drafter whose acceptance holds under any KV budget."""
-    job, store, folder = _distillation(recipe, overrides, out, max_minutes, dry_run, db, data)
+    job, store, _ = _distillation(recipe, overrides, out, max_minutes, dry_run, db, data)
     if dry_run:
         return
     from bdcli.train.runs import distill_run
@@ -121,7 +121,7 @@ def distill(
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         show_grids(result)
-    _end(result, f"bdcli distill {recipe} --out {folder} --resume")
+    _end(result)
 
 
 def _distillation(
@@ -152,7 +152,6 @@ def _distillation(
     return job, store, folder
 
 
-def _end(result: dict, go_on: str) -> None:
+def _end(result: dict) -> None:
     if result["status"] == "interrupted":
-        note(f"interrupted after step {result['steps']}; go on with: {go_on}")
-        raise typer.Exit(INTERRUPTED)
+        end_interrupted("--resume", where=f" after step {result['steps']}")
