@@ -291,9 +291,13 @@ def clean_tokens(texts: Sequence[Text]) -> dict[tuple, int]:
 # -- what they say
 
 
+def is_of(text: Text, wanted: dict) -> bool:
+    return all(getattr(text, key) == value for key, value in wanted.items())
+
+
 def acceptance(texts: Sequence[Text], **wanted) -> float | None:
     """Accepted over drafted in rounds outside loops, of texts with these values; None where nothing was drafted."""
-    mine = [t for t in texts if all(getattr(t, key) == value for key, value in wanted.items())]
+    mine = [t for t in texts if is_of(t, wanted)]
     drafted = sum(t.drafted for t in mine)
     return sum(t.accepted for t in mine) / drafted if drafted else None
 
@@ -306,17 +310,20 @@ class Fall:
     value: float | None
     upper: float | None
     limit: float | None
+    clean: int  # least clean tokens of a cell that it compares
 
-    @property
-    def verdict(self) -> str:
+    def verdict(self, enough: int) -> str:
         if self.limit is None or self.upper is None:
             return ""
+        if self.clean < enough:
+            return "too few tokens"
         return "holds" if self.upper <= self.limit else "does not hold" if self.value > self.limit else "not shown"
 
 
 def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float | None) -> Fall:
     """acceptance(high) - acceptance(low), bounded by drawing documents."""
     documents = list(by_document(texts).values())
+    clean = clean_tokens([t for t in texts if is_of(t, high) or is_of(t, low)])
 
     def difference(drawn: Sequence[list[Text]]) -> float | None:
         flat = [t for document in drawn for t in document]
@@ -324,7 +331,8 @@ def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float |
         return None if a is None or b is None else a - b
 
     bounded = len(documents) >= MIN_DOCUMENTS
-    return Fall(what, difference(documents), bootstrap(documents, difference, tail=0.05)[1] if bounded else None, limit)
+    upper = bootstrap(documents, difference, tail=0.05)[1] if bounded else None
+    return Fall(what, difference(documents), upper, limit, min(clean.values(), default=0))
 
 
 def by_document(texts: Sequence[Text]) -> dict[str, list[Text]]:
@@ -377,10 +385,9 @@ def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
     for temperature in sorted({t.temperature for t in texts}):
         for name in [*names, "all"] if len(names) > 1 else names:
             mine = [t for t in texts if t.temperature == temperature and name in (t.dataset, "all")]
-            short = min(clean_tokens(mine).values()) < enough
             for f in falls(mine):
-                limit, verdict = "" if f.limit is None else points(f.limit), "too few tokens" if short else f.verdict
-                row = [name, f"{temperature:g}", f.what, points(f.value), points(f.upper), limit, verdict]
+                limit = "" if f.limit is None else points(f.limit)
+                row = [name, f"{temperature:g}", f.what, points(f.value), points(f.upper), limit, f.verdict(enough)]
                 lines.append("| " + " | ".join(row) + " |")
                 tested |= f.limit is None and f.value is not None and f.value >= NAIVE_GAP
     if any(t.drafter == "naive" for t in texts) and not tested:

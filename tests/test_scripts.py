@@ -195,10 +195,11 @@ def test_bounds_of_the_claims():
         for b, a in ((256, 60 - 20 * (c > 5000)), ("full", 61))
     ]
     found = {f.what: f for f in script.falls(texts)}
-    assert found["full - 256 at 4096"].value == pytest.approx(0.01) and found["full - 256 at 4096"].verdict == "holds"
-    assert found["full - 256 at 16384"].verdict == "does not hold"
-    far = found["4096 - 16384 at budget 256"]
-    assert far.value == pytest.approx(0.20) and far.upper == pytest.approx(0.20) and far.verdict == "does not hold"
+    near, far = found["full - 256 at 4096"], found["4096 - 16384 at budget 256"]
+    assert near.value == pytest.approx(0.01) and near.verdict(1800) == "holds"
+    assert near.clean == 1800 and near.verdict(1801) == "too few tokens"
+    assert found["full - 256 at 16384"].verdict(1800) == "does not hold"
+    assert (far.value, far.upper) == pytest.approx((0.20, 0.20)) and far.verdict(1800) == "does not hold"
     assert not any("naive" in what for what in found)
     rival = [text(n, c, b, 62, "naive") for n in range(12) for c in (4096, 16384) for b in (256, "full")]
     shown = script.report(texts + rival, {}, 5000)
@@ -206,7 +207,7 @@ def test_bounds_of_the_claims():
     rival = [replace(t, accepted=40) if t.budget == 256 else t for t in rival]
     assert "does not yet test" not in script.report(texts + rival, {}, 5000)
     noisy = [text(n, 4096, b, (50 + 40 * (n % 2)) if b == 256 else 71) for n in range(12) for b in (256, "full")]
-    assert next(script.falls(noisy)).verdict == "not shown"
+    assert next(script.falls(noisy)).verdict(1000) == "not shown"
 
 
 # -- from nothing, on another machine
