@@ -119,9 +119,9 @@ def phases(quiet: bool):
             bar.update(tasks[phase], completed=done, note=said)
 
         def grid(step: int, cells: list) -> None:
-            rates = [c.acceptance_rate for c in cells if c.acceptance_rate is not None and c.budget != "full"]
+            rates = [c.score for c in cells if c.acceptance_rate is not None and c.budget != "full"]
             mean = sum(rates) / len(rates) if rates else float("nan")
-            line = f"step {step}: mean acceptance over budgets {mean:.1%}"
+            line = f"step {step}: mean acceptance over budgets {mean:.1%}, outside loops"
             if not quiet:
                 bar.console.print(line) if sys.stderr.isatty() else note(line)
 
@@ -133,12 +133,13 @@ def phases(quiet: bool):
 
 
 def show_grids(result: dict) -> None:
-    """Acceptance before and after, per data set, context and budget, on stdout."""
+    """Acceptance before and after, per data set, context and budget, in all and outside loops, on stdout."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("dataset", "context", "budget", "before", "after", "95 % interval", "mean length"):
+    names = "dataset", "context", "budget", "before", "after", "95 % interval", "outside loops before", "after"
+    for name in (*names, "mean length"):
         table.add_column(name, justify="left" if name == "dataset" else "right")
 
     def percent(value: float | None) -> str:
@@ -153,6 +154,8 @@ def show_grids(result: dict) -> None:
             percent(before["acceptance_rate"]),
             percent(after["acceptance_rate"]),
             span,
+            percent(before["acceptance_rate_no_loops"]),
+            percent(after["acceptance_rate_no_loops"]),
             f"{after['mean_accepted_length']:.2f}",
         )
     Console().print(table)

@@ -23,7 +23,7 @@ from bdcli.prompts import HELD_OUT
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling
 from bdcli.speculate import Reader, Speculator
-from bdcli.train.acceptance import Passage, acceptance_cell, chances, drafter_cache, replay, text_probs
+from bdcli.train.acceptance import Cell, Passage, acceptance_cell, chances, drafter_cache, replay, text_probs
 from bdcli.train.checks import missing
 from bdcli.train.data import Documents, documents, held_out_prompts
 from bdcli.train.distill import Distillation, Watcher
@@ -329,6 +329,20 @@ def test_out_of_time_still_measures(tmp_path):
     assert outcome.windows["kept"] == 5, "windows need no target: those that it was to write keep the corpus text"
     manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
     assert sum(shard["late"] for shard in manifest["shards"]) > 0
+
+
+def test_a_drafter_is_judged_outside_loops(tmp_path, monkeypatch):
+    """A text that repeats itself is guessed by any drafter: what only gains there is not kept."""
+    measured = iter([(0.2, 0.3), (0.9, 0.29), (0.1, 0.31), (0.3, None)])
+
+    def grid(*_):
+        rate, clean = next(measured)
+        yield Cell("x", 64, 40, 5, rate, clean, None, None, 2.0, 3)
+
+    monkeypatch.setattr("bdcli.train.distill.acceptance_grid", grid)
+    short = replace(SMALL, optimizer=replace(SMALL.optimizer, steps=6), evaluation=replace(SMALL.evaluation, every=2))
+    outcome = Distillation(short, tmp_path / "run", Watcher()).run(resume=False)
+    assert outcome.best_step == 4 and next(measured, None) is None
 
 
 def test_training_stops_when_acceptance_does_not_get_better_and_keeps_the_best(tmp_path):

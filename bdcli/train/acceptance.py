@@ -66,6 +66,12 @@ class Cell:
     mean_accepted_length: float | None
     passages: int
 
+    @property
+    def score(self) -> float:
+        """What a drafter is judged by: its rate outside loops, which suit every drafter, where there is such text."""
+        rate = self.acceptance_rate if self.acceptance_rate_no_loops is None else self.acceptance_rate_no_loops
+        return rate or 0.0
+
 
 def chances(
     drafter: Model,

@@ -163,7 +163,7 @@ class Distillation:
                 loss = trainer.step(partial(self.parts, windows, p.step), rate)
                 step_s = time.monotonic() - began
                 trained_s += step_s
-                said = f"loss {loss:.3f}, acceptance {p.latest:.1%}, best {p.best:.1%} at step {p.best_step}"
+                said = f"loss {loss:.3f}, outside loops {p.latest:.1%}, best {p.best:.1%} at step {p.best_step}"
                 self.watcher.progress("distil", p.step, o.steps, said)
                 late = began + 2.5 * step_s + 2 * grid_s > self.deadline
                 stopped = self.ranks.agreed("interrupted" if interrupted else "out of time" if late else None)
@@ -270,7 +270,7 @@ class Distillation:
         return head_loss(x, head, target, s.kind, s.temperature, weights, float(x.shape[1]))[0]
 
     def _measure(self, trainer: Trainer, passages: Sequence[Passage]) -> float:
-        """Add this step's grid to the history, once; keep the drafter best in the mean over budgets. Seconds."""
+        """Add this step's grid to the history, once; keep the drafter of the best mean score over budgets. Seconds."""
         p, began = trainer.progress, time.monotonic()
         if p.history and p.history[-1]["step"] == p.step:
             return 0.0
@@ -279,7 +279,7 @@ class Distillation:
         p.history.append({"step": p.step, "cells": [asdict(c) for c in cells]})
         full = self.recipe.views.mode == "full"  # such a drafter is judged by what it learns
         counted = [c for c in cells if (c.budget == "full") == full] or cells
-        score = sum(c.acceptance_rate or 0.0 for c in counted) / len(counted)
+        score = sum(c.score for c in counted) / len(counted)
         p.latest = score
         if score > p.best:
             p.best, p.best_step = score, p.step
