@@ -375,7 +375,8 @@ def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
     for dataset, temperature, drafter, budget in sorted(rows, key=str):
         of = {"dataset": dataset, "temperature": temperature, "drafter": drafter, "budget": budget}
         rates = [percent(acceptance(texts, **of, context=c)) for c in contexts]
-        least = min(clean.get((dataset, c, temperature, drafter, budget), 0) for c in contexts)
+        cells = [(dataset, c, temperature, drafter, budget) for c in contexts]
+        least = min(clean[cell] for cell in cells if cell in clean)
         short = "" if least >= enough else " (too few)"
         lines.append(f"| {dataset} | {temperature:g} | {drafter} | {budget} | {' | '.join(rates)} | {least}{short} |")
     lines += ["", "| data set | temperature | fall of acceptance | points | upper bound | limit | |"]
@@ -385,7 +386,7 @@ def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
     for temperature in sorted({t.temperature for t in texts}):
         for name in [*names, "all"] if len(names) > 1 else names:
             mine = [t for t in texts if t.temperature == temperature and name in (t.dataset, "all")]
-            for f in falls(mine):
+            for f in [f for f in falls(mine) if f.value is not None]:
                 limit = "" if f.limit is None else points(f.limit)
                 row = [name, f"{temperature:g}", f.what, points(f.value), points(f.upper), limit, f.verdict(enough)]
                 lines.append("| " + " | ".join(row) + " |")
