@@ -390,7 +390,7 @@ def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
                 limit = "" if f.limit is None else points(f.limit)
                 row = [name, f"{temperature:g}", f.what, points(f.value), points(f.upper), limit, f.verdict(enough)]
                 lines.append("| " + " | ".join(row) + " |")
-                tested |= f.limit is None and f.value is not None and f.value >= NAIVE_GAP
+                tested |= f.limit is None and f.value >= NAIVE_GAP
     if any(t.drafter == "naive" for t in texts) and not tested:
         lines += ["", f"The naive drafter loses less than {100 * NAIVE_GAP:.0f} points when it is read sparsely: this"]
         lines[-1] += " pair does not yet test the claim."

@@ -136,14 +136,23 @@ def render() -> None:
     plot(found[0], PICTURE)
 
 
+def counted(main: list[Run], context: int) -> tuple[list[Run], list[Run]]:
+    """Our cells and transformers' of a context, those whose figures count."""
+    here = [r for r in main if r.context == context and r.valid and r.tokens_per_second]
+    return [r for r in here if r.method not in PEER_METHODS], [r for r in here if r.method in PEER_METHODS]
+
+
+def fastest(runs: list[Run]) -> Run:
+    return max(runs, key=lambda r: r.tokens_per_second)
+
+
 def readme_table(main: list[Run]) -> str:
     names = "context, arm, acceptance, outside loops, mean length, AR tok/s, tok/s, speedup, 95 %, loops, entries"
     lines = ["| " + names.replace(", ", " | ") + " |", "|" + " ---: |" * len(names.split(", "))]
     for context in sorted({r.context for r in main}):
-        here = [r for r in main if r.context == context]
-        peers = [r for r in here if r.method in PEER_METHODS and r.valid and r.speedup]
-        rows = [r for arm in SHOWN for r in here if r.arm == arm]
-        rows += [max(peers, key=lambda r: r.tokens_per_second)] if peers else []
+        _, peers = counted(main, context)
+        rows = [r for arm in SHOWN for r in main if (r.arm, r.context) == (arm, context)]
+        rows += [fastest(peers)] if peers else []
         lines += ["| " + " | ".join(_readme_row(run)) + " |" for run in rows]
     return "\n".join([*lines, "", set_up(main)])
 
@@ -233,20 +242,17 @@ def _against_transformers(main: list[Run]) -> list[str]:
     head, body = ["", "AR, over transformers' with the cache it comes with", "with a static cache"], []
     head += ["our fastest arm", "theirs, of any dtype", "ours over theirs"]
     for context in sorted({r.context for r in main}):
-        here = [r for r in main if r.context == context and r.valid and r.tokens_per_second]
-        own, peers = ([r for r in here if (r.method in PEER_METHODS) is peer] for peer in (False, True))
+        own, peers = counted(main, context)
         if not peers:
             continue
         ar = next(r for r in own if r.method == "ar").tokens_per_second
-        ours, theirs = (max(rows, key=lambda r: r.tokens_per_second) for rows in (own, peers))
+        ours, theirs = fastest(own), fastest(peers)
         over = [
             ", ".join(f"{ar / r.tokens_per_second:.1f}× {r.dtype}" for r in peers if r.method == method)
             for method in ("hf-ar", "hf-static")
         ]
-        fastest = [f"{r.arm} {r.tokens_per_second:.1f}" for r in (ours, theirs)]
-        body.append(
-            [f"{context // 1024}k", *over, *fastest, f"{ours.tokens_per_second / theirs.tokens_per_second:.1f}×"]
-        )
+        both = [f"{r.arm} {r.tokens_per_second:.1f}" for r in (ours, theirs)]
+        body.append([f"{context // 1024}k", *over, *both, f"{ours.tokens_per_second / theirs.tokens_per_second:.1f}×"])
     return ["\n## Against transformers\n", markdown(head, body)] if body else []
 
 

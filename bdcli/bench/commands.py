@@ -166,16 +166,16 @@ def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool
         return
     with sweep_meter(as_table, brief) as (sweep.watcher.arm, sweep.watcher.cells):
         result = sweep.run()
+    unfinished = result["status"] == "interrupted"
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        unfinished = result["status"] == "interrupted"
         print_table([r for r in sweep.runs() if r.tokens_per_second or not unfinished])
         if settings.protocol == "paper":
             from bdcli.bench.paper import lines
 
             typer.echo("\n" + "\n".join(lines(sweep.runs())))
-    if result["status"] == "interrupted":
+    if unfinished:
         end_interrupted()
     for cell in result["cells"]:
         if not cell["valid"]:
