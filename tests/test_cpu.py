@@ -24,9 +24,8 @@ from bdcli.speculate import Speculator
 from bdcli.views import View, plan_view
 
 pytestmark = compiled_only
-DTYPES = [torch.float32, torch.bfloat16]
-KINDS = [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 63)]  # dtype, BY_TILES bits
-KIND_NAMES = ["float32", "bf16 vectors", "bf16 tiles"]
+UNITS = {"vectors": 0, "dots": 0, "tiles": 63, "tiles in attention": 32, "some tiles": 21}  # BY_TILES bits
+KINDS = [(torch.float32, "vectors"), *((torch.bfloat16, units) for units in ("vectors", "dots", "tiles"))]
 FRESH = torch.Generator()
 FRESH.seed()
 
@@ -41,25 +40,35 @@ def entry(name):
     return simd.entries[name].ctypes
 
 
-def force(monkeypatch, bits):
-    """Tiles make these products, whatever is faster here."""
+def force(monkeypatch, units):
+    """These units of the processor multiply bf16, whatever is faster here."""
     from bdcli.cpu import tiles
+    from bdcli.cpu.simd import HAS_DOTS
 
-    if bits and not tiles.available():
+    if UNITS[units] and not tiles.available():
         pytest.skip("no matrix tiles here")
-    monkeypatch.setattr("bdcli.cpu.reader.tiled", lambda *_: bits)
+    if units == "dots" and not HAS_DOTS:
+        pytest.skip("no dot product of bf16 here")
+    monkeypatch.setattr("bdcli.cpu.reader.tiled", lambda *_: UNITS[units])
+    monkeypatch.setattr("bdcli.cpu.reader.dots_pay", lambda: units == "dots")
 
 
 # -- the two products
 
 
+def kind_for(w, x):
+    """Rows of bf16 are for dot products."""
+    from bdcli.cpu.micro import DOTS, FLOATS, PAIRS
+
+    return FLOATS if w.dtype is torch.float32 else DOTS if x.dtype is torch.bfloat16 else PAIRS
+
+
 def rows_dot(w, x):
-    pair = 2 if w.dtype is torch.bfloat16 else 1
-    packed = x if pair == 1 else x.view(len(x), -1, 16, 2).transpose(2, 3).contiguous()
+    packed = x if x.dtype is w.dtype else x.view(len(x), -1, 16, 2).transpose(2, 3).contiguous()
     y, size, width = torch.full((len(x), len(w)), torch.nan), w.element_size(), w.shape[1]
     shape = (len(w) << 32) | (width * size // 64)
-    places = w.data_ptr(), width * size, packed.data_ptr(), 4 * width, y.data_ptr(), 4 * len(w)
-    entry("rows_dot")(len(x), pair - 1, *places, shape)
+    places = w.data_ptr(), width * size, packed.data_ptr(), x[0].nbytes, y.data_ptr(), 4 * len(w)
+    entry("rows_dot")(len(x), kind_for(w, x), *places, shape)
     return y
 
 
@@ -70,8 +79,8 @@ def scores(keys, x):
     panels, y = key_panels(keys).contiguous(), torch.zeros(len(x), len(keys))
     pair, dim = 2 if keys.dtype is torch.bfloat16 else 1, keys.shape[1]
     shape = (len(keys) // 16 << 32) | (dim // pair)
-    places = panels.data_ptr(), 64, panels[0].nbytes, x.data_ptr(), 4 * dim, y.data_ptr(), 4 * len(keys)
-    entry("panels")(len(x), pair - 1, *places, shape, 0)
+    places = panels.data_ptr(), 64, panels[0].nbytes, x.data_ptr(), x[0].nbytes, y.data_ptr(), 4 * len(keys)
+    entry("panels")(len(x), kind_for(keys, x), *places, shape, 0)
     return y
 
 
@@ -110,7 +119,7 @@ def tile_scores(keys, x):
 
 
 def test_tiles_equal_plain_maths_whatever_the_rows(monkeypatch):
-    force(monkeypatch, 63)
+    force(monkeypatch, "tiles")
     for product, columns, width in (
         (tile_rows, 37, 32),
         (tile_rows, 80, 704),
@@ -182,12 +191,14 @@ def test_a_busy_moment_does_not_choose_products_for_good(monkeypatch, tmp_path):
     assert json.loads((tmp_path / choice.FILE).read_text())["another"]["tries"] == choice.TRIES
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_equal_plain_maths_whatever_the_rows(dtype):
+@pytest.mark.parametrize(("dtype", "units"), KINDS[:3], ids=str)
+def test_products_equal_plain_maths_whatever_the_rows(dtype, units, monkeypatch):
     from bdcli.cpu.micro import MAX_ROWS
 
+    force(monkeypatch, units)
     for product, columns, width in ((rows_dot, 37, 32), (rows_dot, 5, 704), (scores, 48, 96), (scores, 16, 32)):
         w, x = randn(columns, width).to(dtype), randn(MAX_ROWS, width)
+        x = x.bfloat16() if units == "dots" else x
         wanted = x.double() @ w.double().T
         together = product(w, x)
         assert (together - wanted).abs().max() < 1e-5 * wanted.abs().max() * math.sqrt(width)
@@ -226,12 +237,12 @@ def reader(engine, model, view, capacity):
     return engine.drafter(model, capacity, capacity, model.config.vocab_size, budget, view)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize(("dtype", "units"), KINDS, ids=str)
 @pytest.mark.parametrize("kind", VIEWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"D{s['dim']}")
-def test_forwards_equal_torchs(shape, kind, dtype, bits, monkeypatch):
+def test_forwards_equal_torchs(shape, kind, dtype, units, monkeypatch):
     """Rounds with drafts, rejections and a prompt that ends anywhere; bf16 is held to torch's own bf16 error."""
-    force(monkeypatch, bits)
+    force(monkeypatch, units)
     seed = int(torch.randint(10**6, (), generator=FRESH))
     exact = tiny_model(**shape, seed=seed, spread=0.15)
     model = tiny_model(**shape, seed=seed, spread=0.15, dtype=dtype)
@@ -254,11 +265,11 @@ def test_forwards_equal_torchs(shape, kind, dtype, bits, monkeypatch):
         assert fast.cache.peak_entries == plain.cache.peak_entries
 
 
-@pytest.mark.parametrize("bits", [0, 63, 32, 21], ids=["vectors", "tiles", "tiles in attention", "some tiles"])
+@pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize("kind", VIEWS)
-def test_a_row_is_the_same_alone_and_among_others(kind, bits, monkeypatch):
+def test_a_row_is_the_same_alone_and_among_others(kind, units, monkeypatch):
     """Bit for bit in bf16, across block and chunk borders: verification writes what plain decoding writes."""
-    force(monkeypatch, bits)
+    force(monkeypatch, units)
     model = tiny_model(**SHAPES[0], seed=3, dtype=torch.bfloat16)
     engine, prompt = pick_engine("compiled", [model], print), 505
     ids = torch.randint(41, (prompt + 40,), generator=FRESH).tolist()
@@ -279,11 +290,11 @@ def test_long_feeds_are_read_in_parts_and_give_only_the_rows_asked_for():
         assert torch.allclose(fast.feed(tokens, rows), plain.feed(tokens, rows), atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [0, 63], ids=["vectors", "tiles"])
-def test_threads_change_nothing(bits, monkeypatch):
+@pytest.mark.parametrize("units", ["vectors", "dots", "tiles"])
+def test_threads_change_nothing(units, monkeypatch):
     from bdcli.cpu import pool
 
-    force(monkeypatch, bits)
+    force(monkeypatch, units)
     model = tiny_model(**SHAPES[2], seed=5, dtype=torch.bfloat16)
     ids = torch.randint(41, (700,), generator=FRESH).tolist()
     outputs = []
@@ -387,9 +398,9 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
 # -- what can go wrong
 
 
-@pytest.mark.parametrize(("dtype", "bits"), KINDS, ids=KIND_NAMES)
-def test_non_finite_weights_are_an_error_on_both_sides(dtype, bits, monkeypatch):
-    force(monkeypatch, bits)
+@pytest.mark.parametrize(("dtype", "units"), KINDS, ids=str)
+def test_non_finite_weights_are_an_error_on_both_sides(dtype, units, monkeypatch):
+    force(monkeypatch, units)
     model, broken = (tiny_model(**SHAPES[0], seed=0, dtype=dtype) for _ in range(2))
     broken.layers[1].down[3, 5] = torch.nan
     engine = pick_engine("compiled", [model], print)

@@ -12,7 +12,7 @@ from numba import njit, types
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.layout import field, number
-from bdcli.cpu.micro import FLOATS, MAX_ROWS, PAIRS, TILES, panels
+from bdcli.cpu.micro import DOTS, FLOATS, MAX_ROWS, TILES, panels
 from bdcli.cpu.rows import add_bias, kind_of, linear, norm_heads, pack, rotate, size_of
 from bdcli.cpu.simd import (
     get,
@@ -24,6 +24,7 @@ from bdcli.cpu.simd import (
     put_bf16_one,
     put_f32,
     put_i64,
+    put_narrow,
     spread,
     total,
     vexp,
@@ -110,11 +111,23 @@ def store_value(model, layer, kv_head, slot, value):
 
 
 @njit(error_model="numpy")
+def narrow_row(source, count, into):
+    """`count` floats, a multiple of 16, as bf16; zeros up to 32."""
+    for i in range(0, count, 32):
+        b = get(source + 4 * i + 64) if i + 16 < count else spread(np.float32(0))
+        put_narrow(into + 2 * i, get(source + 4 * i), b)
+
+
+@njit(error_model="numpy")
 def put_query(model, one, position, into, corner):
-    """A query rotated and scaled, as floats or, for tiles, as D high parts and D low parts."""
-    if field(model, of.TILED) & of.ATTENTION_TILES:
+    """A query rotated and scaled: floats; for dot products D bf16; for tiles D high parts and D low parts."""
+    kind, dim = kind_of(model, of.ATTENTION_TILES), field(model, of.DIM)
+    if kind == TILES:
         rotate(model, one, position, corner, number(model, of.SCALE))
-        split_row(corner, field(model, of.DIM), into, 2 * field(model, of.DIM))
+        split_row(corner, dim, into, 2 * dim)
+    elif kind == DOTS:
+        rotate(model, one, position, corner, number(model, of.SCALE))
+        narrow_row(corner, dim, into)
     else:
         rotate(model, one, position, into, number(model, of.SCALE))
 
@@ -190,7 +203,7 @@ def multiply_keys(kind, dim, columns, count, keys, queries, scores, ahead):
         return
     for at in range(0, 4 * count * of.BLOCK, 64):
         put(scores + at, spread(np.float32(0)))
-    shape = ((columns // 16) << 32) | (dim // (2 if kind == PAIRS else 1))
+    shape = ((columns // 16) << 32) | (dim // (1 if kind == FLOATS else 2))
     panels(count, kind, keys, 64, panel, queries, 4 * dim, scores, 4 * of.BLOCK, shape, ahead)
 
 
@@ -235,9 +248,13 @@ def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
             soft, corner = own + field(call, of.SOFT), own + field(call, of.CORNER)
             add_values(dim, columns, count, values, scores, soft, corner, into)
         else:
-            steps = columns // (2 if kind == PAIRS else 1)
-            shape = ((dim // 16) << 32) | steps
-            panels(count, kind, values, 4 * dim, 64, scores, 4 * of.BLOCK, into, part_row, shape, ahead)
+            weights = scores
+            if kind == DOTS:
+                weights = own + field(call, of.SOFT)
+                for r in range(count):
+                    narrow_row(scores + 4 * of.BLOCK * r, columns, weights + 4 * of.BLOCK * r)
+            shape = ((dim // 16) << 32) | (columns // (1 if kind == FLOATS else 2))
+            panels(count, kind, values, 4 * dim, 64, weights, 4 * of.BLOCK, into, part_row, shape, ahead)
         done, ahead = done + count, 0
 
 

@@ -12,7 +12,7 @@ from bdcli.cpu.simd import get_f32, get_i64
 # The model, its cache's geometry, then LAYER_FIELDS for each layer. EPS and SCALE are floats in their field's low half.
 MODEL_FIELDS = 24
 (
-    KIND,  # micro.FLOATS or micro.PAIRS
+    KIND,  # micro.FLOATS, micro.PAIRS or micro.DOTS
     HIDDEN,
     INNER,
     LAYERS,
@@ -86,7 +86,7 @@ CALL_FIELDS = 30
     TILE,  # offset of rows [ROWS, TILE_COLUMNS]
     UNSEEN,  # offset of int64 [ROWS, UNSEEN_RANGES, 2]
     SCORES,  # offset of float [16, BLOCK]
-    SOFT,  # offset of bf16 [16, 2, BLOCK]: the weights of attention, high and low parts
+    SOFT,  # offset of bf16 [16, 2, BLOCK]: the weights of attention, for tiles high and low parts
     CORNER,  # offset of float [16, max(48, D)]: what tiles leave before it goes where it belongs
     TILE_CONFIG,  # address of `tiles.tile_configs`
 ) = range(CALL_FIELDS)

@@ -10,9 +10,9 @@ every dtype.
 `kind` says how numbers are stored and multiplied:
     FLOATS  floats
     PAIRS   bf16 pairs, widened to floats by a shift and a mask; x stays float
+    DOTS    bf16 pairs, multiplied by the processor's dot product of such pairs; x is rounded to bf16, as in torch
     TILES   bf16 pairs that the processor's matrix tiles multiply: the products of `tiles`, not of this file
-A *step* is what one multiplication takes of W or P: 64 bytes, 16 floats or 16 pairs. (The processor's own bf16 dot
-instruction was tried and was no faster; it would round x.)
+A *step* is what one multiplication takes of W or P: 64 bytes, 16 floats or 16 pairs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from numba.core import cgutils
 from bdcli.cpu.simd import (
     F32,
     F32S,
+    HAS_DOTS,
+    I32,
     I32S,
     I64,
     WIDE,
     ask,
     compiled,
     constant,
+    dot,
     fma,
     load,
     machine_code,
@@ -40,8 +43,8 @@ from bdcli.cpu.simd import (
     widen_pairs,
 )
 
-FLOATS, PAIRS = KINDS = 0, 1
-TILES = 2
+FLOATS, PAIRS, DOTS, TILES = range(4)
+KINDS = (FLOATS, PAIRS, DOTS) if HAS_DOTS else (FLOATS, PAIRS)  # of this file, here
 MAX_ROWS = 9 if WIDE else 8  # nine: a draft of eight and the token before it; beyond, LLVM spills registers
 STEP_BYTES = 64
 AHEAD = 4096  # bytes of weights that are asked for before they are needed
@@ -55,13 +58,14 @@ def _columns(rows: int) -> int:
 
 
 def _multiply(builder, kind, sums, weights, x):
-    """sums[r][n] += weights[n] · x[r]; x[r] as `_read_x_*` gave it."""
+    """sums[r][n] += weights[n] · x[r]; x[r] in as many parts as a step of weights makes."""
+    add = dot if kind == DOTS else fma
     for n, w in enumerate(weights):
         parts = widen_pairs(builder, w) if kind == PAIRS else (w,)
         for row, values in zip(sums, x):
             total = builder.load(row[n], typ=F32S)
             for part, value in zip(parts, values):
-                total = fma(builder, part, value, total)
+                total = add(builder, part, value, total)
             builder.store(total, row[n])
 
 
@@ -104,7 +108,7 @@ def _rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
         for row in sums:
             for total in row:
                 builder.store(constant(0.0), total)
-        word = I32S if kind == PAIRS else F32S
+        word = F32S if kind == FLOATS else I32S
         x_step = 128 if kind == PAIRS else 64
         start = offset_by(builder, w, (first, w_row))
         with cgutils.for_range(builder, steps) as loop:
@@ -117,7 +121,7 @@ def _rows_dot(builder, rows, kind, w, w_row, x, x_row, y, y_row, shape):
             for r in range(rows):
                 here = offset_by(builder, from_x, (r, x_row))
                 more = [load(builder, builder.add(here, I64(64)), F32S)] if kind == PAIRS else []
-                values.append([load(builder, here, F32S), *more])
+                values.append([load(builder, here, I32S if kind == DOTS else F32S), *more])
             _multiply(builder, kind, sums, weights, values)
         for r, row in enumerate(sums):
             for n, total in enumerate(row):
@@ -141,7 +145,7 @@ def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, 
         for row, at in zip(sums, places):
             for total, place in zip(row, at):
                 builder.store(load(builder, place, F32S, 4), total)
-        word = I32S if kind == PAIRS else F32S
+        word = F32S if kind == FLOATS else I32S
         start = offset_by(builder, p, (first, p_panel))
         with cgutils.for_range(builder, steps) as loop:
             at = builder.add(start, builder.mul(loop.index, p_step))
@@ -153,7 +157,8 @@ def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, 
             for r in range(rows):
                 here = offset_by(builder, from_x, (r, x_row))
                 more = [load(builder, builder.add(here, I64(4)), F32, 4)] if kind == PAIRS else []
-                values.append([splat(builder, v) for v in (load(builder, here, F32, 4), *more)])
+                one = load(builder, here, I32 if kind == DOTS else F32, 4)
+                values.append([splat(builder, v) for v in (one, *more)])
             _multiply(builder, kind, sums, weights, values)
         for row, at in zip(sums, places):
             for total, place in zip(row, at):
@@ -166,7 +171,7 @@ def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, 
 def rows_dot(rows, kind, w, w_row, x, x_row, y, y_row, shape):
     """y[r, n] for n < shape >> 32 and k over (shape & 0xffffffff) steps. `*_row` are bytes between rows.
 
-    x is float; for PAIRS each 32 of it are the 16 even ones, then the 16 odd ones.
+    x is float, for DOTS bf16; for PAIRS each 32 of it are the 16 even ones, then the 16 odd ones.
     """
     _rows_dot(rows, kind, w, w_row, x, x_row, y, y_row, shape)
 
@@ -176,7 +181,7 @@ def panels(rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead):
     """y[r, 16 j + lane] += Σ_s over shape >> 32 panels j and (shape & 0xffffffff) steps s; y is float.
 
     Panel j's step s lies at p + j·p_panel + s·p_step: 16 floats, or 16 bf16 pairs whose halves belong to two
-    neighbouring values of x. `ahead` is how many bytes beyond each step its successor in another call lies: it is
-    asked for early, because memory should work while this call multiplies.
+    neighbouring values of x, which is float, for DOTS bf16. `ahead` is how many bytes beyond each step its successor
+    in another call lies: it is asked for early, because memory should work while this call multiplies.
     """
     _panels(rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, ahead)

@@ -19,8 +19,9 @@ from bdcli.cpu import tiles
 from bdcli.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
 from bdcli.cpu.choice import tiled
 from bdcli.cpu.memory import give_back, huge_zeros
-from bdcli.cpu.micro import FLOATS, PAIRS
+from bdcli.cpu.micro import DOTS, FLOATS, PAIRS
 from bdcli.cpu.pool import pool
+from bdcli.cpu.support import dots_pay
 from bdcli.model import Layer, Model
 from bdcli.rope import RopeTable
 from bdcli.sampling import Sampling, non_finite
@@ -77,7 +78,7 @@ class CompiledReader(Reader):
         self._table = np.zeros(size, np.int64)
         cos, sin = rotations(c.rope, cache.capacity, cache.total_length)
         fields = {
-            of.KIND: PAIRS if m.dtype is torch.bfloat16 else FLOATS,
+            of.KIND: FLOATS if m.dtype is not torch.bfloat16 else DOTS if dots_pay() else PAIRS,
             of.HIDDEN: c.hidden_size,
             of.INNER: c.intermediate_size,
             of.LAYERS: c.layers,

@@ -1,7 +1,8 @@
 """What happens to rows of floats between attentions: linear layers, norms, rotations, embeddings, the gated MLP.
 
 A *packed* row is laid out as the product that reads it wants it: for `micro.rows_dot` and bf16 weights each 32 floats
-are the 16 even ones, then the 16 odd ones; for `tiles.tile_rows` see `tiles.pack_tiles`. Strides are bytes.
+are the 16 even ones, then the 16 odd ones, for its dot products bf16 in order; for `tiles.tile_rows` see
+`tiles.pack_tiles`. Strides are bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,22 @@ from numba import njit, types
 
 from bdcli.cpu import layout as of
 from bdcli.cpu.layout import field, number
-from bdcli.cpu.micro import FLOATS, MAX_ROWS, PAIRS, TILES, rows_dot
-from bdcli.cpu.simd import evens, get, get_bf16, get_i64, machine_code, odds, put, spread, total, vexp, vfma, vmax
+from bdcli.cpu.micro import DOTS, FLOATS, MAX_ROWS, PAIRS, TILES, rows_dot
+from bdcli.cpu.simd import (
+    evens,
+    get,
+    get_bf16,
+    get_i64,
+    machine_code,
+    odds,
+    put,
+    put_narrow,
+    spread,
+    total,
+    vexp,
+    vfma,
+    vmax,
+)
 from bdcli.cpu.tiles import TILE_ROWS, pack_tiles, tile_rows
 
 
@@ -30,14 +45,20 @@ def size_of(kind):
     return 4 if kind == FLOATS else 2
 
 
+@njit(error_model="numpy")
+def packed_size(kind):
+    """Bytes of a number of a packed row."""
+    return 2 if kind == DOTS else 4
+
+
 @machine_code(types.void, *[types.int64] * 9)
 def linear(kind, weight, width, x, rows, y, y_row, columns, corner):
     """y[r, c] of `rows` packed rows x of `width` floats and `columns` rows of `weight`. Strides of y in bytes."""
-    row_bytes, first = width * size_of(kind), 0
+    row_bytes, x_row, first = width * size_of(kind), width * packed_size(kind), 0
     if kind == TILES:
         while first < rows:
             count = min(rows - first, TILE_ROWS)
-            x_block, y_block = x + first * width * 4, y + first * y_row
+            x_block, y_block = x + first * x_row, y + first * y_row
             tile_rows(count, rows == 1, weight, row_bytes, x_block, y_block, y_row, columns, width // 32, corner)
             first += count
         return
@@ -45,7 +66,7 @@ def linear(kind, weight, width, x, rows, y, y_row, columns, corner):
     blocks = -(-rows // MAX_ROWS)
     for i in range(blocks):
         count = (rows - first) // (blocks - i)
-        rows_dot(count, kind, weight, row_bytes, x + first * width * 4, width * 4, y + first * y_row, y_row, shape)
+        rows_dot(count, kind, weight, row_bytes, x + first * x_row, x_row, y + first * y_row, y_row, shape)
         first += count
 
 
@@ -54,6 +75,9 @@ def pack(kind, base, row, width, first, a, b):
     """Store 32 floats of a row of `width`, from number `first` on, the way the product of that kind reads them."""
     if kind == TILES:
         pack_tiles(base, row, width, first, a, b)
+        return
+    if kind == DOTS:
+        put_narrow(base + 2 * (row * width + first), a, b)
         return
     at = base + 4 * (row * width + first)
     put(at, evens(a, b) if kind == PAIRS else a)

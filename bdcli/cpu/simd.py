@@ -25,6 +25,7 @@ F32, I32, I16, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(
 F32S, I32S, I16S = (ir.VectorType(t, LANES) for t in (F32, I32, I16))
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
+HAS_DOTS = bool(_FEATURES.get("avx512bf16"))  # the processor's dot product of bf16 pairs
 WIDE = bool(_FEATURES.get("avx512f"))  # 32 registers of 16 floats, against 16 of 8
 
 
@@ -78,6 +79,20 @@ def ask(builder, address):
 
 def fma(builder, a, b, c):
     return call(builder, "llvm.fma.v16f32", F32S, a, b, c)
+
+
+class _BFloat(ir.Type):
+    def _to_string(self):
+        return "bfloat"
+
+
+BF16S = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+def dot(builder, a, b, c):
+    """c + the products of a's and b's pairs of bf16, both of a pair in one lane; a and b are <16 x i32>."""
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    return call(builder, name, F32S, c, builder.bitcast(a, BF16S), builder.bitcast(b, BF16S))
 
 
 def widen_pairs(builder, pairs):
@@ -191,6 +206,13 @@ def put_bf16_one(b, at, x):
     odd = b.and_(b.lshr(bits, I32(16)), I32(1))
     rounded = b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16))
     b.store(b.trunc(rounded, I16), pointer(b, at), align=2)
+
+
+@compiled(_none, _i, _v, _v)
+def put_narrow(b, at, x, y):
+    """The nearest bf16 of x's lanes, then of y's: 64 bytes. Only where the processor has the instruction."""
+    if HAS_DOTS:
+        b.store(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16S, y, x), pointer(b, at), align=4)
 
 
 @compiled(_v, _v)

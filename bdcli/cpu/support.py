@@ -40,6 +40,17 @@ def processor_features() -> set[str]:
     return {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
 
 
+def dots_pay() -> bool:
+    """Whether the processor's own dot product of bf16 pairs is the faster one: on AMD it is, on Intel not (LOG.md).
+
+    What the processor is decides, never a measurement: these products round otherwise, and text should not depend on
+    how busy a machine was.
+    """
+    import llvmlite.binding
+
+    return "avx512bf16" in processor_features() and llvmlite.binding.get_host_cpu_name().startswith("znver")
+
+
 def thread_limit() -> int:
     """Threads that this process should use: OMP_NUM_THREADS if set, within the processors it may run on."""
     allowed = len(os.sched_getaffinity(0))
@@ -62,6 +73,7 @@ def describe() -> str:
     features = processor_features()
     vectors = "AVX-512" if "avx512f" in features else "AVX2"
     vectors += ", AMX where it is faster" if "amx-bf16" in features else ""
+    vectors += ", bf16 dot products" if dots_pay() else ""
     threads = thread_limit()
     return f"numba, {vectors}, {threads} thread{'s' if threads > 1 else ''}"
 
