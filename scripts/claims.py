@@ -5,10 +5,10 @@
 
 Prompts are cut from held-out documents as running text; those of all contexts end at the same token. Every data set is
 decoded, greedily and at temperature 1, with every drafter and budget, until each cell has enough tokens outside loops.
-`naive` is a drafter trained on its full cache only. Bounds are one-sided 95 % percentile bootstraps over documents,
-whose prompts are drawn together. Every text is a line of prompts.jsonl as soon as it is written, with --jobs as soon as
-those after the same prompt are. The same command goes on after a stop, and one with a naive drafter, a budget or a
-temperature more adds its texts.
+`naive` is a drafter trained on its full cache only. Two cells are compared after the prompts that both have. Bounds
+are one-sided 95 % percentile bootstraps over documents, whose prompts are drawn together. Every text is a line of
+prompts.jsonl as soon as it is written, with --jobs as soon as those after the same prompt are. The same command goes on
+after a stop, and one with a naive drafter, a budget or a temperature more adds its texts.
 """
 
 from __future__ import annotations
@@ -321,9 +321,11 @@ class Fall:
 
 
 def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float | None) -> Fall:
-    """acceptance(high) - acceptance(low), bounded by drawing documents."""
-    documents = list(by_document(texts).values())
-    clean = clean_tokens([t for t in texts if is_of(t, high) or is_of(t, low)])
+    """acceptance(high) - acceptance(low) after the prompts that both have, bounded by drawing documents."""
+    sides = [[t for t in texts if is_of(t, side)] for side in (high, low)]
+    both = set.intersection(*({(t.dataset, t.index) for t in side} for side in sides))
+    paired = [t for side in sides for t in side if (t.dataset, t.index) in both]
+    documents, clean = list(by_document(paired).values()), clean_tokens(paired)
 
     def difference(drawn: Sequence[list[Text]]) -> float | None:
         flat = [t for document in drawn for t in document]

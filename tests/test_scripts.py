@@ -200,6 +200,8 @@ def test_bounds_of_the_claims():
     assert near.clean == 1800 and near.verdict(1801) == "too few tokens"
     assert found["full - 256 at 16384"].verdict(1800) == "does not hold"
     assert (far.value, far.upper) == pytest.approx((0.20, 0.20)) and far.verdict(1800) == "does not hold"
+    alone = [text(n, 4096, 256, 5) for n in range(12, 20)]  # after prompts that no other cell has
+    assert {f.what: f for f in script.falls(texts + alone)} == found
     assert not any("naive" in what for what in found)
     rival = [text(n, c, b, 62, "naive") for n in range(12) for c in (4096, 16384) for b in (256, "full")]
     shown = script.report(texts + rival, {}, 5000)
