@@ -450,6 +450,17 @@ def test_the_speed_script_prints_every_step(tmp_path):
     assert min(found["steps_ms"].values()) > 0 and len(found["draft_ms"]) == 4
 
 
+def test_the_processor_decides_about_dot_products(monkeypatch):
+    features = {"avx512bf16"}
+    monkeypatch.setattr(support, "processor_features", lambda: features)
+    for name, wanted in (("znver4", True), ("znver5", True), ("emeraldrapids", False)):
+        monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda name=name: name)
+        assert support.dots_pay() == wanted
+    features.clear()
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: "znver3")
+    assert not support.dots_pay()
+
+
 def test_threads_honour_limits(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3})
     for given, wanted in (("", 4), ("2", 2), ("9", 4), ("3,2", 3), ("0", 4), ("x", 4)):

@@ -122,14 +122,12 @@ def narrow_row(source, count, into):
 def put_query(model, one, position, into, corner):
     """A query rotated and scaled: floats; for dot products D bf16; for tiles D high parts and D low parts."""
     kind, dim = kind_of(model, of.ATTENTION_TILES), field(model, of.DIM)
+    floats = corner if kind in (TILES, DOTS) else into
+    rotate(model, one, position, floats, number(model, of.SCALE))
     if kind == TILES:
-        rotate(model, one, position, corner, number(model, of.SCALE))
-        split_row(corner, dim, into, 2 * dim)
+        split_row(floats, dim, into, 2 * dim)
     elif kind == DOTS:
-        rotate(model, one, position, corner, number(model, of.SCALE))
-        narrow_row(corner, dim, into)
-    else:
-        rotate(model, one, position, into, number(model, of.SCALE))
+        narrow_row(floats, dim, into)
 
 
 @machine_code(types.void, *[types.int64] * 7)
@@ -203,7 +201,7 @@ def multiply_keys(kind, dim, columns, count, keys, queries, scores, ahead):
         return
     for at in range(0, 4 * count * of.BLOCK, 64):
         put(scores + at, spread(np.float32(0)))
-    shape = ((columns // 16) << 32) | (dim // (1 if kind == FLOATS else 2))
+    shape = ((columns // 16) << 32) | (panel // 64)
     panels(count, kind, keys, 64, panel, queries, 4 * dim, scores, 4 * of.BLOCK, shape, ahead)
 
 
@@ -253,7 +251,7 @@ def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
                 weights = own + field(call, of.SOFT)
                 for r in range(count):
                     narrow_row(scores + 4 * of.BLOCK * r, columns, weights + 4 * of.BLOCK * r)
-            shape = ((dim // 16) << 32) | (columns // (1 if kind == FLOATS else 2))
+            shape = ((dim // 16) << 32) | (columns * size // 4)
             panels(count, kind, values, 4 * dim, 64, weights, 4 * of.BLOCK, into, part_row, shape, ahead)
         done, ahead = done + count, 0
 
