@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import torch
@@ -40,12 +41,13 @@ from bdcli.speculate import Speculator
 from bdcli.terminal import note, phases, run_script
 from bdcli.train.data import split_source
 from bdcli.train.files import digest, write_text
-from bdcli.train.held_out import measure
+from bdcli.train.held_out import SHORT, window_losses
 
-TEXTS, WORTH = "prompts.jsonl", "context.json"
+TEXTS, WORTH = "prompts.jsonl", "worth.json"
 SMALL_LOSS, FAR_LOSS, NAIVE_GAP, CONTEXT_WORTH = 0.02, 0.03, 0.05, 0.05  # the claims
 MIN_DOCUMENTS = 5  # below it there are no bounds
-WORTH_PROMPTS = 16  # of a data set, for what its context is worth
+WORTH_PROMPTS = 40  # of a data set, for what its context is worth
+WORTH_ROWS = 4  # tokens predicted together without a long context: they see 256 to 259 tokens
 
 Arm = tuple[float, str, int | str]  # temperature, drafter, budget
 Work = tuple[Sample, int, list[Arm]]  # a prompt, its context, what is to be decoded after it
@@ -75,6 +77,22 @@ class Text:
     @property
     def cell(self) -> tuple:
         return self.dataset, self.context, self.temperature, self.drafter, self.budget
+
+    @property
+    def document(self) -> str:
+        return f"{self.dataset} {self.source.rpartition('@')[0]}"
+
+
+@dataclass(frozen=True)
+class Worth:
+    """The target's loss at the end of one prompt, nats a token over its last `tokens`, with and without the context."""
+
+    dataset: str
+    source: str
+    context: int
+    tokens: int
+    loss: float
+    short_loss: float
 
     @property
     def document(self) -> str:
@@ -242,18 +260,21 @@ class Measurement:
         return sum(min(enough, clean.get(cell, 0)) for cell in cells), enough * len(cells)
 
     def context_worth(self, progress: Callable[[str, int, int, str], None]) -> None:
-        """The target's loss on the first prompts of the longest context, once for each data set."""
+        """The target's losses at the end of the first prompts of the longest context, once for each prompt."""
         path, longest = self.out / WORTH, max(self.s.contexts)
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
         known, device = found.setdefault(self.key, {}), self.decoder.pair.target.device
-        asked = {name: samples[:WORTH_PROMPTS] for name, samples in self.samples.items()}
-        missing = [name for name in asked if known.get(name, {}).get("windows", 0) < len(asked[name])]
+        missing = [
+            (name, s) for name, all_of in self.samples.items() for s in all_of[len(known.get(name, [])) : WORTH_PROMPTS]
+        ]
         if missing:
             kind = product_dtype(device.type)
             target = load_model(resolve(self.decoder.base.target, "target"), kind, device)
-        for number, name in enumerate(missing, 1):
-            prompts = torch.tensor([s.prompt(longest) for s in asked[name]])
-            known[name] = asdict(measure(target, prompts, longest, kind))
+        for number, (name, sample) in enumerate(missing, 1):
+            prompt = torch.tensor(sample.prompt(longest), device=device)
+            _, tail, short = window_losses(target, prompt, kind, WORTH_ROWS)
+            worth = Worth(name, sample.source, longest, len(tail), float(tail.mean()), float(short.mean()))
+            known.setdefault(name, []).append(asdict(worth))
             write_text(path, json.dumps(found))
             progress("worth of context", number, len(missing), name)
 
@@ -337,10 +358,10 @@ def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float |
     return Fall(what, difference(documents), upper, limit, min(clean.values(), default=0))
 
 
-def by_document(texts: Sequence[Text]) -> dict[str, list[Text]]:
-    found: dict[str, list[Text]] = {}
-    for t in texts:
-        found.setdefault(t.document, []).append(t)
+def by_document(measured: Sequence[Text | Worth]) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for x in measured:
+        found.setdefault(x.document, []).append(x)
     return found
 
 
@@ -365,7 +386,7 @@ def falls(texts: Sequence[Text]) -> Iterator[Fall]:
         yield gap
 
 
-def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
+def report(texts: Sequence[Text], worth: Sequence[Worth], enough: int) -> str:
     """Markdown: acceptance of every cell, the claims, what the context is worth."""
     if not texts:
         return "Nothing is measured yet."
@@ -396,22 +417,33 @@ def report(texts: Sequence[Text], worth: dict[str, dict], enough: int) -> str:
     if any(t.drafter == "naive" for t in texts) and not tested:
         lines += ["", f"The naive drafter loses less than {100 * NAIVE_GAP:.0f} points when it is read sparsely: this"]
         lines[-1] += " pair does not yet test the claim."
-    lines += ["", "| data set | context | prompts | loss of their ends | given the last 256 | context is worth | |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
-    for name, w in worth.items():
-        gain = w["tail_nll_short"] - w["tail_nll"]
-        verdict = "holds" if gain >= CONTEXT_WORTH else f"below {CONTEXT_WORTH} nat"
-        row = [
-            name,
-            str(w["context"]),
-            str(w["windows"]),
-            f"{w['tail_nll']:.3f}",
-            f"{w['tail_nll_short']:.3f}",
-            f"{gain:+.3f} nat",
-            verdict,
-        ]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *worth_rows(worth)])
+
+
+def worth_rows(measured: Sequence[Worth]) -> Iterator[str]:
+    """Markdown: the target's loss at the ends of prompts, and how much higher it is without all but `SHORT` tokens."""
+    yield ""
+    ends = f"loss of their ends | given the last {SHORT}"
+    yield f"| data set | context | prompts | {ends} | context is worth | lower bound | limit | |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    names = list(dict.fromkeys(w.dataset for w in measured))
+    for name in [*names, "all"] if len(names) > 1 else names:
+        mine = [w for w in measured if name in (w.dataset, "all")]
+        documents = list(by_document(mine).values())
+        loss, short = fmean(w.loss for w in mine), fmean(w.short_loss for w in mine)
+        gain, limit = gained(documents), CONTEXT_WORTH
+        lower = bootstrap(documents, gained, tail=0.05)[0] if len(documents) >= MIN_DOCUMENTS else None
+        row = [name, str(mine[0].context), str(len(mine)), f"{loss:.3f}", f"{short:.3f}"]
+        row += [f"{gain:+.3f}", "" if lower is None else f"{lower:+.3f}", f"{limit:.2f}"]
+        row.append(
+            "does not hold" if gain < limit else "" if lower is None else "holds" if lower >= limit else "not shown"
+        )
+        yield "| " + " | ".join(row) + " |"
+
+
+def gained(documents: Sequence[Sequence[Worth]]) -> float:
+    """Nats a token that the context is worth over the prompts of these documents."""
+    return fmean(w.short_loss - w.loss for document in documents for w in document)
 
 
 def percent(value: float | None) -> str:
@@ -466,8 +498,8 @@ def show(
     if not (out / TEXTS).exists():
         raise UserError(f"{out} holds no measurement", "Start one with: python scripts/claims.py run --on NAME=PLACE")
     head, texts = read_texts(out / TEXTS)
-    worth = json.loads((out / WORTH).read_text("utf-8")).get(head["key"], {}) if (out / WORTH).exists() else {}
-    typer.echo(report(texts, worth, enough))
+    known = json.loads((out / WORTH).read_text("utf-8")).get(head["key"], {}) if (out / WORTH).exists() else {}
+    typer.echo(report(texts, [Worth(**w) for of in known.values() for w in of], enough))
 
 
 if __name__ == "__main__":

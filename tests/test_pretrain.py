@@ -17,7 +17,7 @@ from bdcli.rope import RopeTable
 from bdcli.train.copying import LENGTH, WINDOWS, guide_loss, lesson
 from bdcli.train.corpus import Corpus, make_corpus, ordinary_ids
 from bdcli.train.data import documents, measured_windows
-from bdcli.train.held_out import measure
+from bdcli.train.held_out import SHORT_ROWS, measure, window_losses
 from bdcli.train.optimizers import Muon, make_optimizers, orthogonal, trapezoid
 from bdcli.train.pretrain import Pretraining, skipped
 from bdcli.train.pretrain_recipe import Corpus as Mix
@@ -145,17 +145,23 @@ def test_loss_is_the_mean_over_following_tokens_whatever_the_micro_batches(tmp_p
     )
 
 
-def test_the_worth_of_a_long_context_is_that_of_a_cut_one():
-    """The short figure must equal the loss of texts cut to their last tokens, each cut text read alone."""
-    model, held = tiny_model(vocab=300), torch.randint(0, 300, (1, 512))
-    got = measure(model, held, 512, torch.float32)
-    short = []
-    for start in range(512 - 256, 512, 64):  # tail of 256 tokens, predicted 64 at a time
-        cut = held[0, start - 256 : start + 64].tolist()
-        logits = model.forward(cut, FullCache(model, 320), 320)
-        short.append(F.cross_entropy(logits[-65:-1], torch.tensor(cut[-64:])))
-    assert got.tail_nll_short == pytest.approx(float(torch.stack(short).mean()), rel=1e-4)
-    assert got.tail_nll != pytest.approx(got.tail_nll_short, rel=1e-4)
+@pytest.mark.parametrize("rows", [SHORT_ROWS, 4])
+def test_the_worth_of_a_long_context_is_that_of_a_cut_one(rows):
+    """The short losses must equal those of texts cut to their last tokens, each cut text read alone."""
+    model, window = tiny_model(vocab=300), torch.randint(0, 300, (512,))
+    whole, tail, short = window_losses(model, window, torch.float32, rows)
+    alone = []
+    for start in range(512 - 256, 512, rows):  # tail of 256 tokens, predicted `rows` at a time
+        cut = window[start - 256 : start + rows].tolist()
+        logits = model.forward(cut, FullCache(model, len(cut)), rows + 1)[:-1]
+        alone.append(F.cross_entropy(logits, torch.tensor(cut[-rows:]), reduction="none"))
+    torch.testing.assert_close(short, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    logits = model.forward(window.tolist(), FullCache(model, 512), 512)[:-1]
+    torch.testing.assert_close(whole, F.cross_entropy(logits, window[1:], reduction="none"), rtol=1e-4, atol=1e-4)
+    assert torch.equal(tail, whole[-256:])
+    got = measure(model, window[None], 512, torch.float32)
+    if rows == SHORT_ROWS:
+        assert (got.nll, got.tail_nll, got.tail_nll_short) == tuple(float(x.mean()) for x in (whole, tail, short))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -156,6 +156,10 @@ def test_claims_are_measured_until_there_is_enough(tmp_path, texts):
         same = [u for u in greedy if (u.index, u.context) == (t.index, t.context)]
         assert len({(u.tokens, u.clean) for u in same}) == 1
     assert "full - 64 at 640" in shown and "320 - 640 at budget 64" in shown and "context is worth" in shown
+    worth = json.loads((out / "worth.json").read_text())
+    ((rows,),) = ([*x.values()] for x in worth.values())
+    assert len(rows) == 6 and {r["tokens"] for r in rows} == {384} and all(r["loss"] > 0 for r in rows)
+    (out / "worth.json").write_text(json.dumps({key: {"x": rows[:4]} for key in worth}))  # as stopped after four
     (out / "prompts.jsonl").write_text("\n".join(lines[:-3]) + '\n{"dataset": "x", "sou')  # as after kill -9
     assert call(script, *words, "--enough", "12") == shown
     assert (out / "prompts.jsonl").read_text().splitlines() == lines
@@ -204,12 +208,39 @@ def test_bounds_of_the_claims():
     assert {f.what: f for f in script.falls(texts + alone)} == found
     assert not any("naive" in what for what in found)
     rival = [text(n, c, b, 62, "naive") for n in range(12) for c in (4096, 16384) for b in (256, "full")]
-    shown = script.report(texts + rival, {}, 5000)
+    shown = script.report(texts + rival, [], 5000)
     assert "does not yet test the claim" in shown and "(too few)" in shown
     rival = [replace(t, accepted=40) if t.budget == 256 else t for t in rival]
-    assert "does not yet test" not in script.report(texts + rival, {}, 5000)
+    assert "does not yet test" not in script.report(texts + rival, [], 5000)
     noisy = [text(n, 4096, b, (50 + 40 * (n % 2)) if b == 256 else 71) for n in range(12) for b in (256, "full")]
     assert next(script.falls(noisy)).verdict(1000) == "not shown"
+
+
+def test_what_a_context_is_worth():
+    script = load("claims")
+
+    def row(gains, dataset="x"):
+        rows = list(script.worth_rows([script.Worth(dataset, f"b{n}@1", 16384, 1024, 3, 3 + g) for n, g in gains]))
+        return [cell.strip() for cell in rows[3].split("|")[1:-1]]
+
+    assert row([(n, 0.08) for n in range(9)]) == [
+        "x",
+        "16384",
+        "9",
+        "3.000",
+        "3.080",
+        "+0.080",
+        "+0.080",
+        "0.05",
+        "holds",
+    ]
+    assert row([(n, 0.04) for n in range(9)])[-1] == "does not hold"
+    noisy = [(n, 0.3 * (n % 3 == 0) - 0.04) for n in range(9)]
+    assert row(noisy)[5] == "+0.060" and row(noisy)[-1] == "not shown"
+    assert row([(n % 4, 0.08) for n in range(9)])[6:] == ["", "0.05", ""], "no bound from four documents"
+    both = [script.Worth(d, f"b{n}@1", 16384, 1024, 3, 3 + g) for d, g in (("x", 0.02), ("y", 0.1)) for n in range(6)]
+    assert [line.split(" | ")[0] for line in script.worth_rows(both)][3:] == ["| x", "| y", "| all"]
+    assert list(script.worth_rows(both))[-1].split(" | ")[5] == "+0.060"
 
 
 # -- from nothing, on another machine

@@ -15,6 +15,7 @@ from bdcli.train.view_forward import causal_block, causal_hidden
 
 SHORT = 256  # what "no long context" means: tokens seen by the first of SHORT_ROWS predicted together
 SHORT_ROWS = 64
+PIECES = 64  # cut texts read side by side
 TAIL = 1024  # last tokens of a window, over which the worth of a long context is measured
 
 
@@ -53,15 +54,23 @@ def token_losses(model: Model, windows: Tensor, dtype: torch.dtype) -> Tensor:
     return head_loss(x, model.head, ArgmaxTarget(following), "ce")[1].losses.view(len(windows), -1)
 
 
+def window_losses(
+    model: Model, window: Tensor, dtype: torch.dtype, short_rows: int = SHORT_ROWS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [T - 1] of a window [T], and those of its tail given everything, [tail], and given little, [tail].
+
+    Little is the last SHORT to SHORT + short_rows - 1 tokens: fewer rows are closer to SHORT and cost more forwards.
+    `short_rows` divides TAIL.
+    """
+    tail = min(TAIL, len(window) - SHORT) // short_rows * short_rows
+    whole = token_losses(model, window[None], dtype)[0]
+    pieces = window[-tail - SHORT :].unfold(0, SHORT + short_rows, short_rows).split(PIECES)
+    short = torch.cat([token_losses(model, some, dtype)[:, -short_rows:].flatten() for some in pieces])
+    return whole, whole[-tail:], short
+
+
 def measure(model: Model, windows: Tensor, context: int, dtype: torch.dtype) -> Measured:
     """Held-out loss of the last `context` tokens of windows [N, T], on the model's device."""
-    whole, tails, short = [], [], []
-    tail = min(TAIL, context - SHORT) // SHORT_ROWS * SHORT_ROWS
-    for window in windows[:, -context:].to(model.device):
-        losses = token_losses(model, window[None], dtype)[0]
-        whole.append(losses.mean())
-        tails.append(losses[-tail:].mean())
-        pieces = window[-tail - SHORT :].unfold(0, SHORT + SHORT_ROWS, SHORT_ROWS)
-        short.append(token_losses(model, pieces, dtype)[:, -SHORT_ROWS:].mean())
-    nll, tail_nll, tail_short = (float(torch.stack(x).mean()) for x in (whole, tails, short))
-    return Measured(context, len(whole), nll, tail_nll, tail_short)
+    losses = [window_losses(model, window, dtype) for window in windows[:, -context:].to(model.device)]
+    nll, tail, short = (float(torch.stack(x).mean()) for x in zip(*losses))
+    return Measured(context, len(losses), nll, tail, short)
