@@ -8,7 +8,6 @@ The cache rows the round had written are put back afterwards, so that measuring 
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from bdcli.speculate import Reader, Speculator, Step
 
 SAMPLES = 10  # rounds replayed in a run by mode `sample`
 TIE_FACTOR = 4.0  # a differing argmax within this many low-precision logit errors is a tie
-CALIBRATION_ROWS = (1, 2, 4, 6, 8, 9, 17)  # products take rows by eight: 9 cost a jump
-CALIBRATIONS = 4  # forwards of each, the first not timed, the best of the others
-LONG_FORWARD_S = 0.1  # so long a one is not repeated: noise is small against it, and a large model would wait
+CALIBRATION_GAMMAS = (0, 1, 3, 5, 7, 8, 9, 12)  # and the longest; nine rows are the most that one pass takes (CPU)
+CALIBRATIONS = 3  # rounds of each after the first, which is not timed; the best counts
+LONG_ROUND_S = 0.1  # so long a one is not repeated: noise is small against it, and a large model would wait
 CHECK_ROWS = 8  # rows of the many-row forwards that `teacher_force` measures the logit error with
 
 
@@ -140,27 +139,16 @@ class Baseline:
 def warm_up(speculator: Speculator, gamma: int | None, gamma_max: int) -> Controller:
     """Run each shape once so that no timed step pays for first use, and build the controller.
 
-    `gamma` None means auto: then the costs of a draft token and of target forwards over 1..γmax+1 rows are measured.
-    Nothing of it stays: ids, caches and the random state are as before.
+    `gamma` None means auto: then rounds of several γ up to γmax are measured. Nothing of it stays: ids, caches and the
+    random state are as before.
     """
-    target, drafter = speculator.target, speculator.drafter
-    last = speculator.ids[-1:]
-    auto = gamma is None and drafter is not None
-    rows = [r for r in CALIBRATION_ROWS if r <= gamma_max + 1] if auto else [1, (gamma or 0) + 1]
-    with target.exclusive():  # as rounds run
-        verify = {r: _warm_seconds(target, last * r) for r in dict.fromkeys(rows)}
-        draft = _warm_seconds(drafter, last) if isinstance(drafter, Reader) else 0.0
-    return AutoGamma(gamma_max, verify, draft) if auto else FixedGamma(gamma or 0)
-
-
-def _warm_seconds(reader: Reader, tokens: list[int]) -> float:
-    """Seconds of one forward over `tokens` at the end of the cache, undone."""
-    start, seconds = reader.length, []
-    for _ in range(CALIBRATIONS):
-        began = time.perf_counter()
-        reader.feed(tokens, len(tokens)).max(-1).indices.tolist()
-        seconds.append(time.perf_counter() - began)
-        reader.rollback(start)
-        if len(seconds) > 1 and seconds[-1] > LONG_FORWARD_S:
+    auto = gamma is None and speculator.drafter is not None
+    drafts = [*(g for g in CALIBRATION_GAMMAS if g < gamma_max), gamma_max] if auto else [0, gamma or 0]
+    costs = dict.fromkeys(drafts, math.inf)
+    for again in range(1 + CALIBRATIONS):  # all γ in turn, so that a slow moment is no γ's own
+        for g in costs:
+            seconds = speculator.rehearse(g)
+            costs[g] = min(costs[g], seconds) if again else math.inf
+        if again and costs[0] > LONG_ROUND_S:
             break
-    return min(seconds[1:])
+    return AutoGamma(gamma_max, costs) if auto else FixedGamma(gamma or 0)

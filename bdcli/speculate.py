@@ -139,6 +139,9 @@ class WholeRounds(Protocol):
     def play(self, ids: list[int], gamma: int) -> Step:
         """One round after `ids`, not appended to them; the caches hold what it read and wait for the rollback."""
 
+    def rehearse(self, ids: list[int], gamma: int) -> float:
+        """Seconds of a `play` that does not count, the random state untouched."""
+
     def plain(self, tokens: list[int]) -> tuple[Tensor, float]:
         """`Speculator.one_row`."""
 
@@ -200,7 +203,7 @@ class Speculator:
                 return
             gamma = min(controller.choose(), left - 1) if self.drafter is not None else 0
             step = self.round(gamma)
-            controller.observe(step.drafted, step.accepted, step.draft_s, step.verify_s)
+            controller.observe(step.drafted, step.accepted, step.seconds)
             end = self.cut_at(eos, len(step.tokens))
             if end is not None:
                 step = replace(step, tokens=step.tokens[:end], accepted=min(step.accepted, end))
@@ -240,13 +243,36 @@ class Speculator:
 
     def settle(self, draft: list[int], q: Tensor | None, logits: Tensor) -> Verdict:
         """Verify `draft`, drawn from q [γ, V], by the target's logits [γ + 1, V]; append what is kept and roll back."""
-        if self.sampling.greedy:
-            verdict = verify_greedy(draft, logits)
-        else:
-            check_finite(logits, "target")
-            verdict = verify_sampled(draft, q, self.sampling.distribution(logits), self.generator)
+        verdict = self._verdict(draft, q, logits, self.generator)
         self._keep(verdict.tokens)
         return verdict
+
+    def _verdict(self, draft: list[int], q: Tensor | None, logits: Tensor, generator: torch.Generator) -> Verdict:
+        """q None stands for all mass on each token of `draft`."""
+        if self.sampling.greedy:
+            return verify_greedy(draft, logits)
+        check_finite(logits, "target")
+        if q is None and draft:
+            q = _certain(draft, self.target.vocab, logits.device)
+        return verify_sampled(draft, q, self.sampling.distribution(logits), generator)
+
+    def rehearse(self, gamma: int) -> float:
+        """Seconds of a round that drafts `gamma` tokens and leaves nothing behind, of the random state neither.
+
+        A drafter that is no model proposes nothing here: the last token stands for what it would.
+        """
+        ids, aside = self.ids, torch.Generator(self.generator.device)
+        try:
+            if self._whole is not None:
+                return self._whole.rehearse(ids, gamma)
+            with self.target.exclusive():
+                began, draft, q = time.perf_counter(), gamma * ids[-1:], None
+                if gamma and not hasattr(self.drafter, "propose"):
+                    draft, q = self.drafter.draft(ids, gamma, self.sampling, aside)
+                self._verdict(draft, q, self.target.feed(ids[self.target.length :] + draft, gamma + 1), aside)
+                return time.perf_counter() - began
+        finally:
+            self._keep([])
 
     def _keep(self, tokens: list[int]) -> None:
         """Append what a round emitted; the caches forget the rest."""
@@ -256,11 +282,11 @@ class Speculator:
             self.drafter.rollback(len(self.ids) - 1)
 
     def _propose(self, gamma: int) -> Tensor | None:
-        """Append `gamma` draft tokens to `ids`, or what a Proposer has; returns q [γ, V] when sampling."""
+        """Append `gamma` draft tokens to `ids`, or what a Proposer has; returns q [γ, V] when a model was sampled."""
         if hasattr(self.drafter, "propose"):
             draft = self.drafter.propose(self.ids, gamma) if gamma else []
             self.ids += draft
-            return None if self.sampling.greedy else _certain(draft, self.target.vocab, self.generator.device)
+            return None
         if gamma == 0:
             return None
         draft, q = self.drafter.draft(self.ids, gamma, self.sampling, self.generator)

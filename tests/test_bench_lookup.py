@@ -32,7 +32,7 @@ def test_proposals_match_the_definition_while_the_text_grows():
             ids += [rng.randrange(5) for _ in range(rng.randrange(1, 5))]
 
 
-@pytest.mark.parametrize("controller", [FixedGamma(4), AutoGamma(6, {1: 1e-4, 5: 2e-4}, 0.0)])
+@pytest.mark.parametrize("controller", [FixedGamma(4), AutoGamma(6, {0: 1e-4, 1: 1.2e-4, 6: 2e-4})])
 def test_greedy_text_is_the_targets(controller):
     target = table(3)
     plain, _ = generate(target, None, Sampling(), 0, new=80, gamma=0)

@@ -143,6 +143,7 @@ def test_measuring_in_between_changes_nothing():
                         torch.testing.assert_close(logits[0], kept[i], rtol=1e-4, atol=1e-4)
                         assert seconds > 0
                     run.target.cache.restore(saved)
+                    assert all(run.rehearse(gamma) > 0 for gamma in (2, 0, 4))
             texts.append(run.new_tokens)
         assert texts[0] == texts[1]
 

@@ -8,8 +8,9 @@ import torch
 from conftest import p_value, tiny_model
 
 from bdcli import speculate
+from bdcli.baseline import warm_up
 from bdcli.cache import FullCache
-from bdcli.controller import AutoGamma, FixedGamma
+from bdcli.controller import AutoGamma, FixedGamma, RoundCosts
 from bdcli.errors import NonFiniteError
 from bdcli.sampling import Sampling, Verdict, draw, verify_greedy, verify_sampled
 from bdcli.speculate import Reader, Speculator
@@ -239,11 +240,15 @@ def test_the_drafters_vocabulary_is_cut_or_padded_to_the_targets():
 
 def run_auto(accept, draft_s, verify_s, rounds=200, limit=8, first_s=0.0):
     """Drive AutoGamma with fixed costs and a drafter that gets its first accept(round) proposals right."""
-    auto, chosen = AutoGamma(limit, {1: verify_s(1), 5: verify_s(5)}, draft_s), []
+
+    def cost(gamma):
+        return first_s * (gamma > 0) + draft_s * gamma + verify_s(gamma + 1)
+
+    auto, chosen = AutoGamma(limit, {g: cost(g) for g in (0, 1, limit)}), []
     for i in range(rounds):
         gamma = auto.choose()
         chosen.append(gamma)
-        auto.observe(gamma, min(gamma, accept(i)), first_s * (gamma > 0) + draft_s * gamma, verify_s(gamma + 1))
+        auto.observe(gamma, min(gamma, accept(i)), cost(gamma))
     return chosen
 
 
@@ -259,6 +264,50 @@ def test_auto_gamma_knows_that_the_first_draft_token_costs_most():
     chosen = run_auto(lambda i: passes[i], 0.05, lambda rows: 1.5 + 0.2 * rows, rounds=600, first_s=0.4)
     assert max(rate, key=rate.get) == 4
     assert sum(rate.get(g, 0) for g in chosen[100:]) / 500 > 0.98 * rate[4]
+
+
+@pytest.mark.parametrize("dear", [1, 3, 5, 8, 16])
+def test_auto_gamma_is_not_misled_for_long_by_one_bad_moment(dear):
+    """A γ that looked twice as dear as it is may cost a few percent, no more."""
+    rng, chosen = random.Random(dear), []
+    cost = {g: 2.5 + 0.3 * g for g in range(17)}
+    rate = {g: (1 - 0.8 ** (g + 1)) / 0.2 / cost[g] for g in cost}
+    auto = AutoGamma(16, {g: cost[g] * (2 if g == dear else 1) for g in (0, 1, 3, 5, 7, 8, 9, 12, 16)})
+    for _ in range(400):
+        chosen.append(auto.choose())
+        passed = next(n for n in range(99) if rng.random() > 0.8)
+        stall = 4 if rng.random() < 0.03 else 1
+        auto.observe(chosen[-1], min(chosen[-1], passed), stall * rng.uniform(0.95, 1.1) * cost[chosen[-1]])
+    assert sum(rate[g] for g in chosen[50:]) / 350 > 0.95 * max(rate.values())
+
+
+def test_costs_of_rounds_follow_the_machine_and_what_a_length_shows_of_itself():
+    costs = RoundCosts({0: 2.0, 1: 9.0, 3: 3.0, 5: 4.0, 9: 8.0})
+    assert [costs.of(g) for g in (0, 1, 2, 3, 4, 7, 11)] == pytest.approx([2, 3, 3, 3, 3.5, 6, 10]), "1 was a stall"
+    for _ in range(200):
+        costs.add(5, 8.0)  # the machine is half as fast
+    assert [costs.of(g) for g in (0, 3, 5, 9)] == pytest.approx([4, 6, 8, 16], rel=0.01)
+    costs.add(5, 800.0)
+    assert costs.of(5) == pytest.approx(8, rel=0.05), "one stall counts for little"
+    for n in range(400):
+        costs.add((3, 5, 9)[n % 3], (6.0, 8.0, 8.0)[n % 3])  # nine cost as much as five, not twice it
+    assert costs.of(9) < 0.85 * 2 * costs.of(5) and costs.of(3) == pytest.approx(6, rel=0.2)
+
+
+@pytest.mark.parametrize("gamma", [None, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_of_a_warm_up_stays(gamma, temperature):
+    texts = []
+    for warm in (False, True):
+        target = table(3)
+        engine = Speculator(TableReader(target), TableReader(DRAFTERS["half"](target)), Sampling(temperature), 5)
+        engine.prefill([1, 2])
+        if warm:
+            controller = warm_up(engine, gamma, 6)
+            assert controller.max_gamma == (gamma or 6) and engine.ids == [1, 2]
+            assert engine.target.length == engine.drafter.length == 1
+        texts.append([step.tokens for step in engine.rounds(60, frozenset(), FixedGamma(3))])
+    assert texts[0] == texts[1]
 
 
 def test_auto_gamma_stops_when_drafting_does_not_pay_and_tries_again():
@@ -279,5 +328,5 @@ def test_auto_gamma_is_lossless():
     plain, _ = generate(target, None, Sampling(), 0, new=80, gamma=0)
     engine = Speculator(TableReader(target), TableReader(DRAFTERS["half"](target)), Sampling(), 0)
     engine.prefill([1, 2])
-    steps = list(engine.rounds(80, frozenset(), AutoGamma(6, {1: 1e-4, 5: 2e-4}, 1e-5)))
+    steps = list(engine.rounds(80, frozenset(), AutoGamma(6, {0: 1e-4, 1: 1.2e-4, 6: 3e-4})))
     assert engine.new_tokens == plain.new_tokens and sum(s.drafted for s in steps) > 0

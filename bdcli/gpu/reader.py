@@ -91,11 +91,18 @@ class Rounds:
 
     def play(self, ids: list[int], gamma: int) -> Step:
         """One round after `ids`, which are not changed; caches end where the round wrote, for a rollback to follow."""
+        return self._play(ids, gamma, self._generator)
+
+    def rehearse(self, ids: list[int], gamma: int) -> float:
+        """`play`, with other random numbers, of which only the seconds count."""
+        return self._play(ids, gamma, self._aside).seconds
+
+    def _play(self, ids: list[int], gamma: int, generator: torch.Generator) -> Step:
         kept = len(ids)
         self.target.catch_up(ids[self.target.length : kept - 1])
         if gamma:
             self._ready(ids, gamma)
-        step = self._run(kept, ids[-2:], gamma, self._generator)
+        step = self._run(kept, ids[-2:], gamma, generator)
         self.target.cache.length = kept + gamma
         if gamma:
             self.drafter.cache.length = kept + gamma - 1
