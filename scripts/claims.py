@@ -78,10 +78,6 @@ class Text:
     def cell(self) -> tuple:
         return self.dataset, self.context, self.temperature, self.drafter, self.budget
 
-    @property
-    def document(self) -> str:
-        return f"{self.dataset} {self.source.rpartition('@')[0]}"
-
 
 @dataclass(frozen=True)
 class Worth:
@@ -93,10 +89,6 @@ class Worth:
     tokens: int
     loss: float
     short_loss: float
-
-    @property
-    def document(self) -> str:
-        return f"{self.dataset} {self.source.rpartition('@')[0]}"
 
 
 @dataclass(frozen=True)
@@ -358,10 +350,10 @@ def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float |
     return Fall(what, difference(documents), upper, limit, min(clean.values(), default=0))
 
 
-def by_document(measured: Sequence[Text | Worth]) -> dict[str, list]:
-    found: dict[str, list] = {}
+def by_document(measured: Sequence[Text | Worth]) -> dict[tuple[str, str], list]:
+    found: dict[tuple[str, str], list] = {}
     for x in measured:
-        found.setdefault(x.document, []).append(x)
+        found.setdefault((x.dataset, x.source.rpartition("@")[0]), []).append(x)
     return found
 
 
