@@ -145,10 +145,10 @@ def warm_up(speculator: Speculator, gamma: int | None, gamma_max: int) -> Contro
     auto = gamma is None and speculator.drafter is not None
     drafts = [*(g for g in CALIBRATION_GAMMAS if g < gamma_max), gamma_max] if auto else [0, gamma or 0]
     costs = dict.fromkeys(drafts, math.inf)
-    for again in range(1 + CALIBRATIONS):  # all γ in turn, so that a slow moment is no γ's own
-        for g in costs:
-            seconds = speculator.rehearse(g)
-            costs[g] = min(costs[g], seconds) if again else math.inf
-        if again and costs[0] > LONG_ROUND_S:
-            break
+    for g in costs:
+        speculator.rehearse(g)
+    for _ in range(CALIBRATIONS):  # all γ in turn, so that a slow moment is no γ's own
+        for g, best in costs.items():
+            if not LONG_ROUND_S < best < math.inf:
+                costs[g] = min(best, speculator.rehearse(g))
     return AutoGamma(gamma_max, costs) if auto else FixedGamma(gamma or 0)

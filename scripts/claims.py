@@ -330,7 +330,16 @@ class Fall:
             return ""
         if self.clean < enough:
             return "too few tokens"
-        return "holds" if self.upper <= self.limit else "does not hold" if self.value > self.limit else "not shown"
+        return verdict(self.value, self.upper, self.limit)
+
+
+def verdict(value: float, upper: float | None, limit: float) -> str:
+    """Of a value that may be `limit` at most, and its upper bound if there is one."""
+    if upper is not None and upper <= limit:
+        return "holds"
+    if value > limit:
+        return "does not hold"
+    return "" if upper is None else "not shown"
 
 
 def fall(texts: Sequence[Text], what: str, high: dict, low: dict, limit: float | None) -> Fall:
@@ -423,13 +432,11 @@ def worth_rows(measured: Sequence[Worth]) -> Iterator[str]:
         mine = [w for w in measured if name in (w.dataset, "all")]
         documents = list(by_document(mine).values())
         loss, short = fmean(w.loss for w in mine), fmean(w.short_loss for w in mine)
-        gain, limit = gained(documents), CONTEXT_WORTH
+        gain = gained(documents)
         lower = bootstrap(documents, gained, tail=0.05)[0] if len(documents) >= MIN_DOCUMENTS else None
         row = [name, str(mine[0].context), str(len(mine)), f"{loss:.3f}", f"{short:.3f}"]
-        row += [f"{gain:+.3f}", "" if lower is None else f"{lower:+.3f}", f"{limit:.2f}"]
-        row.append(
-            "does not hold" if gain < limit else "" if lower is None else "holds" if lower >= limit else "not shown"
-        )
+        row += [f"{gain:+.3f}", "" if lower is None else f"{lower:+.3f}", f"{CONTEXT_WORTH:.2f}"]
+        row.append(verdict(-gain, None if lower is None else -lower, -CONTEXT_WORTH))
         yield "| " + " | ".join(row) + " |"
 
 
