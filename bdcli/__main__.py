@@ -1,3 +1,3 @@
-from bdcli.cli import main
+from bdcli.cli.main import main
 
 main()

@@ -27,20 +27,20 @@ from typing import Annotated
 import torch
 import typer
 
-from bdcli.checkpoint import load_model
-from bdcli.decode import peak_memory
-from bdcli.errors import UserError
-from bdcli.recipe import load_recipe
-from bdcli.sampling import Sampling
-from bdcli.store import Store
-from bdcli.terminal import end_interrupted, note, phases, run_script
+from bdcli.base.console import end_interrupted, note, phases, run_script
+from bdcli.base.errors import UserError
+from bdcli.base.files import read_json, write_text
+from bdcli.config.distill import DistillRecipe, Loss, Views
+from bdcli.config.loader import load_recipe
+from bdcli.decode.session import peak_memory
+from bdcli.model.checkpoint import load_model
+from bdcli.results.store import Store
+from bdcli.speculation.sampling import Sampling
 from bdcli.train.acceptance import Passage, acceptance_grid
-from bdcli.train.checks import missing
-from bdcli.train.distill import Distillation, Watcher
-from bdcli.train.distill_recipe import DistillRecipe, Loss, Views
-from bdcli.train.files import read_json, write_text
-from bdcli.train.prepare import Material
-from bdcli.train.runs import distill_run
+from bdcli.train.distill.checks import missing
+from bdcli.train.distill.material import Material
+from bdcli.train.distill.run import Distillation, Watcher
+from bdcli.train.record import distill_run
 from bdcli.train.trainer import Trainer
 
 PAPER_BUDGETS = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}

@@ -28,19 +28,19 @@ from typing import Annotated
 import torch
 import typer
 
-from bdcli.bench.samples import Sample, load_samples
-from bdcli.checkpoint import fingerprint, load_model, resolve
-from bdcli.controller import FixedGamma
-from bdcli.decode import Pair, drafter_reader, load_pair, target_reader
-from bdcli.devices import product_dtype
-from bdcli.errors import UserError
-from bdcli.metrics import Round, bootstrap, looped_tokens, mark_loops
-from bdcli.options import DecodeOptions, parse_budget, parse_context
-from bdcli.sampling import Sampling
-from bdcli.speculate import Speculator
-from bdcli.terminal import note, phases, run_script
-from bdcli.train.data import split_source
-from bdcli.train.files import digest, write_text
+from bdcli.base.console import note, phases, run_script
+from bdcli.base.devices import product_dtype
+from bdcli.base.errors import UserError
+from bdcli.base.files import digest, write_text
+from bdcli.config.decode import DecodeOptions, parse_budget, parse_context
+from bdcli.data.samples import Sample, load_samples
+from bdcli.data.sources import split_source
+from bdcli.decode.session import Pair, drafter_reader, load_pair, target_reader
+from bdcli.model.checkpoint import fingerprint, load_model, resolve
+from bdcli.results.metrics import Round, bootstrap, looped_tokens, mark_loops
+from bdcli.speculation.draft_length import FixedGamma
+from bdcli.speculation.sampling import Sampling
+from bdcli.speculation.speculator import Speculator
 from bdcli.train.held_out import SHORT, window_losses
 
 TEXTS, WORTH = "prompts.jsonl", "worth.json"

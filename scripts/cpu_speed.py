@@ -22,15 +22,15 @@ from typing import Annotated
 import torch
 import typer
 
+from bdcli.backends.select import pick_engine, torch_engine
+from bdcli.base.devices import DTYPES
+from bdcli.base.provenance import machine
 from bdcli.bench.peers import cache_argument
-from bdcli.checkpoint import POCKET, load_model
-from bdcli.devices import DTYPES
-from bdcli.engine import pick_engine, torch_engine
-from bdcli.model import Model
-from bdcli.provenance import machine
-from bdcli.sampling import Sampling
-from bdcli.speculate import Reader
-from bdcli.views import plan_view
+from bdcli.cache.view import plan_view
+from bdcli.model.checkpoint import POCKET, load_model
+from bdcli.model.llama import Model
+from bdcli.speculation.sampling import Sampling
+from bdcli.speculation.speculator import Reader
 
 CPU = torch.device("cpu")
 ROWS = (2, 3, 5, 9, 16)

@@ -25,10 +25,10 @@ from typing import Annotated
 import typer
 
 from bdcli.bench import paper
-from bdcli.bench.bench_recipe import PEER_METHODS
-from bdcli.plots import plot
-from bdcli.report import checked, losses, markdown, refused, side_by_side
-from bdcli.store import Run, Store
+from bdcli.config.bench import PEER_METHODS
+from bdcli.results.plots import plot
+from bdcli.results.store import Run, Store
+from bdcli.results.tables import checked, losses, markdown, refused, side_by_side
 
 ROOT = Path(__file__).parent.parent
 DB, PAGE, README, PICTURE = (ROOT / p for p in ("docs/results.db.gz", "RESULTS.md", "README.md", "docs/results.svg"))

@@ -29,19 +29,19 @@ from typing import Annotated
 
 import typer
 
-from bdcli.errors import BdcliError, UserError
-from bdcli.recipe import load_recipe
-from bdcli.store import Store
-from bdcli.terminal import end_interrupted, note, phases, run_script, show_grids, show_losses
-from bdcli.train.checks import missing as missing_for_distilling
-from bdcli.train.data import documents
-from bdcli.train.distill import Distillation, Watcher
-from bdcli.train.distill_recipe import DistillRecipe
-from bdcli.train.files import write_text
-from bdcli.train.pretrain import Pretraining
-from bdcli.train.pretrain import missing as missing_for_pretraining
-from bdcli.train.pretrain_recipe import PretrainRecipe
-from bdcli.train.runs import distill_run, pretrain_run
+from bdcli.base.console import end_interrupted, note, phases, run_script, show_grids, show_losses
+from bdcli.base.errors import BdcliError, UserError
+from bdcli.base.files import write_text
+from bdcli.config.distill import DistillRecipe
+from bdcli.config.loader import load_recipe
+from bdcli.config.pretrain import PretrainRecipe
+from bdcli.data.sources import documents
+from bdcli.results.store import Store
+from bdcli.train.distill.checks import missing as missing_for_distilling
+from bdcli.train.distill.run import Distillation, Watcher
+from bdcli.train.pretrain.run import Pretraining
+from bdcli.train.pretrain.run import missing as missing_for_pretraining
+from bdcli.train.record import distill_run, pretrain_run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MIB = 2**20

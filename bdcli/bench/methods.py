@@ -13,20 +13,20 @@ from functools import cached_property
 
 import torch
 
-from bdcli.baseline import warm_up
+from bdcli.backends.select import pick_engine
+from bdcli.base.devices import pick_dtype
+from bdcli.base.errors import UserError
 from bdcli.bench import peers
-from bdcli.bench.bench_recipe import Arm, BenchRecipe
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Held, Method, Outcome
-from bdcli.checkpoint import check_vocabulary, load_model, resolve
-from bdcli.decode import Pair, drafter_reader, effective_positions, gamma_max_of, load_pair
-from bdcli.devices import pick_dtype
-from bdcli.engine import pick_engine
-from bdcli.errors import UserError
-from bdcli.metrics import Round
-from bdcli.options import DecodeOptions
-from bdcli.sampling import Sampling
-from bdcli.speculate import Proposer, Reader, Speculator
+from bdcli.config.bench import Arm, BenchRecipe
+from bdcli.config.decode import DecodeOptions
+from bdcli.decode.session import Pair, drafter_reader, effective_positions, gamma_max_of, load_pair
+from bdcli.model.checkpoint import check_vocabulary, load_model, resolve
+from bdcli.results.metrics import Round
+from bdcli.speculation.baseline import warm_up
+from bdcli.speculation.sampling import Sampling
+from bdcli.speculation.speculator import Proposer, Reader, Speculator
 
 
 @dataclass

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from bdcli.bench.bench_recipe import Arm
-from bdcli.decode import peak_memory
-from bdcli.metrics import Round
-from bdcli.speculate import Reader
+from bdcli.config.bench import Arm
+from bdcli.decode.session import peak_memory
+from bdcli.results.metrics import Round
+from bdcli.speculation.speculator import Reader
 
 
 @dataclass(frozen=True)

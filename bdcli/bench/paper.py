@@ -11,10 +11,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from bdcli.bench.bench_recipe import Arm
-from bdcli.bench.cells import best
 from bdcli.bench.published import PUBLISHED
-from bdcli.store import Run
+from bdcli.config.bench import Arm
+from bdcli.results.cells import best
+from bdcli.results.store import Run
 
 BUDGET = 2048
 GRIDS = {4096: range(5, 61, 5), 8192: range(5, 31, 5), 16384: range(5, 41, 5)}

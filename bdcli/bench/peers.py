@@ -16,10 +16,10 @@ from itertools import pairwise
 
 import torch
 
-from bdcli.bench.bench_recipe import Arm, BenchRecipe
 from bdcli.bench.outcome import Held, Method, Outcome
-from bdcli.checkpoint import resolve
-from bdcli.metrics import Round
+from bdcli.config.bench import Arm, BenchRecipe
+from bdcli.model.checkpoint import resolve
+from bdcli.results.metrics import Round
 
 PREFILL_ROWS = 512
 

@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from bdcli.backends.select import Engine, pick_engine, torch_engine
+from bdcli.base.errors import UserError
 from bdcli.bench.peers import cache_argument, fill
 from bdcli.bench.published import PUBLISHED
-from bdcli.config import ModelConfig, parse_config
-from bdcli.decode import free_memory
-from bdcli.engine import Engine, pick_engine, torch_engine
-from bdcli.errors import UserError
-from bdcli.memory import decode_plan, gigabytes, kv_count
-from bdcli.model import Model
-from bdcli.sampling import Sampling
-from bdcli.speculate import Reader, Speculator
-from bdcli.train.scratch import random_model
-from bdcli.views import GAMMA_MAX, plan_view
+from bdcli.cache.view import GAMMA_MAX, plan_view
+from bdcli.decode.memory import decode_plan, gigabytes, kv_count
+from bdcli.decode.session import free_memory
+from bdcli.model.build import random_model
+from bdcli.model.config import ModelConfig, parse_config
+from bdcli.model.llama import Model
+from bdcli.speculation.sampling import Sampling
+from bdcli.speculation.speculator import Reader, Speculator
 
 # vocabulary, hidden, MLP width, layers, heads, KV heads
 SHAPES = {

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdcli.budget_cache import BudgetCache
-from bdcli.cache import FullCache, OfficialCache
-from bdcli.metrics import bootstrap, looped_tokens
-from bdcli.model import Model
-from bdcli.sampling import Sampling
-from bdcli.views import plan_view
+from bdcli.cache.budget import BudgetCache
+from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.view import plan_view
+from bdcli.model.llama import Model
+from bdcli.results.metrics import bootstrap, looped_tokens
+from bdcli.speculation.sampling import Sampling
 
 GREEDY = Sampling()
 

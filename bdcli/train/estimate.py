@@ -6,11 +6,11 @@ import time
 
 import torch
 
-from bdcli.config import ModelConfig, RopeConfig
+from bdcli.config.pretrain import Shape
+from bdcli.model.build import random_model
+from bdcli.model.config import ModelConfig, RopeConfig
 from bdcli.train.held_out import next_token_rows
 from bdcli.train.losses import ArgmaxTarget, head_loss
-from bdcli.train.pretrain_recipe import Shape
-from bdcli.train.scratch import random_model
 
 TRIAL = 512  # tokens
 BACKWARD = 3  # operations of forward and backward, in forwards

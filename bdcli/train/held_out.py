@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.model import Model
-from bdcli.rope import RopeTable
+from bdcli.model.llama import Model
+from bdcli.model.rope import RopeTable
+from bdcli.train.forward import causal_block, causal_hidden
 from bdcli.train.losses import ArgmaxTarget, head_loss
-from bdcli.train.view_forward import causal_block, causal_hidden
 
 SHORT = 256  # what "no long context" means: tokens seen by the first of SHORT_ROWS predicted together
 SHORT_ROWS = 64

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bdcli.errors import UserError
+from bdcli.base.errors import UserError
 
 KINDS = ("ce", "kl", "log_alpha", "lk")
 LK_DECAY = 3.0  # λ = exp(-LK_DECAY · α): KL while acceptance is low, TV once it is high

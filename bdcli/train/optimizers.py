@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bdcli.model import Model
-from bdcli.train.settings import Updates
+from bdcli.config.optimizer import Updates
+from bdcli.model.llama import Model
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose fixed band is singular values of 0.7 to 1.2
 _ROUNDS = 5

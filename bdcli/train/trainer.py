@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bdcli.errors import BdcliError, NonFiniteError
-from bdcli.model import Model
-from bdcli.train.files import read_state, write_state
+from bdcli.base.errors import BdcliError, NonFiniteError
+from bdcli.base.files import read_state, write_state
+from bdcli.config.optimizer import Updates
+from bdcli.model.llama import Model
+from bdcli.train.distributed import ALONE, Ranks
 from bdcli.train.optimizers import make_optimizers
-from bdcli.train.ranks import ALONE, Ranks
-from bdcli.train.settings import Updates
 
 MAX_SKIPPED_IN_A_ROW = 10
 

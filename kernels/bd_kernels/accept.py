@@ -252,7 +252,7 @@ def accept_sampled(
     ids: Tensor | None = None,
     length: Tensor | None = None,
 ) -> Accepted:
-    """Speculative sampling of drafts [N, γ] drawn from q [N, γ, V] against p [N, γ+1, V], as `bdcli.sampling` does.
+    """Speculative sampling of drafts [N, γ] drawn from q [N, γ, V] against p [N, γ+1, V], as the engine samples.
 
     uniform [N, γ+1] in [0, 1): one for each ratio test and the last for the drawn token. Rest as `accept_greedy`;
     accepted is -1 where a probability in use is not a number.

@@ -118,7 +118,7 @@ def rotate_store(
     """Rotate rows qk [T, H+Hkv, D] to `positions`, put keys and v [T, Hkv, D] into `slots`; queries [T, H, D].
 
     keys and values [Hkv, slots, D]; positions and slots [T] int64; rope = (cos, sin), each [positions, D] in the form
-    of `bdcli.rope.RopeTable`. Without rotate_q the queries come back as they are.
+    of `bdcli.model.rope.RopeTable`. Without rotate_q the queries come back as they are.
     """
     rows, both, dim = qk.shape
     kv_heads = v.shape[1]

@@ -1,4 +1,4 @@
-"""Budgeted draft attention: few query rows over the drafter's cache in place, under the view law of `bdcli.views`.
+"""Budgeted draft attention: few query rows over the drafter's cache in place, under the view law of `bdcli.cache.view`.
 
 Cache layout: keys and values [N, Hkv, slots, D], D contiguous. Slots 0..sinks-1 hold the sinks; then the chosen
 chunks, either compacted behind them or anywhere in the buffer by an index list; from `ring_start` on the ring, where
@@ -181,7 +181,7 @@ def draft_attention(
 
     k and v [N, Hkv, slots, D] already hold the rows' own entries; position [N] integers on the device. Rebased
     positions: either q and q_rank come rotated, to position and to rank, or q is raw and rope = (cos, sin), each
-    [positions, D] in the form of `bdcli.rope.RopeTable`. index [N, Hkv, chosen] int32 names the slots of chosen
+    [positions, D] in the form of `bdcli.model.rope.RopeTable`. index [N, Hkv, chosen] int32 names the slots of chosen
     entries that are not compacted; then ring_start says where the ring is.
     """
     n, rows, heads, dim = q.shape

@@ -45,7 +45,7 @@ def budget_attention(
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., D] rotated by rows cos and sin that broadcast to it, sin with its first half negated (`bdcli.rope`)."""
+    """x [..., D] rotated by rows cos and sin that broadcast to it, sin with its first half negated."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 

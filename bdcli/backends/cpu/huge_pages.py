@@ -1,0 +1,64 @@
+"""Memory on large pages, where the system gives them when asked: what is streamed each step needs few page walks.
+And memory that is given back once a prompt is read."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bdcli.model.llama import Layer, Model
+
+HUGE_PAGE, MADV_DONTNEED, MADV_HUGEPAGE = 2 << 20, 4, 14  # Linux
+
+
+def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros [shape]; from half a large page on they start at a multiple of one."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE_PAGE // 2:
+        return torch.zeros(shape, dtype=dtype)
+    memory = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
+    first = -memory.data_ptr() % HUGE_PAGE
+    whole = memory[first : first + size]
+    advised = ctypes.c_size_t(size // HUGE_PAGE * HUGE_PAGE)  # the rest is not worth a large page
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(whole.data_ptr()), advised, MADV_HUGEPAGE)
+    return whole.zero_().view(dtype).view(shape)  # the advice is a wish: refused, these are ordinary pages
+
+
+def settle(model: Model) -> None:
+    """Move the weights of `model` side by side onto large pages. Nothing changes but where they lie."""
+    names = [(layer, name) for layer in model.layers for name in Layer.__slots__]
+    tied = model.head is model.embedding
+    names += [(model, "embedding"), (model, "norm"), *([] if tied else [(model, "head")])]
+    names = [(owner, name) for owner, name in names if getattr(owner, name) is not None]
+    sizes = [-(-getattr(owner, name).numel() // 32) * 32 for owner, name in names]
+    memory, at = huge_zeros((sum(sizes),), model.dtype), 0
+    for (owner, name), size in zip(names, sizes):
+        old = getattr(owner, name)
+        new = memory[at : at + old.numel()].view(old.shape)
+        setattr(owner, name, new.copy_(old))
+        at += size
+    if tied:
+        model.head = model.embedding
+
+
+def give_back() -> None:
+    """Return to the system what reading a prompt took and decoding does without (Linux).
+
+    That is free heap, and the resident pages of libraries' files: of torch's and LLVM's 200 MB compiled steps use next
+    to nothing. Only mappings that are not writable and hold no page of their own are dropped, so a page that is touched
+    again is read from its file.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    first = stop = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if not name.endswith(":"):  # a mapping begins: addresses, rights, offset, device, inode, path
+            of_file = len(words) > 4 and words[4].startswith("/") and words[0][1] == "-"
+            first, stop = (int(a, 16) for a in name.split("-")) if of_file else (0, 0)
+        elif name == "Anonymous:" and words[0] == "0" and stop:
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), MADV_DONTNEED)

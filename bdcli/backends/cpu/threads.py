@@ -1,0 +1,46 @@
+"""How threads inside a step meet: a barrier, and tasks that they claim one by one.
+
+A thread that waits spins for a while and then offers its processor to others, so that a busy neighbour slows a step
+down by its share and not by a time slice at each barrier.
+"""
+
+from __future__ import annotations
+
+from numba import njit, types
+
+from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu.simd import fetch_add, observe, pause, publish
+from bdcli.backends.cpu.tables import field
+
+PATIENCE = 3000  # pauses at a barrier before the processor is offered to others; some 0.1 ms
+
+yield_processor = types.ExternalFunction("sched_yield", types.int32())
+
+
+@njit(error_model="numpy")
+def wait_for(address, at_least):
+    """Until the value at `address` has come up to `at_least`."""
+    spins = 0
+    while observe(address) < at_least:
+        spins += 1
+        pause()
+        if spins > PATIENCE:
+            yield_processor()
+
+
+@njit(error_model="numpy")
+def barrier(call, thread, phase):
+    """All threads have ended phase `phase`; returns the next. Tasks of the next phase are unclaimed."""
+    threads = field(call, of.THREADS)
+    if threads > 1:
+        fetch_add(field(call, of.ARRIVED), 1)
+        wait_for(field(call, of.ARRIVED), threads * (phase + 1))
+    if thread == 0:  # of the three counters the one that nobody claims from any more, and nobody does yet
+        publish(field(call, of.CLAIMS) + 64 * ((phase + 2) % 3), 0)
+    return phase + 1
+
+
+@njit(error_model="numpy")
+def claim(call, phase):
+    """The next task of the phase, from 0; its number is for the caller to bound."""
+    return fetch_add(field(call, of.CLAIMS) + 64 * (phase % 3), 1)

@@ -1,0 +1,1 @@
+"""Ground of the house: errors, interrupts, files, devices, provenance, statistics, and the console."""

@@ -1,0 +1,263 @@
+"""What people see: notes and progress on stderr, tables on stdout. Rich is imported when something is drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from bdcli.base.errors import INTERRUPTED, BdcliError
+from bdcli.base.interrupt import interrupt
+
+QUIET_S = 60  # longest silence of a phase where no bar can be drawn
+
+
+def note(line: str) -> None:
+    print(f"bdcli: {line}", file=sys.stderr)
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def as_typed(*more: str) -> str:
+    """This process's command line, with the words of `more` that it lacks."""
+    place = Path(sys.argv[0])
+    start = ["python", sys.argv[0]] if place.suffix == ".py" and place.stem != "__main__" else ["bdcli"]
+    return shlex.join([*start, *sys.argv[1:], *(word for word in more if word not in sys.argv)])
+
+
+def end_interrupted(*more: str, where: str = "") -> NoReturn:
+    """Say how to go on and leave: with this command line and the words of `more`."""
+    note(f"interrupted{where}; go on with: {as_typed(*more)}")
+    raise typer.Exit(INTERRUPTED)
+
+
+def run_script(app) -> None:
+    """Run the commands of a script: an expected error is one line and an exit code, as for `bdcli`."""
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except BdcliError as error:
+        note(f"error: {error}")
+        code = error.exit_code
+    sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def status_line(what: str):
+    """A spinner on an interactive stderr."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextlib.contextmanager
+def prefill_meter():
+    """Yields progress(who, done, total): a bar with an ETA on an interactive stderr, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("reading the prompt: {task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(who: str, done: int, total: int) -> None:
+            if who not in tasks:
+                tasks[who] = bar.add_task(who, total=total)
+            bar.update(tasks[who], completed=done)
+            if done == total and who == "drafter":
+                bar.stop()  # text streams from here on
+
+        yield progress
+
+
+@contextlib.contextmanager
+def phases(quiet: bool):
+    """Yields (progress(phase, done, total, note), grid(step, cells)): bars with an ETA, and grids as they come.
+
+    On a stderr that is no terminal: a line now and then instead of bars. `quiet` leaves the grids out. Ctrl-C inside
+    says how to go on.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    with Progress(
+        texts[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), texts[1], console=console,
+        disable=not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        tasks: dict[str, int] = {}
+        told: dict[str, tuple[int, float]] = {}  # tenth and moment of the last line of a phase
+
+        def progress(phase: str, done: int, total: int, said: str) -> None:
+            if not sys.stderr.isatty():
+                tenth, now = 10 * done // total, time.monotonic()
+                before = told.setdefault(phase, (0, now))
+                if tenth > before[0] or now - before[1] > QUIET_S:
+                    note(f"{phase}: {done} of {total} {said}")
+                    told[phase] = tenth, now
+                return
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total, note="")
+            bar.update(tasks[phase], completed=done, note=said)
+
+        def grid(step: int, cells: list) -> None:
+            rates = [c.score for c in cells if c.acceptance_rate is not None and c.budget != "full"]
+            mean = sum(rates) / len(rates) if rates else float("nan")
+            line = f"step {step}: mean acceptance over budgets {mean:.1%}, outside loops"
+            if not quiet:
+                bar.console.print(line) if sys.stderr.isatty() else note(line)
+
+        try:
+            yield progress, grid
+        except KeyboardInterrupt:
+            bar.stop()
+            end_interrupted()
+
+
+def show_grids(result: dict) -> None:
+    """Acceptance before and after, per data set, context and budget, in all and outside loops, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = "dataset", "context", "budget", "before", "after", "95 % interval", "outside loops before", "after"
+    for name in (*names, "mean length"):
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    for before, after in zip(result["before"], result["after"], strict=True):
+        span = f"{percent(after['low'])} .. {percent(after['high'])}" if after["low"] is not None else ""
+        table.add_row(
+            after["dataset"],
+            str(after["context"]),
+            str(after["budget"]),
+            percent(before["acceptance_rate"]),
+            percent(after["acceptance_rate"]),
+            span,
+            percent(before["acceptance_rate_no_loops"]),
+            percent(after["acceptance_rate_no_loops"]),
+            f"{after['mean_accepted_length']:.2f}",
+        )
+    Console().print(table)
+    print(
+        f"run {result['run_id']}: {result['steps']} steps, best at {result['best_step']}, {result['skipped']} skipped"
+        + (f", stopped: {result['stopped']}" if result["stopped"] else "")
+    )
+    print(
+        f"{result['tokens_per_second']:.0f} target tokens/s, {result['positions_per_target_token']:.2f} supervised "
+        f"positions each, peak memory {result['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    print(f"decode with it: bdcli decode --drafter {result['checkpoint']} PROMPT_FILE")
+
+
+def show_accounts(result: dict) -> None:
+    """What a prepare run read and what became of it, on stdout."""
+    for what in ("documents", "windows"):
+        a = result[what]
+        dropped = ", ".join(f"{count} {why}" for why, count in a["dropped"].items() if count) or "none"
+        print(f"{what}: {a['read']} read, {a['kept']} kept, dropped: {dropped}, {a['failed']} failed")
+    if result["written"]:
+        print(f"{result['written']} ends written by the target, mean loop rate {result['loop_rate']:.0%}")
+    print(f"{result['shards']} shards, {result['bytes'] / 1e6:.1f} MB, {result['passages']} held-out passages")
+    print(f"run {result['run_id']}: {result['folder']}")
+
+
+def show_losses(result: dict) -> None:
+    """Held-out loss before and after a pretrain run, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("context", "loss before", "after", "long context is worth", "windows"):
+        table.add_column(name, justify="right")
+    before = {m["context"]: m for m in result["before"]}
+    for m in result["after"]:
+        first = before.get(m["context"])
+        gain = f"{m['tail_nll_short'] - m['tail_nll']:+.3f} nat"
+        table.add_row(
+            str(m["context"]), f"{first['nll']:.3f}" if first else "", f"{m['nll']:.3f}", gain, str(m["windows"])
+        )
+    Console().print(table)
+    print(f"run {result['run_id']}: {result['tokens']} tokens in {result['steps']} steps, {result['skipped']} skipped")
+    print(f"model: {result['checkpoint']}")
+
+
+def summary(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def show(key: str, pattern: str, unknown: str = "not measured") -> str:
+        return unknown if result[key] is None else pattern.format(result[key])
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    equal = {True: "yes", False: "NO", None: "not checked (--check)"}[result["output_equal"]]
+    view = f"{result['select']}, {result['positions']}"
+    for name, value in (
+        ("run", result["run_id"]),
+        ("context", f"{result['context']} tokens, {result['new_tokens']} new"),
+        ("budget", f"{result['budget']} ({view}), at most {result['max_drafter_entries']} entries held"),
+        ("gamma", str(result["gamma"])),
+        ("attention", f"{result['attention']} ({result['attention_detail']})"),
+        ("acceptance", f"{show('acceptance_rate', '{:.1%}', 'nothing drafted')} of {result['drafted']} drafted"),
+        ("outside loops", f"{show('acceptance_rate_no_loops', '{:.1%}')}, loop rate {show('loop_rate', '{:.1%}')}"),
+        ("mean length", f"{show('mean_accepted_length', '{:.2f}')} tokens per target forward"),
+        ("first token", show("ttft_s", "{:.2f} s")),
+        ("AR", show("ar_tokens_per_second", "{:.1f} tok/s")),
+        ("speculative", show("tokens_per_second", "{:.1f} tok/s")),
+        ("speedup", show("speedup", "{:.2f}×")),
+        ("equal to AR", equal + (f", {result['ties']} ties" if result["ties"] else "")),
+    ):
+        table.add_row(name, value)
+    print()
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def sweep_meter(table, brief):
+    """Yields (arm(what, done, total), cells(runs)): a live table with a bar and an ETA on an interactive stderr.
+
+    Elsewhere a line after every prompt. `table(runs, width)` makes a rich table, `brief(runs)` a line.
+    """
+    if not sys.stderr.isatty():
+        progress: dict[str, object] = {"share": 0.0, "what": ""}
+
+        def arm(what: str, done: float, total: float) -> None:
+            progress.update(share=done / total, what=what)
+
+        yield arm, lambda runs: note(f"{progress['share']:.0%} done, {progress['what']}: {brief(runs)}")
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn(), TextColumn("{task.description}")
+    )
+    task = bar.add_task("", total=1.0)
+    with Live(bar, console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
+
+        def arm(what: str, done: float, total: float) -> None:
+            bar.update(task, completed=done / total, description=what)
+
+        yield arm, lambda runs: live.update(Group(table(runs, live.console.width), bar))

@@ -1,0 +1,58 @@
+"""Where a model computes and in which dtype, when the user leaves it open."""
+
+from __future__ import annotations
+
+import torch
+
+from bdcli.base.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {device} is not usable here", "Try --device cpu, or see bdcli doctor") from None
+    return chosen
+
+
+def cpu_has_bfloat16() -> bool:
+    """True where the CPU multiplies bf16 itself; elsewhere torch emulates it and fp32 is faster."""
+    known = _capabilities()
+    names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+    return any(known.get(name, False) for name in names)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+
+
+def product_dtype(kind: str) -> torch.dtype:
+    """bf16 where a device of that type multiplies large matrices of it faster than of fp32, else fp32.
+
+    On a CPU that takes more than bf16 instructions: Intel's vector ones alone take 1.8 times as long as fp32 (LOG.md).
+    """
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    known = _capabilities()
+    vectors_only = "Intel" in known.get("cpu_name", "") and not known.get("amx_bf16", False)
+    return torch.bfloat16 if cpu_has_bfloat16() and not vectors_only else torch.float32
+
+
+def training_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the products of a training forward run in; weights stay fp32. `auto`: the faster one."""
+    return product_dtype(device.type) if precision == "auto" else DTYPES[precision]
+
+
+def _capabilities() -> dict:
+    """What torch knows of the CPU; older ones tell nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)()

@@ -1,0 +1,84 @@
+"""The view law: what a drafter's query may see under a KV budget. Decode caches and training masks both obey it.
+
+A view is  sinks | chosen chunks | the last `window` keys, the query's own among them. What the budget leaves over,
+γmax + 1 entries, is room for a draft tail, so that a rejected tail never overwrites a key still in some view.
+Whatever the phase of the round or the draft length, the query at position t sees exactly:
+
+    positions 0..sinks-1  ∪  the chosen positions  ∪  t-window+1..t          window = B - sinks - chosen - γmax - 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bdcli.base.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINKS = 4
+CHUNK = 8
+GAMMA_MAX = 16
+SMALL_BUDGET = 64  # below it γmax shrinks to the draft length asked for, so that a window remains
+CHOSEN_SHARE = 0.5  # of what sinks and draft tail leave over goes to chosen chunks
+
+
+@dataclass(frozen=True)
+class View:
+    """One budgeted view. `chosen` is 0 where nothing is chosen: window selection, or a prompt that fits whole."""
+
+    budget: int
+    sinks: int
+    chosen: int
+    gamma_max: int
+    rebased: bool
+
+    @property
+    def window(self) -> int:
+        return self.budget - self.sinks - self.chosen - self.gamma_max - 1
+
+    @property
+    def prefix(self) -> int:
+        """Entries in front of the recent ring: sinks and chosen chunks."""
+        return self.sinks + self.chosen
+
+    @property
+    def ring(self) -> int:
+        """Entries of the recent ring: the window and the draft tail."""
+        return self.budget - self.prefix
+
+    @property
+    def last_rank(self) -> int:
+        """Rank of a query whose view is full, in text order from 0. Before that a query's rank is its position."""
+        return self.prefix + self.window - 1
+
+    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Bool [T, K]: may the query at position queries[i] see the sink or recent key at position keys[j]?"""
+        q, k = queries[:, None], keys[None, :]
+        return (k >= 0) & (k <= q) & ((k < self.sinks) | (k > q - self.window))
+
+
+def gamma_limit(budget: int, gamma: int | None) -> int:
+    """γmax of a cache. It is a constant of the budget unless the user asks for longer drafts, or the budget is tiny."""
+    if budget >= SMALL_BUDGET:
+        return max(GAMMA_MAX, gamma or 0)
+    return gamma if gamma is not None else max(1, min(GAMMA_MAX, (budget - SINKS - 1) // 3))
+
+
+def plan_view(budget: int, select: str, positions: str, gamma: int | None, prompt: int, sinks: int = SINKS) -> View:
+    """The view of a `window` or `chunk` drafter for a prompt of `prompt` tokens; `gamma` None means auto.
+
+    Chunks are chosen only when the prompt does not fit without choosing. Raises UserError on too small a budget.
+    """
+    gamma_max = gamma_limit(budget, gamma)
+    whole = View(budget, sinks, 0, gamma_max, positions == "rebased")
+    if whole.window < 1:
+        raise UserError(
+            f"budget {budget} is too small: {sinks} sinks + {gamma_max} draft tokens + 2 need {sinks + gamma_max + 2}",
+            "Raise --budget or lower --gamma",
+        )
+    chosen = int(whole.window * CHOSEN_SHARE) // CHUNK * CHUNK
+    if select == "window" or prompt <= sinks + whole.window or chosen == 0:
+        return whole
+    return View(budget, sinks, chosen, gamma_max, positions == "rebased")

@@ -1,0 +1,131 @@
+"""The schema of a bench recipe: contexts × data sets × named arms, with every default and meaning. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bdcli.cache.view import GAMMA_MAX, SINKS
+
+ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
+PEER_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
+BUDGETED = ("bd", "window", "chunk", "official")  # methods whose drafter has a KV budget
+DRAFTING = ("bd", "full", "window", "chunk", "official", "lookup", "hf-assisted", "hf-lookup")
+NAIVE = "naive"
+
+
+def _setting(default, meaning: str):
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Arm:
+    method: Literal[ENGINE_METHODS + PEER_METHODS] = _setting(
+        "bd",
+        "ar; bd: the drafter under a budget; full: with its full cache; window, chunk: the undistilled drafter read "
+        "sparsely; official: the paper's selection; lookup: n-grams of the text; hf-ar, hf-static, hf-assisted, "
+        "hf-lookup: the same weights in transformers",
+    )
+    budget: int | Literal["full"] | None = _setting(None, "KV entries of the drafter; bd also takes full")
+    gamma: int | Literal["auto"] = _setting("auto", "tokens drafted per round")
+    select: Literal["window", "chunk"] = _setting("window", "what a bd drafter keeps of the prompt")
+    positions: Literal["rebased", "absolute"] = _setting("rebased", "places of kept keys")
+    drafter: str | None = _setting(None, "another drafter: folder, hub name, pocket, or naive")
+    contexts: tuple[int, ...] = _setting((), "only at these contexts; empty is all")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(None, "of a peer (hf-) alone, not the recipe's")
+
+
+@dataclass(frozen=True)
+class BenchRecipe:
+    target: str = _setting("pocket", "folder, hub name, or pocket")
+    drafter: str = _setting("pocket", "the drafter that is measured: folder, hub name, or pocket")
+    naive: str | None = _setting(None, "an undistilled drafter, for the arms window and chunk and `drafter: naive`")
+    datasets: dict[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"stdlib": ("stdlib",)},
+        metadata={"help": "name: stdlib, text files, a folder, .jsonl, .parquet or a hub data set"},
+    )
+    contexts: tuple[int, ...] = _setting((4096,), "prompt tokens; all contexts of a sample end at the same token")
+    samples: int = _setting(4, "prompts of each data set")
+    max_new_tokens: int = _setting(128, "tokens written after each")
+    warmup_samples: int = _setting(0, "first prompts that are run but not counted")
+    protocol: Literal["default", "paper"] = _setting("default", "paper: show the published figures beside ours")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "auto: bf16 where it is native")
+    device: str = _setting("auto", "auto, cpu, cuda, ...")
+    engine: Literal["auto", "compiled", "torch"] = _setting("auto", "what runs the forwards of our arms")
+    temperature: float = _setting(0.0, "0 is greedy")
+    top_k: int = _setting(0, "0 is off")
+    top_p: float = _setting(1.0, "1 is off")
+    seed: int = _setting(0, "seed of sampling")
+    arms: dict[str, Arm] = field(
+        default_factory=lambda: {"bd-512": Arm(budget=512)},
+        metadata={"help": "name: method, budget, gamma, ...; ar is always among them"},
+    )
+
+    def __post_init__(self):
+        if not any(arm is not None and arm.method == "ar" for arm in self.arms.values()):
+            object.__setattr__(self, "arms", {"ar": Arm("ar"), **self.arms})
+
+    def arms_at(self, context: int) -> dict[str, Arm]:
+        """The arms that are measured at a context, in order."""
+        return {name: arm for name, arm in self.arms.items() if not arm.contexts or context in arm.contexts}
+
+    def drafter_of(self, arm: Arm) -> str | None:
+        """Name of the drafter that an arm uses; None where it has none."""
+        if arm.method not in DRAFTING or arm.method in ("lookup", "hf-lookup"):
+            return None
+        name = arm.drafter or (NAIVE if arm.method in ("window", "chunk") else self.drafter)
+        return self.naive if name == NAIVE else name
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(key, message) of values that cannot work, all of them."""
+        for key in ("samples", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                yield key, "must be at least 1"
+        if not 0 <= self.warmup_samples < max(self.samples, 1):
+            yield "warmup_samples", f"must lie in 0 .. samples - 1 ({self.samples - 1})"
+        if not self.contexts or min(self.contexts) < 2:
+            yield "contexts", "must be at least 2 tokens each"
+        if not self.datasets:
+            yield "datasets", "must name at least one"
+        if self.temperature < 0:
+            yield "temperature", "must be 0 (greedy) or more"
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            yield "top_p", "top_k must be 0 or more, top_p must lie in (0, 1]"
+        if sum(arm.method == "ar" for arm in self.arms.values()) > 1:
+            yield "arms", "ar may stand there once"
+        for name, arm in self.arms.items():
+            yield from self._arm_problems(f"arms.{name}", arm)
+
+    def _arm_problems(self, key: str, arm: Arm) -> Iterator[tuple[str, str]]:
+        least = SINKS + GAMMA_MAX + 2
+        if arm.method in BUDGETED and arm.budget is None:
+            yield f"{key}.budget", f"{arm.method} needs a budget"
+        if arm.method not in (*BUDGETED, "full") and arm.budget is not None:
+            yield f"{key}.budget", f"{arm.method} has no budget"
+        if arm.budget == "full" and arm.method not in ("bd", "full"):
+            yield f"{key}.budget", f"{arm.method} needs a number; the full cache is the method full"
+        if isinstance(arm.budget, int) and (arm.budget < least or arm.method == "full"):
+            yield f"{key}.budget", f"must be at least {least}" if arm.method != "full" else "full has no bound"
+        if arm.dtype is not None and arm.method not in PEER_METHODS:
+            yield f"{key}.dtype", f"{arm.method} runs in the dtype of the recipe, beside its baseline"
+        if arm.contexts and arm.method == "ar":
+            yield f"{key}.contexts", "ar is measured at all contexts"
+        if arm.gamma != "auto" and arm.gamma < 1:
+            yield f"{key}.gamma", "must be at least 1, or auto"
+        if arm.method != "ar" and self.drafter_of(arm) is None and arm.method in ("window", "chunk"):
+            yield key, f"{arm.method} reads an undistilled drafter: name it under naive (--naive DIR)"
+        if arm.drafter == NAIVE and self.naive is None and arm.method not in ("window", "chunk"):
+            yield key, "drafter is naive, but naive names none (--naive DIR)"
+
+
+def crossed_arms(methods: list[str], budgets: list[int | str], gammas: list[int | str], **common) -> dict[str, Arm]:
+    """Every method with every budget and γ that applies to it, named like bd-512-g5."""
+    arms: dict[str, Arm] = {}
+    for method in methods:
+        for budget in [b for b in budgets if b != "full" or method == "bd"] if method in BUDGETED else [None]:
+            for gamma in gammas if method in DRAFTING else ["auto"]:
+                parts = [method, budget, f"g{gamma}" if gamma != "auto" else None]
+                name = "-".join(str(part) for part in parts if part is not None)
+                arms[name] = Arm(method, budget, gamma, **common)
+    return arms

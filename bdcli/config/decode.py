@@ -1,0 +1,96 @@
+"""Defaults and meanings of the decode options, in one place, without torch. Raises UserError on bad values."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+
+from bdcli.base.errors import UserError
+
+SELECTIONS = ("window", "chunk", "official")
+CHOICES = {
+    "select": SELECTIONS,
+    "positions": ("rebased", "absolute"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "engine": ("auto", "triton", "compiled", "torch"),
+    "baseline": ("sample", "full", "off"),
+    "trim": ("middle",),
+}
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Settings of one decode run. budget None is a full cache, gamma None is auto."""
+
+    target: str = "pocket"
+    drafter: str = "pocket"
+    budget: int | None = 512
+    gamma: int | None = None
+    select: str = "window"
+    positions: str = "rebased"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 256
+    dtype: str = "auto"
+    device: str = "auto"
+    engine: str = "auto"
+    baseline: str = "sample"
+    check: bool = False
+    trim: str | None = None
+    chat: bool = False
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name, values in CHOICES.items():
+            value = getattr(self, name)
+            if value not in values and not (name == "trim" and value is None):
+                raise UserError(f"--{name} {value} is not one of {', '.join(values)}", f"Default: {_default(name)}")
+        _require(self.gamma is None or self.gamma >= 1, f"--gamma {self.gamma}", "be at least 1, or auto")
+        _require(self.budget is None or self.budget >= 1, f"--budget {self.budget}", "be at least 1, or full")
+        _require(self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}", "be at least 1")
+        finite = math.isfinite(self.temperature) and self.temperature >= 0
+        _require(finite, f"--temperature {self.temperature}", "be 0 (greedy) or more")
+        _require(self.top_k >= 0, f"--top-k {self.top_k}", "be 0 (off) or more")
+        _require(0 < self.top_p <= 1, f"--top-p {self.top_p}", "lie in (0, 1]")
+        _require(0 <= self.seed < 2**63, f"--seed {self.seed}", "lie in 0 .. 2^63-1")
+        _require(all(self.stop), "--stop ''", "hold at least one character")
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"budget": self.budget or "full", "gamma": self.gamma or "auto"}
+
+
+def _default(name: str) -> object:
+    return DecodeOptions.__dataclass_fields__[name].default
+
+
+def _require(good: bool, what: str, must: str) -> None:
+    if not good:
+        raise UserError(f"{what}: must {must}")
+
+
+def parse_budget(text: str) -> int | None:
+    """`512` or `full` (None)."""
+    return None if text == "full" else _whole(text, "--budget", "a number of KV entries, or full")
+
+
+def parse_gamma(text: str) -> int | None:
+    """`5` or `auto` (None)."""
+    return None if text == "auto" else _whole(text, "--gamma", "a draft length, or auto")
+
+
+def parse_context(text: str) -> int:
+    """`4k` = 4096, `8192` = 8192."""
+    match = re.fullmatch(r"(\d+)(k?)", text.strip().lower())
+    if not match or int(match[1]) == 0:
+        raise UserError(f"--ctx {text} is not a context length", "Give tokens like 4096, or 4k")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def _whole(text: str, flag: str, meaning: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{flag} {text}: must be {meaning}") from None

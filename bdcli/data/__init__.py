@@ -1,0 +1,1 @@
+"""Text in: named sources, splits, synthetic texts, token streams, prompts and samples."""

@@ -1,0 +1,99 @@
+"""Prompts: read them, turn them into ids, fit them into the context, cut real ones from the standard library."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from pathlib import Path
+
+from bdcli.base.errors import UserError
+
+# Standard-library modules kept out of training (recipes and scripts read this list); prompts come from them.
+HELD_OUT = (
+    "argparse", "inspect", "tarfile", "typing", "pickletools", "smtplib", "optparse", "difflib", "mailbox",
+    "statistics", "calendar", "configparser", "shutil", "subprocess", "doctest", "zipfile",
+)  # fmt: skip
+
+
+def read_prompt(source: str) -> str:
+    """Text of a UTF-8 file, or of standard input for `-`. Nothing is stripped."""
+    name = "standard input" if source == "-" else source
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except FileNotFoundError:
+        hint = "Write one with: bdcli prompt --ctx 4k --out prompt.txt"
+        raise UserError(f"prompt file {source} does not exist", hint) from None
+    except IsADirectoryError:
+        raise UserError(f"{source} is a folder", "Give a text file, or - for standard input") from None
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror})", "Give a readable text file") from None
+    if not data:
+        raise UserError(f"the prompt from {name} is empty", "Write one with: bdcli prompt --ctx 4k --out prompt.txt")
+    if b"\0" in data:
+        raise UserError(f"{name} is a binary file", "Give UTF-8 text")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        hint = f"Convert it: iconv -f latin1 -t utf-8 {source}"
+        raise UserError(f"{name} is not UTF-8 (byte {error.start})", hint) from None
+
+
+def encode(tokenizer, text: str, chat: bool = False) -> list[int]:
+    """Token ids of a prompt. The tokenizer alone decides about BOS and the chat template."""
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("--chat: this tokenizer has no chat template", "Leave --chat out for a base model")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def fit(ids: list[int], limit: int, new_tokens: int, trim: str | None) -> list[int]:
+    """Ids that leave room for `new_tokens` within `limit` positions; `trim` "middle" keeps a quarter head, then tail.
+
+    Raises UserError with the numbers when the prompt is too long and `trim` is None, or nothing fits.
+    """
+    room = limit - new_tokens
+    if len(ids) <= room:
+        return ids
+    numbers = f"{len(ids)} prompt + {new_tokens} new tokens exceed the model's {limit}"
+    if trim is None or room < 2:
+        raise UserError(
+            numbers, "Use --trim middle or lower --max-new-tokens" if room >= 2 else "Lower --max-new-tokens"
+        )
+    head = room // 4
+    return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def stdlib_text() -> str:
+    """The held-out modules of the running Python's standard library, one after another."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    parts = []
+    for name in HELD_OUT:
+        path = folder / f"{name}.py"
+        path = path if path.exists() else folder / name / "__init__.py"
+        if path.exists():
+            parts.append(path.read_text("utf-8"))
+    if not parts:
+        raise UserError(f"{folder} holds no standard-library sources", "Give a text: bdcli prompt --source FILE")
+    return "".join(parts)
+
+
+def cut_prompt(tokenizer, text: str, tokens: int, share: float = 0.75) -> str:
+    """A piece of `text` that encodes to exactly `tokens` ids and ends at the last line break before `share` of it.
+
+    The end does not depend on `tokens`, so prompts of several contexts from one text end at the same place.
+    """
+    end = text.rfind("\n", 0, int(len(text) * share)) + 1 or len(text)
+    piece = text[max(0, end - 16 * tokens) : end]
+    offsets = tokenizer(piece, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(offsets) < tokens:
+        raise UserError(f"the source has {len(offsets)} tokens up to its end point, not {tokens}", "Lower --ctx")
+    start = offsets[len(offsets) - tokens][0]
+    # a cut inside a word can merge differently: look for the nearest start that gives the exact count
+    for distance in range(256):
+        for candidate in {start - distance, start + distance}:
+            if candidate >= 0 and len(encode(tokenizer, piece[candidate:])) == tokens:
+                return piece[candidate:]
+    raise UserError(f"no piece of exactly {tokens} tokens was found", "Choose another --ctx")

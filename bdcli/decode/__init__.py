@@ -1,0 +1,1 @@
+"""One decode run: models and settings resolved once, text and figures out."""

@@ -1,0 +1,1 @@
+"""Llama-family models: configuration, layers, positions, checkpoints, tokenizers and text."""

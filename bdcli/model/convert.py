@@ -1,0 +1,80 @@
+"""A .bin checkpoint as a safetensors folder, on request only: a pickle is opened with `weights_only=True`."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bdcli.base.errors import UserError
+from bdcli.model.checkpoint import read_config, resolve
+
+WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+KEPT = (".json", ".model", ".jinja")
+
+
+def convert(name: str, out: Path) -> Path:
+    """Write the model `name` (a folder or a hub name) with .bin weights as the safetensors folder `out`.
+
+    Tensors keep their dtype; a head that config.json ties to the embedding is left out. The folder appears whole or not
+    at all. Raises UserError where there is nothing to convert, or a file holds more than tensors.
+    """
+    from safetensors.torch import save_file
+
+    if out.exists():
+        raise UserError(f"{out} exists", "Give a new folder")
+    folder = resolve(name, "target", pickles=True)
+    tied = read_config(folder).tied_head
+    if list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds safetensors already", "Use it as it is")
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    where: dict[str, str] = {}
+    files = _files(folder)
+    for number, path in enumerate(files, 1):
+        # clones, for a file may hold tensors that share their memory
+        tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in _load(path).items()}
+        if tied:
+            tensors.pop("lm_head.weight", None)
+        shard = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        save_file(tensors, fresh / shard, {"format": "pt"})
+        where |= dict.fromkeys(tensors, shard)
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": where}
+        (fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    for path in folder.iterdir():
+        if path.suffix in KEPT and path.name != INDEX:
+            shutil.copy(path, fresh)
+    fresh.rename(out)
+    return out
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        names = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+    else:
+        files = [folder / WEIGHTS]
+    gone = next((path for path in files if not path.exists()), None)
+    if gone is not None:
+        raise UserError(f"{gone} does not exist", f"Give a model folder with {WEIGHTS}")
+    return files
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors, which could run code", "Ask its owner for safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__})", "Download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{path} is no table of tensors", "Give a checkpoint's weights, not a training state")
+    return state

@@ -1,0 +1,1 @@
+"""What was measured: the store, figures computed from its rows, tables, plots and pages. No torch here."""

@@ -1,0 +1,372 @@
+"""Every run, in SQLite through SQLModel: one row a run, one row a prompt. No torch here.
+
+A row is written when computing starts and completed when it ends. A run whose process is gone without completing its
+row (kill -9, power) is marked interrupted by whoever opens the store next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from platformdirs import user_data_path
+from sqlalchemy import JSON, String, event, inspect, text
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Field, Session, SQLModel, create_engine, select
+
+from bdcli.base.errors import UserError
+from bdcli.base.provenance import git_revision, machine, versions
+
+PATIENCE_S = 30  # how long one process waits for another that holds the store
+
+
+class NumberOrWord(TypeDecorator):
+    """A column like budget (512 or "full") and gamma (5 or "auto")."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value, dialect):  # noqa: ARG002
+        return None if value is None else str(value)
+
+    def process_result_value(self, value, dialect):  # noqa: ARG002
+        return int(value) if value is not None and value.isdigit() else value
+
+
+class Figures(SQLModel):
+    """Columns that a run and each of its prompts share. Rates are null where nothing was measured."""
+
+    context: int | None = Field(default=None, index=True, description="prompt tokens")
+    new_tokens: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    acceptance_rate: float | None = None
+    acceptance_rate_no_loops: float | None = None
+    mean_accepted_length: float | None = None
+    ttft_s: float | None = None
+    tokens_per_second: float | None = None
+    ar_tokens_per_second: float | None = None
+    speedup: float | None = None
+    loop_rate: float | None = None
+    max_drafter_entries: int | None = None
+    drafter_kv_bytes: int | None = None
+    target_kv_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    output_equal: bool | None = None
+    ties: int | None = None
+    finish_reason: str | None = None
+
+
+class Run(Figures, table=True):
+    run_id: str = Field(primary_key=True)
+    started_at: datetime
+    finished_at: datetime | None = None
+    command: str = Field(index=True)
+    status: str = Field(description="running | done | failed | interrupted")
+    error: str | None = None
+    method: str | None = None
+    dataset: str | None = None
+    prompts: int = 0
+    target: str | None = None
+    drafter: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    attention: str | None = Field(default=None, description="what ran the forwards: compiled or torch")
+    budget: int | str | None = Field(default=None, sa_type=NumberOrWord)
+    gamma: int | str | None = Field(default=None, sa_type=NumberOrWord)
+    select: str | None = None
+    positions: str | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    experiment: str | None = Field(default=None, index=True, description="key of a sweep, by which it goes on")
+    arm: str | None = Field(default=None, description="name of a bench cell's arm")
+    ar_run_id: str | None = Field(default=None, description="the AR cell that a bench cell is compared with")
+    acceptance_low: float | None = Field(default=None, description="95 % bootstrap interval over prompts")
+    acceptance_high: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    speedup_no_loops: float | None = None
+    ar_variation: float | None = Field(default=None, description="AR tok/s over prompts: standard deviation / mean")
+    valid: bool | None = Field(default=None, description="no gate of bench objects")
+    invalid_reason: str | None = None
+    seal: str | None = Field(default=None, description="digest of a bench cell's row and prompts when measured")
+    machine: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    process_started: float | None = None
+    git_revision: str | None = None
+    versions: dict = Field(default_factory=dict, sa_type=JSON)
+    config: dict = Field(default_factory=dict, sa_type=JSON)
+
+
+class Prompt(Figures, table=True):
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(foreign_key="run.run_id", index=True)
+    index: int = 0
+    source: str
+    sha256: str
+    text: str = Field(description="what was generated")
+    tokens: list[int] = Field(default_factory=list, sa_type=JSON)
+    rounds: list[list[int | None]] = Field(
+        default_factory=list,
+        sa_type=JSON,
+        description="[tokens, drafted, accepted, microseconds, 1 if it begins in a loop] a round",
+    )
+    error: str | None = None
+
+
+class Evaluation(SQLModel, table=True):
+    """Acceptance of one context and budget at one step of a distil run, measured without a rollout."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(foreign_key="run.run_id", index=True)
+    step: int
+    dataset: str
+    context: int
+    budget: int | str = Field(sa_type=NumberOrWord)
+    gamma: int
+    acceptance_rate: float | None = None
+    acceptance_rate_no_loops: float | None = None
+    low: float | None = Field(default=None, description="95 % bootstrap interval over passages")
+    high: float | None = None
+    mean_accepted_length: float | None = None
+    passages: int = 0
+
+
+class Loss(SQLModel, table=True):
+    """Held-out loss of a pretrain run at one step and context, in nats a token."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(foreign_key="run.run_id", index=True)
+    step: int
+    tokens: int = Field(description="read in training so far")
+    context: int
+    windows: int
+    nll: float = Field(description="mean over the whole window")
+    tail_nll: float = Field(description="over its last tokens, given all of the context")
+    tail_nll_short: float = Field(description="over the same tokens, given only about the last 256")
+
+
+class Store:
+    """Open with `Store(where)`; `where` is a path, a SQLAlchemy URL, or None for BDCLI_DB or the user's data folder.
+
+    Raises UserError when the store cannot be used. `readonly` needs no write permission and creates nothing.
+    """
+
+    def __init__(self, where: str | None = None, readonly: bool = False):
+        self.given = where or os.environ.get("BDCLI_DB")
+        place = self.given or str(user_data_path("bdcli") / "runs.db")
+        self.path = None if "://" in place else Path(place).expanduser()
+        self.name = str(self.path or place)
+        self.readonly = readonly and self.path is not None and self.path.exists() and not _writable(self.path)
+        if readonly and self.path is not None and not self.path.exists():
+            if where:
+                raise UserError(f"there is no store at {where}", "Runs are stored by: bdcli decode PROMPT_FILE")
+            place, self.path = "sqlite://", None  # nothing was ever stored: show an empty one, make no file
+        with self._explained():
+            self._engine = create_engine(self._url(place), json_serializer=_compact)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", self._prepare_connection)
+        if not self.readonly:
+            with self._explained():
+                self._create()
+                self._mark_interrupted()
+
+    def _url(self, place: str) -> str:
+        if self.path is None:
+            return place
+        if self.readonly:
+            return f"sqlite:///file:{self.path.absolute()}?mode=ro&immutable=1&uri=true"
+        if self.path.is_dir():
+            raise UserError(f"store {self.name} is a folder", "Give a file: --db runs.db")
+        if not _writable(self.path):
+            raise UserError(f"store {self.name} is read-only", "Make it writable, or use another: --db runs.db")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"store {self.name}: {error.strerror}", "Use another place: --db runs.db") from None
+        return f"sqlite:///{self.path}"
+
+    def _prepare_connection(self, connection, _record) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {1000 * PATIENCE_S}")
+        if not self.readonly:
+            _switch_to_wal(cursor)
+        cursor.close()
+
+    def _create(self) -> None:
+        """Tables, and columns that a newer version added. Several processes may do this at once."""
+        for table in SQLModel.metadata.sorted_tables:
+            with self._engine.begin() as connection:
+                connection.execute(CreateTable(table, if_not_exists=True))
+            present = {column["name"] for column in inspect(self._engine).get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in present:
+                    self._add_column(table.name, column)
+            with self._engine.begin() as connection:
+                for index in table.indexes:
+                    connection.execute(CreateIndex(index, if_not_exists=True))
+
+    def _add_column(self, table: str, column) -> None:
+        kind = column.type.compile(self._engine.dialect)
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(text(f'ALTER TABLE "{table}" ADD COLUMN "{column.name}" {kind}'))
+        except OperationalError as error:
+            if "duplicate column" not in str(error):  # else another process was quicker
+                raise
+
+    def _mark_interrupted(self) -> None:
+        with Session(self._engine) as session:
+            for run in session.exec(select(Run).where(Run.status == "running", Run.host == socket.gethostname())):
+                if not _alive(run.pid, run.process_started):
+                    run.status = "interrupted"
+                    session.add(run)
+            session.commit()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise UserError(f"store {self.name}: {error}", "Give a file or a SQLAlchemy URL") from None
+        except DatabaseError as error:
+            reason = str(error.orig)
+            hint = "Use another: --db runs.db"
+            if "not a database" in reason or "malformed" in reason:
+                raise UserError(f"store {self.name} is not a SQLite file", hint) from None
+            raise UserError(f"store {self.name} cannot be used ({reason})", hint) from None
+
+    def begin(self, command: str, config: dict, **fields) -> str:
+        """Write a row with status running; returns its run_id."""
+        now = datetime.now(UTC)
+        run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        known = {"machine": machine(), "git_revision": git_revision(), "versions": versions(), **_process()}
+        run = Run(run_id=run_id, started_at=now, command=command, status="running", config=config, **known, **fields)
+        with self._explained(), Session(self._engine) as session:
+            session.add(run)
+            session.commit()
+        return run_id
+
+    def finish(self, run_id: str, status: str, prompts: list[Prompt] = (), error: str | None = None, **fields) -> None:
+        """Complete a row. Unknown keys of `fields` are a programming error and raise."""
+        with self._explained(), Session(self._engine) as session:
+            run = session.get(Run, run_id)
+            run.status, run.error, run.finished_at = status, error, datetime.now(UTC)
+            _assign(run, fields)
+            run.prompts = len(prompts)
+            session.add(run)
+            session.add_all(prompts)
+            session.commit()
+
+    def update(self, run_id: str, **fields) -> None:
+        """Change columns of a row that goes on. Unknown keys are a programming error and raise."""
+        with self._explained(), Session(self._engine) as session:
+            run = session.get(Run, run_id)
+            _assign(run, fields)
+            session.add(run)
+            session.commit()
+
+    def reopen(self, run_id: str) -> None:
+        """An interrupted row goes on in this process."""
+        self.update(run_id, status="running", finished_at=None, **_process())
+
+    def put_prompt(self, prompt: Prompt) -> None:
+        """Add a prompt's row and give it its id, or change it when it has one."""
+        with self._explained(), Session(self._engine) as session:
+            kept = session.merge(prompt)
+            session.commit()
+            prompt.id = kept.id
+
+    def add_measurements(self, rows: list[Evaluation] | list[Loss]) -> None:
+        with self._explained(), Session(self._engine) as session:
+            session.add_all(rows)
+            session.commit()
+
+    def losses(self, run_id: str) -> list[Loss]:
+        with self._explained(), Session(self._engine) as session:
+            return list(session.exec(select(Loss).where(Loss.run_id == run_id).order_by(Loss.step, Loss.id)))
+
+    def evaluations(self, run_id: str) -> list[Evaluation]:
+        with self._explained(), Session(self._engine) as session:
+            chosen = select(Evaluation).where(Evaluation.run_id == run_id)
+            return list(session.exec(chosen.order_by(Evaluation.step, Evaluation.id)))
+
+    def runs(self, experiment: str | None = None) -> list[Run]:
+        """All runs, or those of one experiment, newest first."""
+        chosen = select(Run) if experiment is None else select(Run).where(Run.experiment == experiment)
+        with self._explained(), Session(self._engine) as session:
+            return list(session.exec(chosen.order_by(Run.started_at.desc(), Run.run_id.desc())))
+
+    def prompts(self, run_id: str) -> list[Prompt]:
+        with self._explained(), Session(self._engine) as session:
+            return list(session.exec(select(Prompt).where(Prompt.run_id == run_id).order_by(Prompt.index, Prompt.id)))
+
+    def close(self) -> None:
+        """Drop the connections; SQLite then folds its write-ahead log into the file."""
+        self._engine.dispose()
+
+
+def _switch_to_wal(cursor) -> None:
+    """SQLite changes the journal mode without waiting for other processes, whatever busy_timeout says; so wait here."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _writable(path: Path) -> bool:
+    """Write bits count even for root, who could ignore them."""
+    place = path if path.exists() else path.parent
+    if not place.exists():
+        return True
+    return bool(place.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(place, os.W_OK)
+
+
+def _assign(run: Run, fields: dict) -> None:
+    for name, value in fields.items():
+        if name not in Run.model_fields:
+            raise AttributeError(f"the store has no column {name}")
+        setattr(run, name, value)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _process() -> dict:
+    """Who computes: by this a row that was left running is recognised."""
+    process = psutil.Process()
+    return {"host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
+
+
+def running(run: Run) -> bool:
+    """Is the process that computes this row still there, and not this one?"""
+    here = run.host == socket.gethostname() and run.pid != os.getpid()
+    return run.status == "running" and here and _alive(run.pid, run.process_started)
+
+
+def _alive(pid: int | None, started: float | None) -> bool:
+    try:
+        return pid is not None and abs(psutil.Process(pid).create_time() - (started or 0)) < 2
+    except psutil.Error:
+        return False

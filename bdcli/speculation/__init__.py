@@ -1,0 +1,1 @@
+"""Speculative decoding: draft, verify, accept; the draft length; the autoregressive baseline."""

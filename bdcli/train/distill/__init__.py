@@ -1,0 +1,1 @@
+"""Distillation of a drafter under many KV budgets at once."""

@@ -1,0 +1,87 @@
+"""What a distil recipe needs and this machine has not, or has from another recipe: found before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from bdcli.base.errors import UserError
+from bdcli.base.files import digest, read_json
+from bdcli.config.distill import DistillRecipe
+from bdcli.data.sources import missing_sources
+from bdcli.model.checkpoint import check_vocabulary, fingerprint, load_tokenizer, read_config, resolve
+
+MANIFEST, PASSAGES = "manifest.json", "passages.json"
+START = "start"  # folder of a drafter made of the target's first layers
+
+
+def missing(recipe: DistillRecipe, out: Path | None = None, data: Path | None = None) -> Iterator[tuple[str, str]]:
+    """(key, message) of models and texts that are not here or do not fit together, or to what `data` was made from.
+
+    `out` is the folder of the run where there may be one, `data` what prepare made for it.
+    """
+    folders = {}
+    for role in ("target", "drafter"):
+        try:
+            name = getattr(recipe, role)
+            if name is not None:
+                folders[role] = resolve(name, role)
+                read_config(folders[role])
+            elif out is not None and (out / START).exists():  # an earlier start made it of the target
+                folders[role] = out / START
+        except UserError as error:
+            folders.pop(role, None)
+            yield role, str(error)
+    if len(folders) == 2:
+        try:
+            check_vocabulary(*folders.values(), load_tokenizer(folders["target"]))
+        except UserError as error:
+            yield "drafter", str(error)
+        if data is not None:
+            try:
+                yield from _foreign(recipe, data, *folders.values())
+            except UserError as error:
+                yield "data", str(error)
+    for key, sources in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):
+        yield from ((key, problem) for problem in missing_sources(sources))
+
+
+def windows_made_from(recipe: DistillRecipe, target: Path, drafter: Path) -> dict:
+    """What prepared windows depend on, by the recipe's keys."""
+    data = asdict(recipe.data)
+    data.pop("together")  # changes how fast, not what
+    return {
+        "data": data,
+        "seed": recipe.seed,
+        "temperature": recipe.temperature,
+        "loss.temperature": recipe.loss.temperature if recipe.data.cache == "topk" else None,
+        "target": fingerprint(target),
+        "drafter": fingerprint(drafter),
+    }
+
+
+def passages_made_from(recipe: DistillRecipe, target: Path) -> str:
+    """Key of what measured passages depend on."""
+    evaluation = asdict(recipe.evaluation)
+    for name in ("every", "patience"):
+        evaluation.pop(name)
+    return digest(evaluation, recipe.data.sources, recipe.temperature, fingerprint(target))
+
+
+def differing(made: dict, parts: dict) -> list[str]:
+    """Keys whose parts are others than those that something was `made` from, as JSON holds it."""
+    return [name for name, part in json.loads(json.dumps(parts)).items() if made.get(name) != part]
+
+
+def _foreign(recipe: DistillRecipe, data: Path, target: Path, drafter: Path) -> Iterator[tuple[str, str]]:
+    hint = "Give another --out, or remove the folder to make it again"
+    manifest = data / MANIFEST
+    if manifest.exists():
+        made = read_json(manifest)["parts"]
+        for key in differing(made, windows_made_from(recipe, target, drafter)):
+            yield key, f"{manifest} was made for another {key}. {hint}"
+    passages = data / PASSAGES
+    if passages.exists() and read_json(passages)["key"] != passages_made_from(recipe, target):
+        yield "evaluation", f"{passages} was made for another evaluation, target or temperature. {hint}"

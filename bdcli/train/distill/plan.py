@@ -1,0 +1,131 @@
+"""What a distil run will do and what it needs, before it starts."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from bdcli.base.errors import UserError
+from bdcli.cache.view import View, plan_view
+from bdcli.config.distill import DistillRecipe
+from bdcli.model.llama import Model
+from bdcli.train.distill.material import bytes_per_token
+from bdcli.train.distill.memory import distill_memory, memory_line
+from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
+from bdcli.train.losses import HiddenTarget, kernel_rows
+
+KEPT_TARGETS_BYTES = 2**30  # hidden states of the target kept between passes over the windows
+
+
+@dataclass
+class Plan:
+    """A recipe with its models loaded. Raises UserError where the target has too few positions for it."""
+
+    recipe: DistillRecipe
+    target: Model
+    drafter: Model
+    dtype: torch.dtype
+    device: torch.device
+    out: Path
+
+    def __post_init__(self):
+        d, e, held = self.recipe.data, self.recipe.evaluation, self.target.config.max_position
+        self.views = draw_views(self.recipe, 0)
+        self.longest = max(d.context, *e.contexts) + e.new_tokens
+        if self.longest > held:
+            raise UserError(
+                f"the recipe needs {self.longest} positions, the target has {held}",
+                "Lower data.context or evaluation.contexts",
+            )
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        r, d, views = self.recipe, self.recipe.data, len(self.views)
+        tokens = r.optimizer.windows_per_step * d.context
+        written = round(d.written * d.windows) * d.written_tokens
+        written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
+        sizes = [f"{sum(t.numel() for t in m.tensors()) / 1e6:.1f} M parameters" for m in (self.target, self.drafter)]
+        drafter = r.drafter or f"of its first {r.layers} layers"
+        yield f"target {r.target} ({sizes[0]}), drafter {drafter} ({sizes[1]})"
+        if self.longest > self.drafter.config.max_position:
+            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.config.max_position}"
+        yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
+        yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
+        yield f"{self.supervised:.2f} supervised positions per token the target reads"
+        if r.evaluation.patience is not None:
+            yield f"stops after {r.evaluation.patience} measurements without a better acceptance"
+        yield memory_line(self.memory())
+        by, kind = "Triton kernels" if self._loss[0] else "torch", str(self.dtype).removeprefix("torch.")
+        yield f"loss in {by} on {self.device}, {kind}"
+        yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
+        yield f"steps take about {duration(self.seconds())} here, writing and measuring apart"
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of a step at the most demanding views, by what holds them."""
+        r, d = self.recipe, self.recipe.data
+        views = [view for view in self.views if not isinstance(view, int)]
+        budgets = len(self.views) - len(views)
+        lengths = [a + r.views.anchor_tokens for a in r.anchors() for _ in range(budgets)]
+        models, rows = (self.target.config, self.drafter.config), self._loss[1]
+        parts = distill_memory(*models, d.context, views, lengths, self.dtype.itemsize, rows)
+        return parts | {"kept hidden states": min(self.hidden_bytes, KEPT_TARGETS_BYTES)}
+
+    @cached_property
+    def _loss(self) -> tuple[Callable | None, int]:
+        """Its kernel, and rows of logits at once."""
+        x = torch.empty(0, dtype=self.dtype, device=self.device)
+        return kernel_rows(x, HiddenTarget(x, x), self.recipe.loss.temperature, self.drafter.config.vocab_size)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """The target's hidden states of all windows."""
+        d = self.recipe.data
+        return d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
+
+    def seconds(self) -> float:
+        """About how long all steps take; the target reads a window once where the hidden states of all are kept."""
+        r, length = self.recipe, self.recipe.data.context
+        views = [view if isinstance(view, View) else None for view in self.views]  # chosen ones read it all
+        keys = [min(length / 2, length / 2 if view is None else view.prefix + view.window) for view in views]
+        learned = sum(forward_operations(self.drafter.config, length, k) for k in keys)
+        windows = r.optimizer.steps * r.optimizer.windows_per_step
+        read = min(windows, r.data.windows) if self.hidden_bytes <= KEPT_TARGETS_BYTES else windows
+        read *= forward_operations(self.target.config, length, length / 2)
+        taught = windows * BACKWARD * learned / speed(self.drafter.config, self.dtype, self.device)
+        return taught + read / speed(self.target.config, self.dtype, self.device)
+
+    @property
+    def supervised(self) -> float:
+        """Positions that teach the drafter, over all views, per token that the target reads."""
+        r, views = self.recipe, len(self.views)
+        anchored = len(r.anchors()) * r.views.anchor_tokens / r.data.context
+        if r.views.select == "window":
+            return float(views)
+        return (1.0 if r.views.teach == "all" else anchored) + (views - 1) * anchored
+
+    @property
+    def disk_bytes(self) -> int:
+        """Shards, state with optimizer moments, two drafters."""
+        tokens = self.recipe.data.windows * self.recipe.data.context
+        return 4 * self.drafter.weight_bytes + bytes_per_token(self.recipe, self.target.config.hidden_size) * tokens
+
+
+def draw_views(recipe: DistillRecipe, step: int) -> list[View | int | None]:
+    """Views of a step, the full one first; budgets where chunks are chosen. A function of (seed, step)."""
+    v, rng = recipe.views, random.Random(f"{recipe.seed}/{step}")
+    if v.mode == "full":
+        return [None]
+    if v.mode == "sampled":
+        budgets = rng.choices(v.budgets, v.weights or None)
+    else:
+        low, high = min(v.budgets), max(v.budgets)
+        budgets = [low, high, round(math.exp(rng.uniform(math.log(low), math.log(high))))]
+    if v.select != "window":
+        return [None, *budgets]
+    return [None, *(plan_view(b, "window", v.positions, None, recipe.data.context) for b in budgets)]

@@ -1,0 +1,294 @@
+"""Distil a drafter: L = L_A + λ·L_C, full and budgeted views of one text in every step, all positions supervised.
+
+windows (corpus, ends written by the target) -> target hidden states -> views of the drafter -> loss -> step
+held-out passages written by the target -> acceptance grid, before, while and after -> best drafter
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdcli.base.devices import pick_device, training_dtype
+from bdcli.base.errors import UserError
+from bdcli.base.files import check_room, digest
+from bdcli.base.interrupt import deferred_interrupt
+from bdcli.cache.view import View, plan_view
+from bdcli.config.decode import DecodeOptions
+from bdcli.config.distill import DistillRecipe
+from bdcli.config.loader import as_dict
+from bdcli.decode.session import load_pair, peak_memory
+from bdcli.model.build import write_first_layers
+from bdcli.model.checkpoint import fingerprint, load_model, resolve, save_model
+from bdcli.model.rope import RopeTable
+from bdcli.speculation.sampling import Sampling
+from bdcli.train.acceptance import Cell, Passage, acceptance_grid
+from bdcli.train.distill.checks import START
+from bdcli.train.distill.material import Material, Windows
+from bdcli.train.distill.plan import KEPT_TARGETS_BYTES, Plan, draw_views
+from bdcli.train.distributed import join, local_device
+from bdcli.train.forward import anchored_hidden, final_rows, view_hidden
+from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
+from bdcli.train.optimizers import warm_cosine
+from bdcli.train.trainer import Trainer
+
+STATE = "state.pt"
+
+
+@dataclass
+class Watcher:
+    """Callbacks of a run; the defaults do nothing. `progress(phase, done, total, note)`, `grid(step, cells)`."""
+
+    progress: Callable[[str, int, int, str], None] = lambda *_: None
+    grid: Callable[[int, list[Cell]], None] = lambda *_: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`status` is done or interrupted; `stopped` says why training ended before its last step, if it did."""
+
+    status: str
+    stopped: str | None
+    initial: Path
+    checkpoint: Path
+    before: list[Cell]
+    after: list[Cell]
+    steps: int
+    best_step: int
+    skipped: int
+    documents: dict
+    windows: dict
+    positions_per_target_token: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+class Distillation:
+    """One run in the folder `out`; every phase leaves files there and is not done twice.
+
+    `data` is where its windows and passages are or will be; several runs may share it.
+    """
+
+    def __init__(
+        self, recipe: DistillRecipe, out: Path, watcher: Watcher, deadline: float = math.inf, data: Path | None = None
+    ):
+        self.recipe, self.out, self.watcher, self.deadline = recipe, out, watcher, deadline
+        self.data = data or out / "data"
+        self.device = pick_device(local_device(recipe.device))
+        self.ranks = join(self.device)
+        out.mkdir(parents=True, exist_ok=True)
+        target = resolve(recipe.target, "target")
+        self.folders = target, self._start(target)
+        self.dtype = training_dtype(recipe.precision, self.device)
+        kind = str(self.dtype).removeprefix("torch.")
+        options = DecodeOptions(target=recipe.target, drafter=str(self.folders[1]), dtype=kind, device=str(self.device))
+        self.pair = load_pair(options)
+        self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
+        self.plan = Plan(recipe, self.target, self.drafter, self.dtype, self.device, out)
+        check_room(out, self.plan.disk_bytes)
+        self._hidden: dict[int, Tensor] = {}
+
+    def _start(self, target: Path) -> Path:
+        """Folder of the drafter to start from; made of the target's first layers where the recipe names none."""
+        if self.recipe.drafter is not None:
+            return resolve(self.recipe.drafter, "drafter")
+        with self.ranks.in_turn():
+            if self.ranks.first and not (self.out / STATE).exists():  # nothing was learned from an older one
+                write_first_layers(target, self.out / START, self.recipe.layers, self.recipe.seed)
+        return self.out / START
+
+    def material(self, share: float = 0.5) -> Material:
+        """What the recipe's data and evaluation ask for; making it may take `share` of the time that is left."""
+        now = time.monotonic()
+        deadline = now + (self.deadline - now) * share
+        return Material(self.recipe, self.data, self.pair, self.folders, self.watcher.progress, deadline)
+
+    def run(self, resume: bool) -> Outcome:
+        """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
+        state = self.out / STATE
+        if state.exists() and not resume:
+            raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
+        with self.ranks.in_turn():
+            material = self.material()
+            passages, windows = material.passages(), material.windows()
+        key = digest(as_dict(self.recipe), len(windows), *map(fingerprint, self.folders))
+        initial, best = self.out / "initial", self.out / "drafter"
+        if self.ranks.first and not initial.exists():
+            save_model(self.drafter, self.folders[1], initial)
+        trainer = Trainer(self.drafter, self.recipe.optimizer, self.ranks)
+        if state.exists():
+            trainer.load(state, key)
+        stopped, tokens_per_second = self._train(trainer, windows, passages, key)
+        p = trainer.progress
+        grids = {grid["step"]: [Cell(**cell) for cell in grid["cells"]] for grid in p.history}
+        return Outcome(
+            status="interrupted" if stopped == "interrupted" else "done",
+            stopped=stopped,
+            initial=initial,
+            checkpoint=best,
+            before=grids[0],
+            after=grids[p.best_step],
+            steps=p.step,
+            best_step=p.best_step,
+            skipped=p.skipped,
+            documents=asdict(windows.documents),
+            windows=asdict(windows.accounts),
+            positions_per_target_token=self.plan.supervised,
+            tokens_per_second=tokens_per_second,
+            peak_memory_bytes=peak_memory(self.device),
+        )
+
+    def _train(self, trainer: Trainer, windows: Windows, passages: list[Passage], key: str) -> tuple[str | None, float]:
+        """Steps with a grid every so often. Returns why it stopped early, or None, and target tokens per second."""
+        p, o = trainer.progress, self.recipe.optimizer
+        grid_s = self._measure(trainer, passages)
+        first, trained_s, stopped, opened = p.step, 0.0, self._flat(trainer), time.monotonic()
+        with deferred_interrupt() as interrupted:
+            while p.step < o.steps and not stopped:
+                began = time.monotonic()
+                at = p.step
+                if o.follow == "time" and self.deadline < math.inf:
+                    share = (began - opened) / max(1.0, self.deadline - 1.5 * grid_s - opened)
+                    at = max(at, round(first + share * (o.steps - first)))
+                rate = self.ranks.agreed(warm_cosine(at, o.warmup, o.steps))
+                loss = trainer.step(partial(self.parts, windows, p.step), rate)
+                step_s = time.monotonic() - began
+                trained_s += step_s
+                said = f"loss {loss:.3f}, outside loops {p.latest:.1%}, best {p.best:.1%} at step {p.best_step}"
+                self.watcher.progress("distil", p.step, o.steps, said)
+                late = began + 2.5 * step_s + 2 * grid_s > self.deadline
+                stopped = self.ranks.agreed("interrupted" if interrupted else "out of time" if late else None)
+                if p.step % self.recipe.evaluation.every == 0 and not stopped:
+                    grid_s = self._measure(trainer, passages)
+                    self._save(trainer, key)
+                    stopped = self._flat(trainer)
+            if stopped != "interrupted":
+                self._measure(trainer, passages)
+            self._save(trainer, key)
+        tokens = (p.step - first) * o.windows_per_step * self.recipe.data.context
+        return stopped, tokens / trained_s if trained_s else 0.0
+
+    def _flat(self, trainer: Trainer) -> str | None:
+        """Why training may end early: the last `patience` grids were no better than one before."""
+        p, patience = trainer.progress, self.recipe.evaluation.patience
+        since = sum(grid["step"] > p.best_step for grid in p.history)
+        return f"no better for {since} measurements" if patience is not None and since >= patience else None
+
+    def _save(self, trainer: Trainer, key: str) -> None:
+        if self.ranks.first:
+            trainer.save(self.out / STATE, key)
+
+    def order(self, step: int, windows: int) -> list[int]:
+        """Windows of a step, of so many: each pass over the data is a permutation of its own."""
+        per = self.recipe.optimizer.windows_per_step
+        places = range(step * per, (step + 1) * per)
+        return [_shuffled(self.recipe.seed, at // windows, windows)[at % windows] for at in places]
+
+    def parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
+        """This rank's windows of a step, each under all views, or under some at a time where memory is short."""
+        views, picked = draw_views(self.recipe, step), self.order(step, len(windows))
+        some = -(-len(views) // min(pieces, len(views)))
+        groups = [views[at : at + some] for at in range(0, len(views), some)]
+        share, sparse = len(picked), len(views) - 1
+        mine = self.ranks.mine(picked)
+        return [partial(self.window_loss, windows, w, group, share, sparse) for w in mine for group in groups]
+
+    def window_loss(
+        self, windows: Windows, window: int, views: Sequence[View | int | None], share: int, sparse: int | None = None
+    ) -> Tensor:
+        """`loss` of one of `windows`, whose target's answers are cached, kept from an earlier pass, or made."""
+        ids, target = windows.ids(window).to(self.device), windows.target(window)
+        if target is None and window in self._hidden:
+            target = HiddenTarget(self._hidden[window], self.target.head)
+        if target is None:
+            with torch.no_grad():
+                hidden = final_rows(self.target, ids)
+            target = HiddenTarget(hidden, self.target.head)
+            if (len(self._hidden) + 1) * hidden.numel() * hidden.element_size() <= KEPT_TARGETS_BYTES:
+                self._hidden[window] = hidden
+        return self.loss(ids, target, views, share, sparse)
+
+    def loss(
+        self, ids: Tensor, target: Target, views: Sequence[View | int | None], share: int, sparse: int | None = None
+    ) -> Tensor:
+        """(L_A + λ·L_C) / share of one window: each a mean over its positions, L_C over the sparse views as well.
+
+        `sparse` is the number of sparse views of the step, where `views` are only some of them.
+
+        The full view and window views are stacked and teach every position; budgets of selections that choose chunks
+        teach what follows each anchor.
+        """
+        v = self.recipe.views
+        weight = self.recipe.loss.sparse_weight / max(1, len(views) - 1 if sparse is None else sparse)
+        rope = RopeTable(self.drafter.config.rope, len(ids), len(ids), self.dtype, self.device)
+        everywhere = [view for view in views if not isinstance(view, int)]
+        budgets = [view for view in views if isinstance(view, int)]
+        spans = [slice(a - 1, a - 1 + v.anchor_tokens) for a in self.recipe.anchors()] if v.select != "window" else []
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            stacked = view_hidden(self.drafter, rope, ids, everywhere) if everywhere else None
+            after = [[self._after(rope, ids[: s.stop], s.start, b) for b in budgets] for s in spans]
+        scale = [1.0 if view is None else weight for view in everywhere]
+        total = torch.zeros((), device=self.device)
+        for span in [] if not everywhere else spans if v.teach == "anchored" else [slice(0, len(ids))]:
+            part = 1 / len(spans) if v.teach == "anchored" else 1.0
+            total = total + self._taught(stacked[:, span], target, span, [w * part for w in scale])
+        for span, rows in zip(spans, after if budgets else []):
+            total = total + self._taught(torch.stack(rows), target, span, [weight / len(spans)] * len(rows))
+        return total / share
+
+    def _after(self, rope: RopeTable, ids: Tensor, start: int, budget: int) -> Tensor:
+        """Rows of ids[start:] under the recipe's selection from a prompt that ends at `start`."""
+        v = self.recipe.views
+        if v.select == "official":
+            return anchored_hidden(self.drafter, rope, ids, start, budget, v.prefix_gradients)
+        view = plan_view(budget, v.select, v.positions, None, start)
+        if not view.chosen:
+            return view_hidden(self.drafter, rope, ids, [view])[0, start:]
+        return anchored_hidden(self.drafter, rope, ids, start, view, v.prefix_gradients)
+
+    def _taught(self, x: Tensor, target: Target, span: slice, scale: list[float]) -> Tensor:
+        """Σ over views of scale · mean loss over the rows of `span`; x [views, rows, hidden] before the final norm."""
+        s, head = self.recipe.loss, self.drafter.head
+        x = F.rms_norm(x, x.shape[-1:], self.drafter.norm, self.drafter.config.norm_eps).to(self.dtype)
+        target = target.cut(span)
+        weights = torch.ones(x.shape[:-1], device=x.device)
+        if s.weights == "accepted_length":
+            with torch.no_grad():
+                alpha = head_loss(x, head, target, s.kind, s.temperature)[1].alpha
+            weights = accepted_length_weights(alpha, self.recipe.evaluation.gamma)
+            weights /= weights.mean(-1, keepdim=True).clamp(min=1e-6)
+        weights = weights * torch.tensor(scale, device=x.device)[:, None]
+        return head_loss(x, head, target, s.kind, s.temperature, weights, float(x.shape[1]))[0]
+
+    def _measure(self, trainer: Trainer, passages: Sequence[Passage]) -> float:
+        """Add this step's grid to the history, once; keep the drafter of the best mean score over budgets. Seconds."""
+        p, began = trainer.progress, time.monotonic()
+        if p.history and p.history[-1]["step"] == p.step:
+            return 0.0
+        e, v, sampling = self.recipe.evaluation, self.recipe.views, Sampling(self.recipe.temperature)
+        cells = list(acceptance_grid(self.drafter, passages, e.budgets, v.select, v.positions, e.gamma, sampling))
+        p.history.append({"step": p.step, "cells": [asdict(c) for c in cells]})
+        full = self.recipe.views.mode == "full"  # such a drafter is judged by what it learns
+        counted = [c for c in cells if (c.budget == "full") == full] or cells
+        score = sum(c.score for c in counted) / len(counted)
+        p.latest = score
+        if score > p.best:
+            p.best, p.best_step = score, p.step
+            if self.ranks.first:
+                save_model(self.drafter, self.folders[1], self.out / "drafter")
+        self.watcher.grid(p.step, cells)
+        return time.monotonic() - began
+
+
+@lru_cache(maxsize=2)  # a step may stand between two passes
+def _shuffled(seed: int, turn: int, windows: int) -> list[int]:
+    return random.Random(f"{seed}:{turn}").sample(range(windows), windows)

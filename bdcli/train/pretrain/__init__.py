@@ -1,0 +1,1 @@
+"""Pretraining of a small model, from random weights or from a checkpoint."""

@@ -1,0 +1,145 @@
+"""The memory plan against what is allocated: exactly for what lives, from above and not by far for what passes."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bdcli.backends.select import static_engine
+from bdcli.base.errors import UserError
+from bdcli.bench.shapes import parse_shape
+from bdcli.cache.view import View, plan_view
+from bdcli.decode.memory import RUNTIME, decode_plan, weight_count
+from bdcli.model.rope import RopeTable
+from bdcli.speculation.sampling import Sampling
+from bdcli.speculation.speculator import Speculator
+from bdcli.train.distill.memory import distill_memory
+from bdcli.train.distill.run import KEPT_TARGETS_BYTES
+from bdcli.train.forward import final_rows, view_hidden
+from bdcli.train.losses import HiddenTarget, head_loss
+from tests.support.models import tiny_model
+
+STATIC = static_engine("triton", "plain operations")
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of tensor storage alive that were made within, and the most there were at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.most = 0
+        self._known = set()
+
+    def _drop(self, key, size):
+        self._known.discard(key)
+        self.alive -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._known:
+                    self._known.add(key)
+                    self.alive += storage.nbytes()
+                    weakref.finalize(storage, self._drop, key, storage.nbytes())
+        self.most = max(self.most, self.alive)
+        return out
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"biases": True, "qk_norm": True, "heads": 3, "kv_heads": 3}, {"layers": 1}], ids=["a", "b", "c"]
+)
+def test_weights_are_counted(shape):
+    model = tiny_model(**shape)
+    assert 4 * weight_count(model.config) == model.weight_bytes
+
+
+VIEWS = {
+    "full": (None, None),
+    "official": (None, 256),
+    "window": (View(256, 4, 0, 9, True), None),
+    "chunk": (View(256, 4, 64, 9, True), None),
+    "chunk absolute": (View(256, 4, 64, 9, False), None),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_run_holds_what_was_planned(kind):
+    view, official = VIEWS[kind]
+    shape = {"dim": 16, "heads": 4, "kv_heads": 2, "hidden": 64, "inner": 160}
+    target, drafter = tiny_model(layers=3, **shape), tiny_model(layers=2, **shape)
+    prompt, new, gamma = 2600, 40, 8
+    capacity = prompt + new + gamma + 2
+    plan = decode_plan(target.config, drafter.config, 4, prompt - 1, capacity, gamma, view, official)
+    ids = torch.randint(41, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    with Peak() as peak:
+        readers = (
+            STATIC.target(target, capacity, capacity),
+            STATIC.drafter(drafter, capacity, capacity, 41, official, view),
+        )
+        run = Speculator(*readers, Sampling(), 0)
+        run.prefill(ids)
+        read, peak.most = peak.most, peak.alive
+        held = peak.alive
+        run.round(gamma)
+    kv = [r.cache.kv_bytes for r in readers]
+    assert kv == [plan.target_kv, plan.drafter_kv]
+    assert held <= sum(kv) + plan.tables + 10_000  # a table of the ring
+    assert 0.6 * plan.prefill < read - sum(kv) - plan.tables < 1.05 * plan.prefill
+    # plain attention, which stands in for the kernels here, copies a layer's values and makes three sets of scores
+    plain = 4 * capacity * (2 * 16 + 3 * (gamma + 1) * 4)
+    assert peak.most - held < plan.round + plain
+    assert plan.peak == plan.weights + sum(kv) + plan.tables + max(plan.prefill, plan.round)
+
+
+def test_too_little_memory_is_said_with_the_numbers():
+    c = tiny_model().config
+    plan = decode_plan(c, c, 2, 1000, 1100, 8)
+    plan.check(plan.peak)
+    with pytest.raises(UserError, match=r"peak .* but 0\.0 MB are free"):
+        plan.check(1)
+
+
+# -- distilling
+
+STEP = {"hidden": 64, "inner": 160, "dim": 16, "heads": 4, "kv_heads": 4, "vocab": 300}
+
+
+SMALL, LARGE = (plan_view(b, "window", p, None, 2048) for b, p in ((64, "rebased"), (700, "absolute")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("views", [[None], [None, SMALL, LARGE]], ids=["full", "views"])
+def test_a_training_step_holds_what_was_planned(views, dtype):
+    """Activations and loss of one window, forward and backward; what a rank-0 run adds is counted from weights."""
+    target, drafter = tiny_model(layers=2, **STEP, dtype=dtype), tiny_model(layers=2, **STEP, spread=0.1)
+    for tensor in drafter.tensors():
+        tensor.requires_grad_()
+    tokens, size = 2048, dtype.itemsize
+    ids = torch.randint(300, (tokens,), generator=torch.Generator().manual_seed(0))
+    planned = distill_memory(target.config, drafter.config, tokens, views, (), size)
+    with Peak() as forward:
+        hidden = final_rows(target, ids)
+    assert 0.5 * planned["target's forward"] < forward.most < 1.05 * planned["target's forward"]
+    with Peak() as peak:
+        rope = RopeTable(drafter.config.rope, tokens, tokens, dtype, "cpu")
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            x = view_hidden(drafter, rope, ids, views)
+        activations = peak.alive
+        x = torch.nn.functional.rms_norm(x, x.shape[-1:], drafter.norm, 1e-5).to(dtype)
+        loss, _ = head_loss(x, drafter.head, HiddenTarget(hidden, target.head), "kl", 1.0)
+        loss.backward()
+    wanted = planned["drafter's activations"]
+    assert 0.6 * wanted < activations < 1.1 * wanted
+    gradients = 4 * weight_count(drafter.config)
+    assert 0.6 * (wanted + planned["loss"]) < peak.most < 1.15 * (wanted + planned["loss"]) + gradients
+
+
+def test_a_7b_target_at_16k_fits_an_80_gb_card():
+    target, drafter = parse_shape("llama2-7b+68m")
+    views = [None, *(plan_view(b, "window", "rebased", None, 16384) for b in (256, 2048, 1024))]
+    plan = distill_memory(target, drafter, 16384, views, (), 2, 2**25 // 32000)
+    assert 14e9 < sum(plan.values()) + KEPT_TARGETS_BYTES + RUNTIME < 60e9
