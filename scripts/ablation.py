@@ -29,7 +29,7 @@ import typer
 
 from bdcli.base.console import end_interrupted, note, phases, run_script
 from bdcli.base.errors import UserError
-from bdcli.base.files import read_json, write_text
+from bdcli.base.files import read_json, write_file
 from bdcli.config.distill import DistillRecipe, Loss, Views
 from bdcli.config.loader import load_recipe
 from bdcli.decode.session import peak_memory
@@ -162,7 +162,7 @@ def one_arm(recipe: DistillRecipe, name: str, evaluation, out: Path, store: Stor
         if ended["status"] == "interrupted":
             end_interrupted()
         kept = ("checkpoint", "steps", "best_step", "stopped", "skipped", "positions_per_target_token")
-        write_text(told, json.dumps({key: ended[key] for key in (*kept, "tokens_per_second")}))
+        write_file(told, json.dumps({key: ended[key] for key in (*kept, "tokens_per_second")}))
     drafter = job.drafter
     if arm.change:
         trained = read_json(told)
@@ -177,7 +177,7 @@ def one_arm(recipe: DistillRecipe, name: str, evaluation, out: Path, store: Stor
             reading: list(cells(drafter, passages, judged, reading, watcher.progress)) for reading in arm.readings
         },
     }
-    write_text(done, json.dumps(found))
+    write_file(done, json.dumps(found))
 
 
 def cells(drafter, passages: list[Passage], recipe: DistillRecipe, reading: str, progress) -> Iterator[dict]:

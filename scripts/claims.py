@@ -31,13 +31,14 @@ import typer
 from bdcli.base.console import note, phases, run_script
 from bdcli.base.devices import product_dtype
 from bdcli.base.errors import UserError
-from bdcli.base.files import digest, write_text
+from bdcli.base.files import digest, write_file
+from bdcli.base.statistics import bootstrap
 from bdcli.config.decode import DecodeOptions, parse_budget, parse_context
 from bdcli.data.samples import Sample, load_samples
 from bdcli.data.sources import split_source
-from bdcli.decode.session import Pair, drafter_reader, load_pair, target_reader
+from bdcli.decode.session import Pair, drafter_runner, load_pair, target_runner
 from bdcli.model.checkpoint import fingerprint, load_model, resolve
-from bdcli.results.metrics import Round, bootstrap, looped_tokens, mark_loops
+from bdcli.results.metrics import RoundFigures, looped_tokens, mark_loops
 from bdcli.speculation.draft_length import FixedGamma
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
@@ -119,17 +120,17 @@ class Decoder:
         """Texts of the arms after one prompt, which the target reads once."""
         s, prompt = self.s, sample.prompt(context)
         common = asdict(self.base) | {"max_new_tokens": s.new_tokens, "gamma": s.gamma}
-        held = target_reader(self.pair, DecodeOptions(**common), len(prompt), s.gamma)
+        held = target_runner(self.pair, DecodeOptions(**common), len(prompt), s.gamma)
         held.prefill(prompt[:-1])
         for temperature, role, budget in arms:
             size = None if budget == "full" else budget
             options = DecodeOptions(**common | {"budget": size, "temperature": temperature})
             held.rollback(len(prompt) - 1)
-            reader = drafter_reader(self.pairs[role], options, len(prompt))
-            engine = Speculator(held, reader, Sampling(temperature), sample.index, self.pair.target.device)
+            runner = drafter_runner(self.pairs[role], options, len(prompt))
+            engine = Speculator(held, runner, Sampling(temperature), sample.index, self.pair.target.device)
             engine.prefill(prompt, target_ready=True)
             steps = list(engine.rounds(s.new_tokens, self.pair.eos, FixedGamma(s.gamma)))
-            rounds = [Round(len(x.tokens), x.drafted, x.accepted, x.seconds) for x in steps]
+            rounds = [RoundFigures(len(x.tokens), x.drafted, x.accepted, x.seconds) for x in steps]
             clean = [r for r in mark_loops(prompt, engine.new_tokens, rounds) if not r.looped]
             looped = looped_tokens(prompt, engine.new_tokens)
             yield Text(
@@ -201,7 +202,7 @@ class Measurement:
         prints = {role: fingerprint(resolve(name, role_of(role))) for role, name in models.items()}
         # contexts, budgets, temperatures and a naive drafter may be added later: a text carries its own
         common = {k: v for k, v in asdict(settings).items() if k not in ("contexts", "budgets", "temperatures")}
-        self.key = digest(common, longest, ends, prints.pop("target"))
+        self.key = digest([common, longest, ends, prints.pop("target")])
         out.mkdir(parents=True, exist_ok=True)
         self.texts = begin_texts(out / TEXTS, {"key": self.key, "drafters": prints})
 
@@ -267,7 +268,7 @@ class Measurement:
             _, tail, short = window_losses(target, prompt, kind, WORTH_ROWS)
             worth = Worth(name, sample.source, longest, len(tail), float(tail.mean()), float(short.mean()))
             known.setdefault(name, []).append(asdict(worth))
-            write_text(path, json.dumps(found))
+            write_file(path, json.dumps(found))
             progress("worth of context", number, len(missing), name)
 
 
@@ -284,7 +285,7 @@ def begin_texts(path: Path, asked: dict) -> list[Text]:
     drafters = head.get("drafters", {}) | asked["drafters"]
     if head["key"] != asked["key"] or not head["drafters"].items() <= drafters.items():
         raise UserError(f"{path} was measured with other models, texts or settings", "Give another --out")
-    write_text(path, "".join(json.dumps(x) + "\n" for x in (asked | {"drafters": drafters}, *map(asdict, texts))))
+    write_file(path, "".join(json.dumps(x) + "\n" for x in (asked | {"drafters": drafters}, *map(asdict, texts))))
     return texts
 
 

@@ -22,7 +22,7 @@ from typing import Annotated
 import torch
 import typer
 
-from bdcli.backends.select import pick_engine, torch_engine
+from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.devices import DTYPES
 from bdcli.base.provenance import machine
 from bdcli.bench.peers import cache_argument
@@ -30,7 +30,7 @@ from bdcli.cache.view import plan_view
 from bdcli.model.checkpoint import POCKET, load_model
 from bdcli.model.llama import Model
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Reader
+from bdcli.speculation.speculator import Runner
 
 CPU = torch.device("cpu")
 ROWS = (2, 3, 5, 9, 16)
@@ -71,37 +71,37 @@ def random_pair(folder: Path) -> tuple[Path, Path]:
     return folder / "target", folder / "drafter"
 
 
-def fill(reader: Reader, length: int) -> Reader:
+def fill(runner: Runner, length: int) -> Runner:
     """Random entries up to `length`, as if a prompt had been read."""
-    cache = reader.cache
+    cache = runner.cache
     for tensor in (
         (cache.panel_keys, cache.panel_values) if hasattr(cache, "panel_keys") else (cache.keys, cache.values)
     ):
         tensor.normal_()
     cache.length = length
     cache.count(length)
-    return reader
+    return runner
 
 
-def plain(reader: Reader, rows: int) -> Callable[[], None]:
+def plain(runner: Runner, rows: int) -> Callable[[], None]:
     """A forward over `rows` tokens, undone."""
-    length = reader.length
+    length = runner.length
 
     def step() -> None:
-        with reader.exclusive():
-            reader.feed([5] * rows, rows)
-        reader.rollback(length)
+        with runner.exclusive():
+            runner.feed([5] * rows, rows)
+        runner.rollback(length)
 
     return step
 
 
-def drafting(reader: Reader, ids: list[int]) -> Callable[[], None]:
+def drafting(runner: Runner, ids: list[int]) -> Callable[[], None]:
     """A draft of GAMMA tokens after `ids`, undone."""
 
     def step() -> None:
-        with reader.exclusive():
-            reader.draft(ids, GAMMA, Sampling(), None)
-        reader.rollback(len(ids) - 1)
+        with runner.exclusive():
+            runner.draft(ids, GAMMA, Sampling(), None)
+        runner.rollback(len(ids) - 1)
 
     return step
 
@@ -129,12 +129,12 @@ def kv_bytes(model: Model, entries: int) -> int:
     return 2 * c.layers * c.kv_heads * c.head_dim * entries * model.embedding.element_size()
 
 
-def target_steps(folder: Path, context: int, dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], int, Reader]:
-    """Milliseconds of the target's steps, ours and others'; its bytes a step; our reader."""
+def target_steps(folder: Path, context: int, dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], int, Runner]:
+    """Milliseconds of the target's steps, ours and others'; its bytes a step; our runner."""
     model = load_model(folder, dtype, CPU)
-    ours = fill(pick_engine("compiled", [model], print).target(model, context + 64, context + 64), context)
+    ours = fill(pick_backend("compiled", [model], print).target(model, context + 64, context + 64), context)
     other = load_model(folder, dtype, CPU)
-    eager = fill(torch_engine().target(other, context + 64, context + 64), context)
+    eager = fill(torch_backend().target(other, context + 64, context + 64), context)
     arms = {"AR": plain(ours, 1), **{f"verify {r}": plain(ours, r) for r in ROWS}, "torch AR": plain(eager, 1)}
     arms |= {
         f"transformers AR {str(d)[6:]}": hugging_face(folder, context, d)
@@ -144,11 +144,11 @@ def target_steps(folder: Path, context: int, dtype: torch.dtype, rounds: int) ->
     return in_turn(arms, rounds), model.weight_bytes + kv_bytes(model, context), ours
 
 
-def draft_steps(target: Reader, folder: Path, dtype: torch.dtype, rounds: int) -> dict[int, tuple[float, int]]:
+def draft_steps(target: Runner, folder: Path, dtype: torch.dtype, rounds: int) -> dict[int, tuple[float, int]]:
     """Per budget: milliseconds of a draft token inside rounds, and the bytes it must move."""
     found = {}
     model = load_model(folder, dtype, CPU)
-    engine, ids = pick_engine("compiled", [model], print), [5] * (target.length + 1)
+    engine, ids = pick_backend("compiled", [model], print), [5] * (target.length + 1)
     for budget in BUDGETS:
         view = plan_view(budget, "window", "rebased", None, target.length)
         size = target.length + 64

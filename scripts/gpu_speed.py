@@ -30,7 +30,7 @@ from bdcli.backends.cuda import caches, program
 from bdcli.backends.cuda.graph import capture, new_pool
 from bdcli.backends.cuda.ops import ops_for
 from bdcli.backends.cuda.support import describe
-from bdcli.backends.select import Engine, static_engine, torch_engine
+from bdcli.backends.select import Backend, static_backend, torch_backend
 from bdcli.base.devices import pick_device, pick_dtype
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.bench import shapes
@@ -103,7 +103,7 @@ def microseconds(call: Callable[[], object], device: torch.device, size: Size) -
 # -- right
 
 
-def check(device: torch.device, size: Size, engine: Engine) -> dict:
+def check(device: torch.device, size: Size, engine: Backend) -> dict:
     """Kernels against references, the device tests of the suite where they are, and greedy text against torch's."""
     found: dict = {"texts": [*texts(device, size, engine)]}
     if device.type != "cuda":
@@ -121,7 +121,7 @@ def check(device: torch.device, size: Size, engine: Engine) -> dict:
     return found
 
 
-def texts(device: torch.device, size: Size, engine: Engine) -> Iterator[dict]:
+def texts(device: torch.device, size: Size, engine: Backend) -> Iterator[dict]:
     """Greedy text of the pocket pair in whole rounds against torch's own, by the rule of `TieRule` where they differ.
 
     In fp32 texts must simply be equal.
@@ -131,19 +131,19 @@ def texts(device: torch.device, size: Size, engine: Engine) -> Iterator[dict]:
         models = [load_model(POCKET / role, dtype, device) for role in ("target", "drafter")]
         for length in size.prompts:
             say(f"text after {length} tokens, {dtype}")
-            made = [_write(each, models, ids[:length], size.new_tokens, device) for each in (engine, torch_engine())]
+            made = [_write(each, models, ids[:length], size.new_tokens, device) for each in (engine, torch_backend())]
             (text, accepted), (plain, _) = made
             equal, ties = text == plain, 0
             if not equal and dtype is not torch.float32:
                 capacity = length + size.new_tokens + 20
-                reader = torch_engine().target(models[0], capacity, capacity)
+                reader = torch_backend().target(models[0], capacity, capacity)
                 reader.prefill(ids[: length - 1])
                 rule = teacher_force(reader, ids[:length], text)
                 equal, ties = rule.equal, rule.ties
             yield {"dtype": str(dtype)[6:], "prompt": length, "equal": equal, "ties": ties, "accepted": accepted}
 
 
-def _write(engine: Engine, models: list, prompt: list[int], new: int, device: torch.device) -> tuple[list[int], int]:
+def _write(engine: Backend, models: list, prompt: list[int], new: int, device: torch.device) -> tuple[list[int], int]:
     target, drafter = models
     capacity, view = len(prompt) + new + 20, plan_view(256, "window", "rebased", 5, len(prompt))
     readers = engine.target(target, capacity, capacity), engine.drafter(drafter, capacity, capacity, 4096, 256, view)
@@ -242,7 +242,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, context: int) -> Callable[[], Tensor]:
 # -- fast: the engine
 
 
-def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: Engine) -> dict:
+def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: Backend) -> dict:
     """The pair's shapes in whole rounds and, at the first context, without the kernels between a layer's products."""
     pair, count = shapes.parse_shape(size.shape), size.rounds
     found = shapes.measure(
@@ -343,7 +343,7 @@ def main() -> int:
         size = dataclasses.replace(size, shape=options.shape)
     cuda = device.type == "cuda"
     dtype = pick_dtype("auto", device) if cuda else torch.float32
-    engine = static_engine("triton", describe(device)) if cuda else static_engine("plain", "no kernels: a CPU")
+    engine = static_backend("triton", describe(device)) if cuda else static_backend("plain", "no kernels: a CPU")
     found: dict = {"environment": environment(device)}
     work = {
         "check": lambda: check(device, size, engine),

@@ -15,7 +15,6 @@ puts them together again and checks them.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import lzma
@@ -31,7 +30,7 @@ import typer
 
 from bdcli.base.console import end_interrupted, note, phases, run_script, show_grids, show_losses
 from bdcli.base.errors import BdcliError, UserError
-from bdcli.base.files import write_text
+from bdcli.base.files import digest, write_file
 from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import load_recipe
 from bdcli.config.pretrain import PretrainRecipe
@@ -170,7 +169,7 @@ def one_stage(stage: Stage, folder: Path, store: Store, deadline: float) -> bool
     (show_losses if stage.command == "pretrain" else show_grids)(result)
     if result["stopped"] == "out of time":
         return False
-    write_text(folder / RESULT, json.dumps(result, default=str))
+    write_file(folder / RESULT, json.dumps(result, default=str))
     return True
 
 
@@ -204,7 +203,7 @@ def pieces(
     names = [f"weights.{n:03}" for n in range(-(-len(body) // size))]
     for n, name in enumerate(names):
         (out / name).write_bytes(body[n * size : (n + 1) * size])
-    manifest = {"pieces": names, "sha256": hashlib.sha256(body).hexdigest()}
+    manifest = {"pieces": names, "sha256": digest(body)}
     (out / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     typer.echo(f"{len(names)} pieces, {len(body) / MIB:.1f} MiB, in {out}")
 
@@ -224,7 +223,7 @@ def join(
     if gone:
         raise UserError(f"{folder / gone[0]} is missing", "Fetch all pieces")
     body = b"".join((folder / name).read_bytes() for name in manifest["pieces"])
-    if hashlib.sha256(body).hexdigest() != manifest["sha256"]:
+    if digest(body) != manifest["sha256"]:
         raise UserError(f"the pieces in {folder} are damaged", "Fetch them again")
     with tarfile.open(fileobj=io.BytesIO(body)) as archive:
         archive.extractall(out, filter="data")

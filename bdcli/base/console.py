@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 
 from bdcli.base.errors import INTERRUPTED, BdcliError
-from bdcli.base.interrupt import interrupt
+from bdcli.base.interrupt import raise_interrupt
 
 QUIET_S = 60  # longest silence of a phase where no bar can be drawn
 
@@ -42,7 +42,7 @@ def end_interrupted(*more: str, where: str = "") -> NoReturn:
 
 def run_script(app) -> None:
     """Run the commands of a script: an expected error is one line and an exit code, as for `bdcli`."""
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, raise_interrupt)
     try:
         code = app(standalone_mode=False)
     except BdcliError as error:

@@ -1,51 +1,51 @@
-"""Files that appear whole or not at all, and keys that say what a file was made from."""
+"""Files and folders that appear whole or not at all, and the one digest that names what they hold."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from typing import BinaryIO
 
 from bdcli.base.errors import BdcliError, UserError
 
 
-def digest(*parts: object) -> str:
-    """Key of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def digest(value: object) -> str:
+    """SHA-256, in hex, of bytes as they are, or of any other value as canonical JSON."""
+    if not isinstance(value, bytes):
+        value = json.dumps(value, sort_keys=True, default=str).encode()
+    return hashlib.sha256(value).hexdigest()
 
 
-def write_state(path: Path, key: str, state: dict) -> None:
-    """Save tensors and plain values under `key`, atomically and on the disk when this returns."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as file:
-        torch.save({"key": key} | state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-
-
-def read_state(path: Path, key: str) -> dict:
-    """What `write_state` saved. Raises UserError on a damaged file or one of another key; nothing is overwritten."""
+def write_file(path: Path, body: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Write `body`, or what it writes when called with the open file, atomically and on the disk on return."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # processes may write the same file at once
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["key"]
-    except Exception as error:  # pickle, zip and torch each raise their own
-        kind = type(error).__name__
-        raise UserError(f"{path} is damaged ({kind})", "Restore it, or remove it to make it again") from None
-    if found != key:
-        raise UserError(
-            f"{path} belongs to another recipe, data set or model", "Use the recipe it was made by, or another --out"
-        )
-    return state
+        with fresh.open("wb") as file:
+            if callable(body):
+                body(file)
+            else:
+                file.write(body.encode() if isinstance(body, str) else body)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `path`. What is there already stays until then."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, "utf-8")
-    fresh.replace(path)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    shutil.rmtree(path, ignore_errors=True)
+    fresh.rename(path)
 
 
 def read_json(path: Path) -> dict:
@@ -56,11 +56,11 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is damaged", "Restore it, or remove it to make it again") from None
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raise BdcliError when the disk of `folder` has not `needed` bytes free."""
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Raise BdcliError when the disk of `folder` has not so many bytes free."""
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize
-    if free < needed:
+    if free < needed_bytes:
         raise BdcliError(
-            f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed", "Give another --out"
+            f"{folder} has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed", "Give another --out"
         )

@@ -6,35 +6,43 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 
-def interrupt(_number: int, _frame: object) -> None:
+@dataclass
+class Interrupt:
+    """Whether the user has asked for an end."""
+
+    requested: bool = False
+
+
+def raise_interrupt(_number: int, _frame: object) -> None:
     """Handler that makes SIGTERM end a run as Ctrl-C does, also where a shell has SIGINT ignored."""
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[list]:
-    """Inside, Ctrl-C and SIGTERM fill the yielded list instead of raising, so nothing half done is lost.
+def deferred_interrupt() -> Iterator[Interrupt]:
+    """Inside, Ctrl-C and SIGTERM only set `requested`, so that nothing half done is lost.
 
-    A second one raises. A signal that the caller's environment ignores stays ignored.
+    A second one raises KeyboardInterrupt. A signal that the caller's environment ignores stays ignored.
     """
-    seen: list[int] = []
+    interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
-        yield seen
+        yield interrupt
         return
 
-    def note(number: int, _frame: object) -> None:
-        if seen:
+    def request(_number: int, _frame: object) -> None:
+        if interrupt.requested:
             raise KeyboardInterrupt
-        seen.append(number)
+        interrupt.requested = True
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    wanted = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in wanted:
-        signal.signal(number, note)
+    deferred = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in deferred:
+        signal.signal(number, request)
     try:
-        yield seen
+        yield interrupt
     finally:
-        for number in wanted:
+        for number in deferred:
             signal.signal(number, before[number])

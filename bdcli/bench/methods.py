@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from bdcli.backends.select import pick_engine
+from bdcli.backends.select import pick_backend
 from bdcli.base.devices import pick_dtype
 from bdcli.base.errors import UserError
 from bdcli.bench import peers
@@ -21,12 +21,12 @@ from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Held, Method, Outcome
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.config.decode import DecodeOptions
-from bdcli.decode.session import Pair, drafter_reader, effective_positions, gamma_max_of, load_pair
+from bdcli.decode.session import Pair, drafter_runner, effective_positions, gamma_max_of, load_pair
 from bdcli.model.checkpoint import check_vocabulary, load_model, resolve
-from bdcli.results.metrics import Round
+from bdcli.results.metrics import RoundFigures
 from bdcli.speculation.baseline import warm_up
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Proposer, Reader, Speculator
+from bdcli.speculation.speculator import Proposer, Runner, Speculator
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Models:
             folder, target = resolve(name, "drafter"), resolve(self.recipe.target, "target")
             check_vocabulary(target, folder, self.pair.tokenizer)
             drafter = load_model(folder, self.pair.target.dtype, self.pair.target.device)
-            if pick_engine(self.recipe.engine, [self.pair.target, drafter], self.say).name != self.pair.engine.name:
+            if pick_backend(self.recipe.engine, [self.pair.target, drafter], self.say).name != self.pair.backend.name:
                 raise UserError(f"drafter {name} cannot run in the engine of the others", "Give --engine torch")
             self._pairs[name] = replace(self.pair, drafter=drafter, names=(self.pair.names[0], name))
         return self._pairs[name]
@@ -92,8 +92,8 @@ class EngineMethod(Method):
     def select(self, arm: Arm) -> str:
         return arm.method if arm.method in ("window", "chunk", "official") else arm.select
 
-    def drafter(self, prompt: int) -> Reader | Proposer | None:
-        return drafter_reader(self.pair, self.options, prompt)
+    def drafter(self, prompt: int) -> Runner | Proposer | None:
+        return drafter_runner(self.pair, self.options, prompt)
 
     def columns(self) -> dict:
         o = self.options
@@ -109,10 +109,10 @@ class EngineMethod(Method):
         prefill_s = time.perf_counter() - started
         controller = warm_up(engine, o.gamma if drafter is not None else 0, self.gamma_max)
         rounds = [
-            Round(len(step.tokens), step.drafted, step.accepted, step.seconds)
+            RoundFigures(len(step.tokens), step.drafted, step.accepted, step.seconds)
             for step in engine.rounds(o.max_new_tokens, self.pair.eos, controller)
         ]
-        weights = target.model.weight_bytes + (drafter.model.weight_bytes if isinstance(drafter, Reader) else 0)
+        weights = target.model.weight_bytes + (drafter.model.weight_bytes if isinstance(drafter, Runner) else 0)
         return Outcome(
             tokens=engine.new_tokens,
             rounds=rounds,

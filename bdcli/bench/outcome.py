@@ -11,15 +11,15 @@ import torch
 
 from bdcli.config.bench import Arm
 from bdcli.decode.session import peak_memory
-from bdcli.results.metrics import Round
-from bdcli.speculation.speculator import Reader
+from bdcli.results.metrics import RoundFigures
+from bdcli.speculation.speculator import Runner
 
 
 @dataclass(frozen=True)
 class Held:
     """The target with the prompt read but for its last token, and the seconds that took; shared by all arms."""
 
-    target: Reader
+    target: Runner
     prefill_s: float
 
 
@@ -28,7 +28,7 @@ class Outcome:
     """One text and what it cost. `rounds` hold decode time only; `ttft_s` is both prefills and the first round."""
 
     tokens: list[int]
-    rounds: list[Round]
+    rounds: list[RoundFigures]
     ttft_s: float
     finish_reason: str | None
     entries: int | None

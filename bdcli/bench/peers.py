@@ -19,7 +19,7 @@ import torch
 from bdcli.bench.outcome import Held, Method, Outcome
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.model.checkpoint import resolve
-from bdcli.results.metrics import Round
+from bdcli.results.metrics import RoundFigures
 
 PREFILL_ROWS = 512
 
@@ -190,7 +190,7 @@ class HfMethod(Method):
         )
 
 
-def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[Round]:
+def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[RoundFigures]:
     """Rounds from the arrival of blocks; a forward over w tokens verified w - 1 drafted ones.
 
     The first block's time holds the assistant's prefill, so it is given the mean seconds per token of the others.
@@ -199,7 +199,7 @@ def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[Round]:
     later = sum(n for _, n in blocks[1:])
     per_token = (last - first) / later if later else 0.0
     seconds = [per_token * blocks[0][1], *(b[0] - a[0] for a, b in pairwise(blocks))]
-    return [Round(n, w - 1, n - 1, s) for (_, n), w, s in zip(blocks, widths, seconds, strict=True)]
+    return [RoundFigures(n, w - 1, n - 1, s) for (_, n), w, s in zip(blocks, widths, seconds, strict=True)]
 
 
 class HfAutoregressive(HfMethod):

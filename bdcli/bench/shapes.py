@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from bdcli.backends.select import Engine, pick_engine, torch_engine
+from bdcli.backends.select import Backend, pick_backend, torch_backend
 from bdcli.base.errors import UserError
 from bdcli.bench.peers import cache_argument, fill
 from bdcli.bench.published import PUBLISHED
@@ -24,7 +24,7 @@ from bdcli.model.build import random_model
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.llama import Model
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Reader, Speculator
+from bdcli.speculation.speculator import Runner, Speculator
 
 # vocabulary, hidden, MLP width, layers, heads, KV heads
 SHAPES = {
@@ -89,15 +89,15 @@ def median(arms: dict[str, Callable[[], object]], device: torch.device, rounds: 
     return {name: statistics.median(t[name] for t in taken) for name in arms}
 
 
-def fill_random(reader: Reader, length: int) -> Reader:
+def fill_random(runner: Runner, length: int) -> Runner:
     """Random entries up to `length`, as if a prompt had been read."""
-    cache = reader.cache
+    cache = runner.cache
     panels = hasattr(cache, "panel_keys")
     for tensor in (cache.panel_keys, cache.panel_values) if panels else (cache.keys, cache.values):
         tensor.normal_()
     cache.length = length
     cache.count(length)
-    return reader
+    return runner
 
 
 def a_round(run: Speculator, gamma: int, taken: dict[int, list] | None = None) -> Callable[[], float]:
@@ -117,7 +117,7 @@ def a_round(run: Speculator, gamma: int, taken: dict[int, list] | None = None) -
     return step
 
 
-def began(target: Reader, drafter: Reader | None, context: int) -> Speculator:
+def began(target: Runner, drafter: Runner | None, context: int) -> Speculator:
     """A generation whose prompt of `context` tokens has been read."""
     run = Speculator(target, drafter, Sampling(), 0, target.model.device)
     run.ids, run.prompt_tokens = [5] * context, context
@@ -135,7 +135,7 @@ def measure(
     peers: bool = True,
     rounds: int = ROUNDS,
     say: Callable[[str], None] = lambda _line: None,
-    engine: Engine | None = None,
+    engine: Backend | None = None,
 ) -> dict:
     """Everything about one pair of shapes; the engine is `wanted`, or given outright."""
     longest = max(contexts)
@@ -144,7 +144,7 @@ def measure(
     if device.type == "cuda":
         plan.check(free_memory(device))
     models = [random_model(c, seed, dtype, device) for seed, c in enumerate(shape)]
-    engine = engine or pick_engine(wanted, models, say)
+    engine = engine or pick_backend(wanted, models, say)
     copied = copy_speed(device, 2**30 if device.type == "cuda" else 2**27)
     cells = []
     for context in contexts:
@@ -164,7 +164,7 @@ def measure(
 
 
 def _context(
-    engine: Engine,
+    engine: Backend,
     models: list[Model],
     context: int,
     gammas: Sequence[int],
@@ -176,16 +176,16 @@ def _context(
     (target, drafter), device, size = models, models[0].device, models[0].dtype.itemsize
     capacity = context + GAMMA_MAX + 2
     held = fill_random(engine.target(target, capacity, capacity), context - 1)
-    readers = {}
+    runners = {}
     for budget in budgets:
         view = None if budget is None else plan_view(budget, "window", "rebased", None, context)
-        reader = engine.drafter(drafter, capacity, capacity, target.config.vocab_size, budget, view)
-        readers[budget] = began(held, fill_random(reader, context - 1), context)
+        runner = engine.drafter(drafter, capacity, capacity, target.config.vocab_size, budget, view)
+        runners[budget] = began(held, fill_random(runner, context - 1), context)
     plain, taken = began(held, None, context), {}
-    arms = {"ar": a_round(plain, 0, taken)} | {f"g{g}": a_round(readers[budgets[0]], g, taken) for g in gammas}
+    arms = {"ar": a_round(plain, 0, taken)} | {f"g{g}": a_round(runners[budgets[0]], g, taken) for g in gammas}
     times = median(arms, device, rounds)
     drafts = {}
-    for budget, run in readers.items():  # one at a time: each has graphs of its own
+    for budget, run in runners.items():  # one at a time: each has graphs of its own
         steps: dict[int, list] = {}
         median({"draft": a_round(run, DRAFT, steps)}, device, rounds)
         drafts[budget] = 1e3 * statistics.median(s.draft_s for s in steps[DRAFT][2:]) / DRAFT
@@ -255,7 +255,7 @@ def chance_of(rate: float, gamma: int) -> float:
 def _peers(target: Model, context: int, rounds: int) -> dict[str, float]:
     """Milliseconds of an AR step of others on the same shape: our own eager engine (SDPA), and transformers."""
     device, capacity = target.device, context + GAMMA_MAX + 2
-    eager = fill_random(torch_engine().target(target, capacity, capacity), context - 1)
+    eager = fill_random(torch_backend().target(target, capacity, capacity), context - 1)
     found = median({"torch": a_round(began(eager, None, context), 0)}, device, rounds)
     del eager
     return found | median({"transformers static": static_step(target, context)}, device, rounds)

@@ -11,12 +11,13 @@ is not stored yet.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from bdcli.base.errors import NonFiniteError, UserError
-from bdcli.base.interrupt import deferred_interrupt
+from bdcli.base.files import digest
+from bdcli.base.interrupt import Interrupt, deferred_interrupt
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.bench.methods import METHODS, Models
 from bdcli.bench.outcome import Held, MemoryMeter, Outcome
@@ -25,9 +26,9 @@ from bdcli.config.bench import DRAFTING, Arm, BenchRecipe
 from bdcli.config.decode import DecodeOptions
 from bdcli.config.loader import as_dict
 from bdcli.data.samples import Sample, ids_digest, load_samples
-from bdcli.decode.session import target_reader
+from bdcli.decode.session import target_runner
 from bdcli.model.checkpoint import fingerprint, resolve
-from bdcli.results.cells import cell_json, counted, digest, seal, summarise
+from bdcli.results.cells import cell_json, counted, seal, summarise
 from bdcli.results.gates import objections
 from bdcli.results.metrics import mark_loops, measure
 from bdcli.results.store import Prompt, Run, Store, running
@@ -91,9 +92,8 @@ class Sweep:
         folders = [resolve(r.target, "target"), resolve(r.drafter, "drafter")]
         folders += [resolve(name, "drafter") for arm in r.arms.values() if (name := r.drafter_of(arm)) is not None]
         prompts = [ids_digest(s.prompt(max(r.contexts))) for samples in self.samples.values() for s in samples]
-        base = digest(as_dict(r), [fingerprint(f) for f in folders], prompts, machine(), versions(), git_revision())[
-            :16
-        ]
+        parts = [as_dict(r), [fingerprint(f) for f in folders], prompts, machine(), versions(), git_revision()]
+        base = digest(parts)[:16]
         stored = {run.experiment for run in self.store.runs() if (run.experiment or "").startswith(base)}
         last = max((int(key.rpartition("-")[2]) for key in stored), default=0)
         if last and any(running(run) for run in self.store.runs(f"{base}-{last}")):
@@ -120,10 +120,10 @@ class Sweep:
         self._done = 0.0
         status = "interrupted"
         try:
-            with deferred_interrupt() as interrupted:
+            with deferred_interrupt() as interrupt:
                 for turn, (sample, context) in enumerate(self._work):
-                    self._measure(sample, context, turn, total, interrupted)
-                    if interrupted:
+                    self._measure(sample, context, turn, total, interrupt)
+                    if interrupt.requested:
                         break
                 else:
                     status = "done"
@@ -161,7 +161,7 @@ class Sweep:
                 found[name] = row
         return found
 
-    def _measure(self, sample: Sample, context: int, turn: int, total: float, interrupted: Sequence) -> None:
+    def _measure(self, sample: Sample, context: int, turn: int, total: float, interrupt: Interrupt) -> None:
         """One prompt: all arms that have not read it yet, the comparison with AR, the cells' rows."""
         arms = self.recipe.arms_at(context)
         cells = {name: self._cell(sample.dataset, context, name, arm) for name, arm in arms.items()}
@@ -180,7 +180,7 @@ class Sweep:
             rows[name] = self._arm(name, cells[name], sample, prompt, held)
             self.store.put_prompt(rows[name])
             self._done += share
-            if interrupted:
+            if interrupt.requested:
                 break
         self._settle(rows, prompt, held)
         self._bring_up_to_date(cells)
@@ -209,7 +209,7 @@ class Sweep:
             target=pair.names[0],
             drafter=drafter and self.models.with_drafter(drafter).names[1],
             device=str(pair.target.device),
-            attention=pair.engine.name,
+            attention=pair.backend.name,
             dtype=arm.dtype or str(pair.target.dtype).removeprefix("torch."),
             budget="full" if arm.method == "full" else arm.budget,
             gamma=arm.gamma if arm.method in DRAFTING else 0,
@@ -225,10 +225,10 @@ class Sweep:
         """Read the prompt with the target, once for all arms."""
         self._held = None  # the cache before goes first
         options = DecodeOptions(max_new_tokens=self.recipe.max_new_tokens)
-        reader = target_reader(self.models.pair, options, len(prompt), self.gamma_max)
+        runner = target_runner(self.models.pair, options, len(prompt), self.gamma_max)
         started = time.perf_counter()
-        reader.prefill(prompt[:-1])
-        self._held = Held(reader, time.perf_counter() - started)
+        runner.prefill(prompt[:-1])
+        self._held = Held(runner, time.perf_counter() - started)
         return self._held
 
     def _arm(self, name: str, run_id: str, sample: Sample, prompt: list[int], held: Held) -> Prompt:

@@ -81,14 +81,14 @@ class BudgetCache(Cached):
 
     # -- one forward
 
-    def admit(self, start: int, rows: int) -> None:
+    def reserve(self, start: int, rows: int) -> None:
         """Refuse rows that the cache has no room for, or whose view a rollback has destroyed."""
         if start + rows > self.capacity:
             raise RuntimeError(f"positions up to {start + rows} exceed the {self.capacity} planned")
         if self._written - start > self.view.gamma_max + 1 and self._prompt is None:
             raise RuntimeError("rolled back further than the draft tail allows")
 
-    def count(self, stop: int) -> None:
+    def record(self, stop: int) -> None:
         """Entries held once everything before position `stop` has been stored."""
         ring = min(max(stop - self._oldest, 0), self.view.ring)
         self.peak_entries = max(self.peak_entries, min(stop, self.view.sinks) + self.view.chosen + ring)
@@ -97,7 +97,7 @@ class BudgetCache(Cached):
 
     def plan(self, start: int, rows: int) -> tuple:
         """(start, rows, RoPE rows at true positions, RoPE rows at ranks or None, additive mask over all B slots)."""
-        self.admit(start, rows)
+        self.reserve(start, rows)
         at_rank = None
         if self.view.rebased:  # nothing is chosen yet while the prompt is read
             last = self.view.last_rank - (self.view.chosen if self._prompt is not None else 0)
@@ -160,7 +160,7 @@ class BudgetCache(Cached):
             slots = torch.where(positions < view.sinks, positions, view.prefix + positions % view.ring)
             self.keys[layer][:, :, slots] = k.permute(1, 2, 0)
             self.values[layer][:, slots] = v.transpose(0, 1)
-        self.count(stop)
+        self.record(stop)
 
     def _recent(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prefill block: keys [Hkv, D, K], values [Hkv, K, D] and positions [K] of sinks, earlier window and block."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdcli.base.devices import product_dtype
 from bdcli.cache.chunks import official_chunks
-from bdcli.cache.view import CHUNK
+from bdcli.cache.view import CHUNK_KEYS
 from bdcli.model.llama import PREFILL_BLOCK, Model
 from bdcli.model.rope import RopeTable
 
@@ -96,20 +96,20 @@ class FullCache(Cached):
     def slots(self) -> int:
         return self.keys.shape[2]
 
-    def admit(self, start: int, rows: int) -> None:
+    def reserve(self, start: int, rows: int) -> None:
         """Refuse rows that the cache has no room for."""
         stop = start + rows - self.shift
         if stop > self.slots:
             raise RuntimeError(f"cache of {self.slots} entries cannot hold {stop}")
 
-    def count(self, stop: int) -> None:
+    def record(self, stop: int) -> None:
         """Entries held once everything before position `stop` has been stored."""
         self.peak_entries = max(self.peak_entries, stop - self.shift)
 
     def plan(self, start: int, rows: int) -> tuple:
         """Slots, RoPE rows and additive mask for positions start..start+rows-1, shared by all layers."""
-        self.admit(start, rows)
-        self.count(start + rows)
+        self.reserve(start, rows)
+        self.record(start + rows)
         stop = start + rows - self.shift
         mask = None
         if rows > 1 and self._prompt is None:
@@ -171,7 +171,7 @@ class OfficialCache(FullCache):
 
     def begin_prefill(self, tokens: int) -> None:
         super().begin_prefill(tokens)
-        self.kept = min(self.budget, tokens) // CHUNK * CHUNK
+        self.kept = min(self.budget, tokens) // CHUNK_KEYS * CHUNK_KEYS
         # one layer's full keys live at a time; `keys[layer]` is resolved by write and read through _layer
         self.keys = self._zeros(1, self.kv_heads, tokens, self.head_dim).expand(self.layers, -1, -1, -1)
         self.values = self._zeros(1, self.kv_heads, tokens, self.head_dim).expand(self.layers, -1, -1, -1)
@@ -182,7 +182,7 @@ class OfficialCache(FullCache):
     def end_layer(self, layer: int) -> None:
         if not self.kept:
             return
-        index = official_chunks(self.keys[layer].transpose(0, 1), self.budget, CHUNK)[..., None]
+        index = official_chunks(self.keys[layer].transpose(0, 1), self.budget, CHUNK_KEYS)[..., None]
         index = index.expand(-1, -1, self.head_dim)
         self._kept_keys[layer, :, : self.kept] = self.keys[layer].gather(1, index)
         self._kept_values[layer, :, : self.kept] = self.values[layer].gather(1, index)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINKS = 4
-CHUNK = 8
+CHUNK_KEYS = 8
 GAMMA_MAX = 16
 SMALL_BUDGET = 64  # below it γmax shrinks to the draft length asked for, so that a window remains
 CHOSEN_SHARE = 0.5  # of what sinks and draft tail leave over goes to chosen chunks
@@ -78,7 +78,7 @@ def plan_view(budget: int, select: str, positions: str, gamma: int | None, promp
             f"budget {budget} is too small: {sinks} sinks + {gamma_max} draft tokens + 2 need {sinks + gamma_max + 2}",
             "Raise --budget or lower --gamma",
         )
-    chosen = int(whole.window * CHOSEN_SHARE) // CHUNK * CHUNK
+    chosen = int(whole.window * CHOSEN_SHARE) // CHUNK_KEYS * CHUNK_KEYS
     if select == "window" or prompt <= sinks + whole.window or chosen == 0:
         return whole
     return View(budget, sinks, chosen, gamma_max, positions == "rebased")

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bdcli.backends.select import pick_engine, torch_engine
+from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.devices import cpu_has_bfloat16, pick_device, pick_dtype
 from bdcli.base.errors import BdcliError
 from bdcli.base.provenance import git_revision, machine, versions
@@ -90,10 +90,10 @@ def _attention(device: torch.device) -> str:
     """
     dtype = torch.float32 if device.type == "cpu" else pick_dtype("auto", device)
     target, exact = (load_model(POCKET / "target", kind, device) for kind in (dtype, torch.float32))
-    engine = pick_engine("auto", [target], lambda _line: None)
+    engine = pick_backend("auto", [target], lambda _line: None)
     ids = load_tokenizer(POCKET / "target")(stdlib_text()[:400], verbose=False)["input_ids"]
     rows = []
-    for kind, model in ((torch_engine(), exact), (torch_engine(), target), (engine, target)):
+    for kind, model in ((torch_backend(), exact), (torch_backend(), target), (engine, target)):
         view = plan_view(80, "window", "rebased", 4, 60)
         reader = kind.drafter(model, 300, 300, target.config.vocab_size, 80, view)
         reader.prefill(ids[:60])

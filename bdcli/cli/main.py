@@ -15,7 +15,7 @@ import typer
 from bdcli import __version__
 from bdcli.base.console import note, prefill_meter, status_line, summary, write
 from bdcli.base.errors import INTERRUPTED, BdcliError, UserError
-from bdcli.base.interrupt import interrupt
+from bdcli.base.interrupt import raise_interrupt
 from bdcli.cli import train as training
 from bdcli.cli.bench import bench
 from bdcli.cli.flags import DbOption, JsonOption
@@ -261,7 +261,7 @@ app.command()(training.distill)
 def main() -> None:
     """Entry point: every expected error is one line on stderr and an exit code."""
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, raise_interrupt)
     app.debug = False
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bdcli.base.errors import UserError
-from bdcli.base.files import digest, read_state, write_state
+from bdcli.base.files import digest
+from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.sources import CHARACTERS, documents
 from bdcli.data.synthetic import copied_ids
@@ -52,7 +53,7 @@ def make_corpus(
     Raises UserError where a source holds no whole window.
     """
     s = recipe.schedule
-    key = digest(asdict(recipe.corpus), s.tokens, s.contexts, recipe.seed, vocabulary)
+    key = digest([asdict(recipe.corpus), s.tokens, s.contexts, recipe.seed, vocabulary])
     if path.exists():
         return Corpus(recipe, read_state(path, key)["streams"])
     streams = []

@@ -6,12 +6,11 @@ A document is cut at interior anchors, so that what would follow the prompt is t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bdcli.base.errors import UserError
+from bdcli.base.files import digest
 from bdcli.data.prompts import encode
 from bdcli.data.sources import INSTRUCTIONS, documents
 
@@ -34,7 +33,7 @@ class Sample:
 
 
 def ids_digest(ids: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
+    return digest(list(ids))
 
 
 def load_samples(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bdcli.base.errors import UserError
+from bdcli.base.files import digest
 from bdcli.data.prompts import HELD_OUT, encode, stdlib_text
 from bdcli.data.synthetic import recall_documents
 
@@ -203,7 +203,7 @@ def _row(name: str, row: dict, where: str) -> Document:
 
 
 def _chosen_for_measuring(name: str) -> bool:
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < HELD_OUT_SHARE * 2**32
+    return int(digest(name.encode())[:8], 16) < HELD_OUT_SHARE * 2**32
 
 
 @dataclass(frozen=True)

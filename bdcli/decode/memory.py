@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdcli.base.errors import UserError
-from bdcli.cache.view import CHUNK, View
+from bdcli.cache.view import CHUNK_KEYS, View
 from bdcli.model.config import ModelConfig
 from bdcli.model.llama import PREFILL_BLOCK
 
@@ -89,7 +89,7 @@ def decode_plan(
     elif drafter is not None:
         reading.append(size * _reading_all(drafter, prompt))
         if official is not None:
-            kept = min(official, prompt) // CHUNK * CHUNK
+            kept = min(official, prompt) // CHUNK_KEYS * CHUNK_KEYS
             entries = kept + capacity - prompt
             reading[-1] += size * kv_count(drafter, prompt) // drafter.layers  # one layer's keys of the whole prompt
     return DecodePlan(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from bdcli.base.files import digest
 from bdcli.config.decode import DecodeOptions
 from bdcli.decode.session import Listener, Pair, decode, drafter_view, load_pair, prompt_ids
 from bdcli.results.store import Figures, Prompt, Run, Store
@@ -41,7 +41,7 @@ def decode_run(
     prompt = Prompt(
         run_id=run_id,
         source=source,
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        sha256=digest(text.encode()),
         text=result["text"],
         tokens=result["tokens"],
         rounds=result["rounds"],

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bdcli.backends.select import Engine, pick_engine
+from bdcli.backends.select import Backend, pick_backend
 from bdcli.base.devices import pick_device, pick_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.interrupt import deferred_interrupt
@@ -32,10 +32,10 @@ from bdcli.model.checkpoint import (
 )
 from bdcli.model.llama import Model
 from bdcli.model.text import StopText, TextStream
-from bdcli.results.metrics import Round, mark_loops, measure
+from bdcli.results.metrics import RoundFigures, mark_loops, measure
 from bdcli.speculation.baseline import Baseline, warm_up
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Reader, Speculator
+from bdcli.speculation.speculator import Runner, Speculator
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Pair:
     tokenizer: object
     eos: frozenset[int]
     names: tuple[str, str]
-    engine: Engine
+    engine: Backend
 
 
 @dataclass
@@ -78,7 +78,7 @@ def load_pair(options: DecodeOptions, say: Callable[[str], None] = lambda _line:
             )
     models = [load_model(folder, dtype, device) for folder in (target, drafter)]
     names = _name(options.target, target), _name(options.drafter, drafter)
-    return Pair(*models, tokenizer, eos_tokens(target), names, pick_engine(options.engine, models, say))
+    return Pair(*models, tokenizer, eos_tokens(target), names, pick_backend(options.engine, models, say))
 
 
 def _name(given: str, folder: Path) -> str:
@@ -112,23 +112,23 @@ def drafter_view(options: DecodeOptions, prompt: int) -> View | None:
 
 def make_speculator(pair: Pair, options: DecodeOptions, prompt: int) -> Speculator:
     """Models with caches for a prompt of `prompt` tokens."""
-    target = target_reader(pair, options, prompt, gamma_max_of(options))
+    target = target_runner(pair, options, prompt, gamma_max_of(options))
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    return Speculator(target, drafter_reader(pair, options, prompt), sampling, options.seed, pair.target.device)
+    return Speculator(target, drafter_runner(pair, options, prompt), sampling, options.seed, pair.target.device)
 
 
-def target_reader(pair: Pair, options: DecodeOptions, prompt: int, gamma_max: int) -> Reader:
+def target_runner(pair: Pair, options: DecodeOptions, prompt: int, gamma_max: int) -> Runner:
     """The target with a cache for `prompt` tokens, the new ones, and drafts of up to `gamma_max`."""
     total = prompt + options.max_new_tokens
-    return pair.engine.target(pair.target, total + gamma_max + 2, total)
+    return pair.backend.target(pair.target, total + gamma_max + 2, total)
 
 
-def drafter_reader(pair: Pair, options: DecodeOptions, prompt: int) -> Reader:
+def drafter_runner(pair: Pair, options: DecodeOptions, prompt: int) -> Runner:
     """The drafter with the cache that the options ask for."""
     total = prompt + options.max_new_tokens
     capacity = total + gamma_max_of(options) + 2
     vocab, view = pair.target.config.vocab_size, drafter_view(options, prompt)
-    return pair.engine.drafter(pair.drafter, capacity, total, vocab, options.budget, view)
+    return pair.backend.drafter(pair.drafter, capacity, total, vocab, options.budget, view)
 
 
 def memory_plan(pair: Pair, options: DecodeOptions, prompt: int) -> DecodePlan:
@@ -175,7 +175,7 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
     speculator = make_speculator(pair, options, len(prompt))
     baseline = Baseline(options.baseline, options.check, options.max_new_tokens)
     stream, stop = TextStream(pair.tokenizer), StopText(tuple(options.stop))
-    rounds: list[Round] = []
+    rounds: list[RoundFigures] = []
     pieces: list[str] = []
     new: list[int] = []
     finish, status, ttft = None, "done", None
@@ -192,18 +192,18 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         speculator.prefill(prompt, listener.progress)
         prefill_s = time.perf_counter() - started
         controller = warm_up(speculator, options.gamma, gamma_max_of(options))
-        with deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupt:
             for step in speculator.rounds(options.max_new_tokens, pair.eos, controller):
                 new += step.tokens
-                rounds.append(Round(len(step.tokens), step.drafted, step.accepted, step.seconds))
+                rounds.append(RoundFigures(len(step.tokens), step.drafted, step.accepted, step.seconds))
                 ttft = ttft if ttft is not None else prefill_s + step.seconds
                 show(stop.feed(stream.feed(step.tokens)))
                 baseline.after(speculator, step)
-                if stop.found or interrupted:
+                if stop.found or interrupt.requested:
                     break
             show(stop.feed(stream.feed([], end=True), end=True))
         finish = "stop" if stop.found else speculator.finish_reason
-        status = "interrupted" if interrupted else "done"
+        status = "interrupted" if interrupt.requested else "done"
     except KeyboardInterrupt:
         status = "interrupted"
     m = measure(prompt, new, rounds)
@@ -214,8 +214,8 @@ def decode(pair: Pair, options: DecodeOptions, prompt: list[int], listener: List
         "drafter": pair.names[1],
         "device": str(pair.target.device),
         "dtype": str(pair.target.dtype).removeprefix("torch."),
-        "attention": pair.engine.name,
-        "attention_detail": pair.engine.detail,
+        "attention": pair.backend.name,
+        "attention_detail": pair.backend.detail,
         "context": len(prompt),
         "budget": options.budget if options.budget is not None else "full",
         "gamma": options.gamma if options.gamma is not None else "auto",

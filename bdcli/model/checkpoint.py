@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bdcli.base.errors import UserError
+from bdcli.base.files import digest, new_folder
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.llama import Layer, Model
 
@@ -212,8 +212,8 @@ def load_tokenizer(folder: Path):
 
 def check_vocabulary(target: Path, drafter: Path, target_tokenizer) -> None:
     """Raise UserError unless every id that both know means the same token."""
-    digest = [_digest(folder / "tokenizer.json") for folder in (target, drafter)]
-    if digest[0] is not None and digest[0] == digest[1]:
+    files = [folder / "tokenizer.json" for folder in (target, drafter)]
+    if all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
     ours = {i: token for token, i in target_tokenizer.get_vocab().items()}
     theirs = {i: token for token, i in load_tokenizer(drafter).get_vocab().items()}
@@ -231,21 +231,16 @@ def check_vocabulary(target: Path, drafter: Path, target_tokenizer) -> None:
         )
 
 
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-
-
 def fingerprint(folder: Path) -> str:
     """Changes when the model does: config and the first and last MiB of the weights, with their sizes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    parts = [(folder / "config.json").read_bytes()]
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read(2**20))
+            parts += [f"{path.name} {size}".encode(), file.read(2**20)]
             file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
+            parts.append(file.read())
+    return digest(b"".join(parts))
 
 
 def save_model(model: Model, like: Path, folder: Path) -> None:
@@ -275,17 +270,13 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
         if layer.qk_norm is not None:
             weights[at + "self_attn.q_norm.weight"] = layer.qk_norm[0]
             weights[at + "self_attn.k_norm.weight"] = layer.qk_norm[c.heads]
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for path in like.iterdir():
-        if path.suffix in (".json", ".model", ".jinja") and not path.name.endswith(".index.json"):
-            shutil.copy(path, fresh)
+    flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
     raw = _read_json(like / "config.json") | {"dtype": "bfloat16", "num_hidden_layers": c.layers}
     if "layer_types" in raw:  # full attention in all of them, or it would not have been read
         raw["layer_types"] = raw["layer_types"][:1] * c.layers
-    (fresh / "config.json").write_text(json.dumps(raw, indent=2), "utf-8")
-    flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
-    save_file(flat, fresh / "model.safetensors", {"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with new_folder(folder) as fresh:
+        for path in like.iterdir():
+            if path.suffix in (".json", ".model", ".jinja") and not path.name.endswith(".index.json"):
+                shutil.copy(path, fresh)
+        (fresh / "config.json").write_text(json.dumps(raw, indent=2), "utf-8")
+        save_file(flat, fresh / "model.safetensors", {"format": "pt"})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bdcli.base.errors import UserError
+from bdcli.base.files import new_folder
 from bdcli.model.checkpoint import read_config, resolve
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -23,23 +24,25 @@ def convert(name: str, out: Path) -> Path:
     Tensors keep their dtype; a head that config.json ties to the embedding is left out. The folder appears whole or not
     at all. Raises UserError where there is nothing to convert, or a file holds more than tensors.
     """
-    from safetensors.torch import save_file
-
     if out.exists():
         raise UserError(f"{out} exists", "Give a new folder")
     folder = resolve(name, "target", pickles=True)
-    tied = read_config(folder).tied_head
     if list(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds safetensors already", "Use it as it is")
-    fresh = out.with_name(out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    with new_folder(out) as fresh:
+        _convert_into(fresh, folder, read_config(folder).tied_head)
+    return out
+
+
+def _convert_into(fresh: Path, folder: Path, tied_head: bool) -> None:
+    from safetensors.torch import save_file
+
     where: dict[str, str] = {}
     files = _files(folder)
     for number, path in enumerate(files, 1):
         # clones, for a file may hold tensors that share their memory
         tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in _load(path).items()}
-        if tied:
+        if tied_head:
             tensors.pop("lm_head.weight", None)
         shard = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_file(tensors, fresh / shard, {"format": "pt"})
@@ -50,8 +53,6 @@ def convert(name: str, out: Path) -> Path:
     for path in folder.iterdir():
         if path.suffix in KEPT and path.name != INDEX:
             shutil.copy(path, fresh)
-    fresh.rename(out)
-    return out
 
 
 def _files(folder: Path) -> list[Path]:

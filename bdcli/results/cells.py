@@ -7,12 +7,11 @@ its speeds.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from statistics import mean, median, stdev
 
-from bdcli.results.metrics import bootstrap
+from bdcli.base.files import digest
+from bdcli.base.statistics import bootstrap
 from bdcli.results.store import Prompt, Run
 
 Pair = tuple[Prompt, Prompt]  # an arm's prompt and AR's of the same ids
@@ -28,6 +27,7 @@ CELL_FIELDS = (
 BYTES_AND_ENTRIES = ("max_drafter_entries", "drafter_kv_bytes", "target_kv_bytes", "peak_memory_bytes")  # worst prompt
 # Columns that change after a cell was measured, or that are no part of the measurement.
 UNSEALED = {"status", "error", "started_at", "finished_at", "pid", "process_started", "seal"}
+SEAL_DIGITS = 32
 UNSEALED_PROMPT = {"id", "run_id", "text"}
 
 
@@ -119,11 +119,7 @@ def seal(run: Run, rows: Sequence[Prompt]) -> str:
     def plain(row, without: set[str]) -> dict:
         return {k: v for k, v in row.model_dump(mode="json").items() if k not in without and v is not None}
 
-    return digest(plain(run, UNSEALED), *(plain(row, UNSEALED_PROMPT) for row in rows))
-
-
-def digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return digest([plain(run, UNSEALED), *(plain(row, UNSEALED_PROMPT) for row in rows)])[:SEAL_DIGITS]
 
 
 def best(runs: Sequence[Run], of: Callable[[Run], tuple]) -> list[Run]:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
-
-T = TypeVar("T")
 
 LOOP_GRAM = 8
 LOOP_REACH = 1024
-RESAMPLES = 1000
 
 
 def looped_tokens(prompt: Sequence[int], new: Sequence[int]) -> list[bool]:
@@ -33,7 +27,7 @@ def looped_tokens(prompt: Sequence[int], new: Sequence[int]) -> list[bool]:
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundFigures:
     """What the metrics need of one engine step."""
 
     tokens: int
@@ -47,7 +41,7 @@ class Round:
         return [self.tokens, self.drafted, self.accepted, round(1e6 * self.seconds), int(self.looped)]
 
 
-def mark_loops(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[Round]) -> list[Round]:
+def mark_loops(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[RoundFigures]) -> list[RoundFigures]:
     """Rounds that know whether they begin inside a loop: that does not depend on how the round went."""
     looped, marked, position = looped_tokens(prompt, new), [], 0
     for r in rounds:
@@ -70,7 +64,7 @@ class Metrics:
     loop_rate: float | None
 
 
-def measure(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[Round]) -> Metrics:
+def measure(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[RoundFigures]) -> Metrics:
     """Figures of one generation; acceptance and speed outside loops leave out the rounds that begin in one."""
     rounds = mark_loops(prompt, new, rounds)
     clean = [r for r in rounds if not r.looped]
@@ -89,25 +83,6 @@ def measure(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[Round]) 
         tokens_per_second=_ratio(len(new), sum(r.seconds for r in rounds)),
         loop_rate=_ratio(sum(looped_tokens(prompt, new)), len(new)),
     )
-
-
-def bootstrap(
-    items: Sequence[T],
-    statistic: Callable[[Sequence[T]], float | None],
-    resamples: int = RESAMPLES,
-    tail: float = 0.025,
-) -> tuple[float | None, float | None]:
-    """Percentile bootstrap interval of `statistic` over items drawn with replacement, `tail` left out at each end
-    (Efron 1979): 95 % by default; each bound alone is a one-sided one of 1 - `tail`.
-
-    None with fewer than two items, or where the statistic of all has no value.
-    """
-    if len(items) < 2 or statistic(items) is None:
-        return None, None
-    rng = random.Random(0)
-    drawn = (statistic(rng.choices(items, k=len(items))) for _ in range(resamples))
-    values = sorted(value for value in drawn if value is not None)
-    return values[int(tail * len(values))], values[math.ceil((1 - tail) * len(values)) - 1]
 
 
 def _ratio(part: float, whole: float | None) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bdcli.speculation.draft_length import AutoGamma, Controller, FixedGamma
-from bdcli.speculation.speculator import Reader, Speculator, Step
+from bdcli.speculation.speculator import Round, Runner, Speculator
 
 SAMPLES = 10  # rounds replayed in a run by mode `sample`
 TIE_FACTOR = 4.0  # a differing argmax within this many low-precision logit errors is a tie
@@ -31,7 +31,7 @@ class TieRule:
     its last place (logits are themselves rounded to the dtype), is a tie, beyond it a difference.
     """
 
-    def __init__(self, target: Reader):
+    def __init__(self, target: Runner):
         self._exact = target.exact
         self._unit = torch.finfo(target.model.dtype).eps
         # best one-row logit minus that of the emitted token, and one unit of the best, where they differ
@@ -62,7 +62,7 @@ class TieRule:
         return len(self._gaps) == self.ties
 
 
-def teacher_force(target: Reader, prompt: list[int], text: list[int]) -> TieRule:
+def teacher_force(target: Runner, prompt: list[int], text: list[int]) -> TieRule:
     """Judge a greedy `text` after `prompt` by one-row decoding of `target`, which holds the prompt but its last token.
 
     Two passes over the text, one row and several rows at a time; afterwards the target holds what it did.
@@ -91,7 +91,7 @@ class Baseline:
         self._rule: TieRule | None = None  # None while nothing was compared
         self.steps, self.seconds = 0, 0.0
 
-    def after(self, speculator: Speculator, step: Step) -> None:
+    def after(self, speculator: Speculator, step: Round) -> None:
         """Replay `step` if it is due. Call between rounds."""
         written = len(speculator.ids) - speculator.prompt_tokens
         if not self._on or written < self._due:

@@ -23,7 +23,7 @@ from bdcli.speculation.draft_length import Controller
 from bdcli.speculation.sampling import Sampling, Verdict, best_tokens, check_finite, draw, verify_greedy, verify_sampled
 
 
-class Reader:
+class Runner:
     """A model with its cache. `vocab` aligns a drafter with its target, whose table of tokens may be padded otherwise:
 
     logits are cut or filled with -inf, and ids the model does not have are read as id 0.
@@ -53,14 +53,14 @@ class Reader:
 
     @classmethod
     def feed_together(
-        cls, readers: Sequence[Reader], tokens: Sequence[list[int]], rows: Sequence[int]
+        cls, runners: Sequence[Runner], tokens: Sequence[list[int]], rows: Sequence[int]
     ) -> Sequence[Tensor]:
-        """`feed` of readers of one model, each with a text of its own."""
-        if len(readers) == 1:
-            return [readers[0].feed(tokens[0], rows[0])]
-        known = [reader._known(text) for reader, text in zip(readers, tokens)]
-        logits = readers[0].model.forward_together(known, [reader.cache for reader in readers], rows)
-        return [reader.aligned(part) for reader, part in zip(readers, logits)]
+        """`feed` of runners of one model, each with a text of its own."""
+        if len(runners) == 1:
+            return [runners[0].feed(tokens[0], rows[0])]
+        known = [runner._known(text) for runner, text in zip(runners, tokens)]
+        logits = runners[0].model.forward_together(known, [runner.cache for runner in runners], rows)
+        return [runner.aligned(part) for runner, part in zip(runners, logits)]
 
     def aligned(self, logits: Tensor) -> Tensor:
         """Logits [T, V] of the model's own vocabulary cut or filled to the target's."""
@@ -81,19 +81,19 @@ class Reader:
     @classmethod
     def draft_together(
         cls,
-        readers: Sequence[Reader],
+        runners: Sequence[Runner],
         ids: Sequence[list[int]],
         gammas: Sequence[int],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
     ) -> list[tuple[list[int], Tensor | None]]:
-        """`draft` of readers of one model, each with a text of its own."""
-        drafted: list[list[int]] = [[] for _ in readers]
-        rows: list[list[Tensor]] = [[] for _ in readers]
-        unread = [text[reader.length :] for reader, text in zip(readers, ids, strict=True)]
+        """`draft` of runners of one model, each with a text of its own."""
+        drafted: list[list[int]] = [[] for _ in runners]
+        rows: list[list[Tensor]] = [[] for _ in runners]
+        unread = [text[runner.length :] for runner, text in zip(runners, ids, strict=True)]
         for place in range(max(gammas)):
             going = [i for i, gamma in enumerate(gammas) if place < gamma]
-            logits = cls.feed_together([readers[i] for i in going], [unread[i] for i in going], [1] * len(going))
+            logits = cls.feed_together([runners[i] for i in going], [unread[i] for i in going], [1] * len(going))
             for i, row in zip(going, logits):
                 best = best_tokens(row, "drafter")
                 if sampling.greedy:
@@ -112,7 +112,7 @@ class Reader:
         """Rounds of this target with `drafter` as one piece of work each; None where a round is made of steps."""
 
     def exclusive(self) -> AbstractContextManager:
-        """Entered while rounds run: keeps others' threads off the processors that this reader's work needs."""
+        """Entered while rounds run: keeps others' threads off the processors that this runner's work needs."""
         return nullcontext()
 
     def rollback(self, length: int) -> None:
@@ -121,7 +121,7 @@ class Reader:
 
 
 class Proposer(Protocol):
-    """A drafter that is no model: it names tokens outright. In place of the drafter's Reader."""
+    """A drafter that is no model: it names tokens outright. In place of the drafter's Runner."""
 
     length: int
     cache: object  # has `kv_bytes` and `peak_entries`
@@ -136,7 +136,7 @@ class Proposer(Protocol):
 class WholeRounds(Protocol):
     """A target and a drafter that play a round without the host in between (`bdcli.backends.cuda`)."""
 
-    def play(self, ids: list[int], gamma: int) -> Step:
+    def play(self, ids: list[int], gamma: int) -> Round:
         """One round after `ids`, not appended to them; the caches hold what it read and wait for the rollback."""
 
     def rehearse(self, ids: list[int], gamma: int) -> float:
@@ -147,7 +147,7 @@ class WholeRounds(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class Round:
     """One round. `logits` [drafted + 1, V] are the target's, for checks; they live until the next round.
 
     device_s: seconds that the device worked on it, where a round is one piece of work on a device of its own.
@@ -169,7 +169,7 @@ class Step:
 class Speculator:
     """Generates from one prompt. Without a drafter it is the autoregressive baseline: same engine, γ = 0."""
 
-    def __init__(self, target: Reader, drafter: Reader | Proposer | None, sampling: Sampling, seed: int, device="cpu"):
+    def __init__(self, target: Runner, drafter: Runner | Proposer | None, sampling: Sampling, seed: int, device="cpu"):
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self._whole = target.whole_rounds(drafter, sampling, self.generator)
@@ -189,11 +189,11 @@ class Speculator:
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
         if target_ready and self.target.length != len(prompt) - 1:
             raise RuntimeError(f"the target holds {self.target.length} tokens, not {len(prompt) - 1}")
-        for who, reader in (("target", None if target_ready else self.target), ("drafter", self.drafter)):
-            if reader is not None:
-                reader.prefill(prompt[:-1], progress and (lambda d, t, who=who: progress(who, d, t)))
+        for who, runner in (("target", None if target_ready else self.target), ("drafter", self.drafter)):
+            if runner is not None:
+                runner.prefill(prompt[:-1], progress and (lambda d, t, who=who: progress(who, d, t)))
 
-    def rounds(self, max_new_tokens: int, eos: frozenset[int], controller: Controller) -> Iterator[Step]:
+    def rounds(self, max_new_tokens: int, eos: frozenset[int], controller: Controller) -> Iterator[Round]:
         """Rounds until an EOS token, which ends the text inside its block, or `max_new_tokens`, never passed."""
         self.finish_reason = None
         while self.finish_reason is None:
@@ -218,7 +218,7 @@ class Speculator:
             self.finish_reason = "stop"
         return end
 
-    def round(self, gamma: int) -> Step:
+    def round(self, gamma: int) -> Round:
         """Draft `gamma` tokens, verify them, append what is kept to `ids`."""
         if self._whole is not None:
             step = self._whole.play(self.ids, gamma)
@@ -227,7 +227,7 @@ class Speculator:
         with self.target.exclusive():
             return self._round(gamma)
 
-    def _round(self, gamma: int) -> Step:
+    def _round(self, gamma: int) -> Round:
         started = time.perf_counter()
         ids, kept = self.ids, len(self.ids)
         try:
@@ -237,11 +237,11 @@ class Speculator:
             logits = self.target.feed(ids[self.target.length :], len(draft) + 1)
         finally:
             del ids[kept:]
-        verdict = self.settle(draft, q, logits)
+        verdict = self.commit(draft, q, logits)
         verify_s = time.perf_counter() - drafted_at
-        return Step(verdict.tokens, len(draft), verdict.accepted, drafted_at - started, verify_s, logits)
+        return Round(verdict.tokens, len(draft), verdict.accepted, drafted_at - started, verify_s, logits)
 
-    def settle(self, draft: list[int], q: Tensor | None, logits: Tensor) -> Verdict:
+    def commit(self, draft: list[int], q: Tensor | None, logits: Tensor) -> Verdict:
         """Verify `draft`, drawn from q [γ, V], by the target's logits [γ + 1, V]; append what is kept and roll back."""
         verdict = self._verdict(draft, q, logits, self.generator)
         self._keep(verdict.tokens)

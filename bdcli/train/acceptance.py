@@ -2,8 +2,8 @@
 
 Whatever the drafter, decoding emits text of the target's own law. Given that it emitted y, its drafter's proposal was
 accepted there with chance min(1, q(y) / p(y)), independently of the rest: it proposes y and keeps it with probability
-min(p, q), and y is emitted with probability p. Greedy is the case where chances are 0 or 1, the drafter's hits; then
-the replay gives drafted and accepted tokens of real decoding exactly (fp32), else their expectation.
+min(p, q), and y is emitted with probability p. Greedy is the case where these probabilities are 0 or 1, the drafter's
+hits; then the replay gives drafted and accepted tokens of real decoding exactly (fp32), else their expectation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bdcli.base.statistics import bootstrap
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache, OfficialCache
 from bdcli.cache.view import plan_view
 from bdcli.model.llama import Model
-from bdcli.results.metrics import bootstrap, looped_tokens
+from bdcli.results.metrics import looped_tokens
 from bdcli.speculation.sampling import Sampling
 
 GREEDY = Sampling()
@@ -73,7 +74,7 @@ class Cell:
         return rate or 0.0
 
 
-def chances(
+def accept_probabilities(
     drafter: Model,
     passage: Passage,
     budget: int | None,
@@ -185,7 +186,7 @@ def acceptance_cell(
     """Pooled acceptance over passages of one data set and context."""
     played = []
     for p in passages:
-        found = chances(drafter, p, budget, select, positions, gamma, sampling)
+        found = accept_probabilities(drafter, p, budget, select, positions, gamma, sampling)
         played.append(replay(found, gamma, p.limit, looped_tokens(p.prompt, p.text)))
     low, high = _interval(played)
     drafted, clean = sum(p.drafted for p in played), sum(p.clean_drafted for p in played)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdcli.cache.chunks import SCORING_QUERIES, official_chunks, prompt_chunks
-from bdcli.cache.view import CHUNK, View
+from bdcli.cache.view import CHUNK_KEYS, View
 from bdcli.model.llama import PREFILL_BLOCK, Layer, Model
 from bdcli.model.rope import RopeTable
 
@@ -127,7 +127,7 @@ def _continued(rope: RopeTable, qk: Tensor, v: Tensor, start: int, view: View | 
     q, k = rotated[start:, :heads], rotated[:, heads:]
     at = torch.arange(length, device=v.device)
     if isinstance(view, int):
-        kept = official_chunks(k[:start].detach(), view, CHUNK)
+        kept = official_chunks(k[:start].detach(), view, CHUNK_KEYS)
         first, kept_k, q_rank, sinks = start, k, q, 0
         seen = at[start:] <= at[start:, None]
     else:

@@ -33,7 +33,7 @@ from bdcli.base.errors import UserError
 
 KINDS = ("ce", "kl", "log_alpha", "lk")
 LK_DECAY = 3.0  # λ = exp(-LK_DECAY · α): KL while acceptance is low, TV once it is high
-CHUNK = 256  # rows whose logits live at once
+LOGIT_ROWS = 256  # rows whose logits live at once
 NOTHING = -1e4  # log of no mass: its exp is 0 even in fp64, and 0 · NOTHING is 0 where 0 · -inf would be NaN
 
 Law = Callable[[Tensor], Tensor]  # log q [C, V] -> log p [C, V]; only a truncated target looks at q
@@ -179,10 +179,10 @@ def kernel_rows(x: Tensor, target: Target, temperature: float, vocabulary: int) 
     """
     fits = isinstance(target, HiddenTarget) and temperature > 0 and x.dtype in (torch.bfloat16, torch.float16)
     if x.device.type != "cuda" or not fits or importlib.util.find_spec("triton") is None:
-        return None, CHUNK
+        return None, LOGIT_ROWS
     from bd_kernels.head_loss import PART_ELEMENTS, loss_rows
 
-    return loss_rows, max(CHUNK, PART_ELEMENTS // vocabulary)
+    return loss_rows, max(LOGIT_ROWS, PART_ELEMENTS // vocabulary)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bdcli.base.errors import BdcliError, NonFiniteError
-from bdcli.base.files import read_state, write_state
+from bdcli.base.state import read_state, write_state
 from bdcli.config.optimizer import Updates
 from bdcli.model.llama import Model
 from bdcli.train.distributed import ALONE, Ranks

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bdcli.backends.cpu import support
-from bdcli.backends.select import pick_engine, torch_engine
+from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.errors import NonFiniteError, UserError
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache, OfficialCache
@@ -44,10 +44,10 @@ def entry(name):
 
 def force(monkeypatch, units):
     """These units of the processor multiply bf16, whatever is faster here."""
-    from bdcli.backends.cpu import amx as tiles
+    from bdcli.backends.cpu import amx
     from bdcli.backends.cpu.simd import HAS_DOTS
 
-    if UNITS[units] and not tiles.available():
+    if UNITS[units] and not amx.available():
         pytest.skip("no matrix tiles here")
     if units == "dots" and not HAS_DOTS:
         pytest.skip("no dot product of bf16 here")
@@ -137,11 +137,11 @@ def test_tiles_equal_plain_maths_whatever_the_rows(monkeypatch):
 
 
 def test_products_are_chosen_once_by_whole_steps_and_kept(monkeypatch, tmp_path):
-    from bdcli.backends.cpu import amx as tiles
+    from bdcli.backends.cpu import amx
     from bdcli.backends.cpu import autotune as choice
     from bdcli.backends.cpu import tables as layout
 
-    if not tiles.available():
+    if not amx.available():
         pytest.skip("no matrix tiles here")
     monkeypatch.setattr(choice, "code_folder", lambda: tmp_path)
     monkeypatch.setattr(choice, "_known", {})
@@ -153,7 +153,7 @@ def test_products_are_chosen_once_by_whole_steps_and_kept(monkeypatch, tmp_path)
             (tmp_path / choice.FILE).write_text(json.dumps({shape: entry}))
             monkeypatch.setattr(choice, "_known", {})
         model = tiny_model(**SHAPES[0], seed=8, spread=0.15, dtype=torch.bfloat16)
-        fast, plain = (reader(e, model, None, 90) for e in (pick_engine("compiled", [model], print), torch_engine()))
+        fast, plain = (reader(e, model, None, 90) for e in (pick_backend("compiled", [model], print), torch_backend()))
         for each in (fast, plain):
             each.prefill(ids)
         texts.append(fast.feed([1, 2, 3], 3))
@@ -252,8 +252,8 @@ def test_forwards_equal_torchs(shape, kind, dtype, units, monkeypatch):
     model = tiny_model(**shape, seed=seed, spread=0.15, dtype=dtype)
     for prompt in (0, 3, 70, 131) if kind != "chunk" else (70, 131):
         ids = torch.randint(model.config.vocab_size, (prompt + 60,), generator=FRESH).tolist()
-        plain, truth = (reader(torch_engine(), m, VIEWS[kind], prompt + 80) for m in (model, exact))
-        fast = reader(pick_engine("compiled", [model], print), model, VIEWS[kind], prompt + 80)
+        plain, truth = (reader(torch_backend(), m, VIEWS[kind], prompt + 80) for m in (model, exact))
+        fast = reader(pick_backend("compiled", [model], print), model, VIEWS[kind], prompt + 80)
         readers, at, errors, floor = (plain, truth, fast), prompt, [], []
         for each in readers:
             each.prefill(ids[:prompt])
@@ -275,7 +275,7 @@ def test_a_row_is_the_same_alone_and_among_others(kind, units, monkeypatch):
     """Bit for bit in bf16, across block and chunk borders: verification writes what plain decoding writes."""
     force(monkeypatch, units)
     model = tiny_model(**SHAPES[0], seed=3, dtype=torch.bfloat16)
-    engine, prompt = pick_engine("compiled", [model], print), 505
+    engine, prompt = pick_backend("compiled", [model], print), 505
     ids = torch.randint(41, (prompt + 40,), generator=FRESH).tolist()
     one, many = (reader(engine, model, VIEWS[kind], prompt + 60) for _ in range(2))
     for each in (one, many):
@@ -287,9 +287,9 @@ def test_a_row_is_the_same_alone_and_among_others(kind, units, monkeypatch):
 
 def test_long_feeds_are_read_in_parts_and_give_only_the_rows_asked_for():
     model = tiny_model(**SHAPES[0], seed=1)
-    engine = pick_engine("compiled", [model], print)
+    engine = pick_backend("compiled", [model], print)
     ids = torch.randint(41, (150,), generator=FRESH).tolist()
-    plain, fast = (reader(e, model, None, 160) for e in (torch_engine(), engine))
+    plain, fast = (reader(e, model, None, 160) for e in (torch_backend(), engine))
     for tokens, rows in ((ids[:75], 3), (ids[75:80], 5), (ids[80:150], 66)):
         assert torch.allclose(fast.feed(tokens, rows), plain.feed(tokens, rows), atol=1e-4)
 
@@ -305,7 +305,7 @@ def test_threads_change_nothing(units, monkeypatch):
     for threads in (1, 2, 3):
         own = pool.Pool(threads)
         monkeypatch.setattr("bdcli.backends.cpu.runner.pool", lambda own=own: own)
-        fast = reader(pick_engine("compiled", [model], print), model, None, 720)
+        fast = reader(pick_backend("compiled", [model], print), model, None, 720)
         fast.prefill(ids[:690])
         outputs.append(torch.cat([fast.feed(ids[690:697], 7), fast.feed(ids[697:698], 1)]))
         own.close()
@@ -314,7 +314,7 @@ def test_threads_change_nothing(units, monkeypatch):
 
 def test_saved_entries_come_back():
     model = tiny_model(**SHAPES[0], seed=2)
-    fast = reader(pick_engine("compiled", [model], print), model, None, 120)
+    fast = reader(pick_backend("compiled", [model], print), model, None, 120)
     fast.prefill(list(range(40)))
     fast.feed([1, 2, 3, 4], 1)
     saved = fast.cache.save(37)
@@ -334,7 +334,7 @@ def test_a_draft_is_what_torch_drafts(kind):
     model = tiny_model(**SHAPES[0], seed=4)
     ids = torch.randint(41, (140,), generator=FRESH).tolist()
     plain, fast = (
-        reader(e, model, VIEWS[kind], 200) for e in (torch_engine(), pick_engine("compiled", [model], print))
+        reader(e, model, VIEWS[kind], 200) for e in (torch_backend(), pick_backend("compiled", [model], print))
     )
     greedy = Sampling()
     for each in (plain, fast):
@@ -352,7 +352,7 @@ def test_draws_follow_the_serving_distribution(law):
     temperature, top_k, top_p = law
     sampling = Sampling(temperature, top_k, top_p)
     model = tiny_model(**SHAPES[0], seed=6)
-    plain, fast = (reader(e, model, None, 60) for e in (torch_engine(), pick_engine("compiled", [model], print)))
+    plain, fast = (reader(e, model, None, 60) for e in (torch_backend(), pick_backend("compiled", [model], print)))
     for each in (plain, fast):
         each.prefill([1, 2, 3])
     wanted = sampling.distribution(plain.feed([4], 1))[0]
@@ -381,8 +381,8 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
     """20,000 draws through compiled target and drafter: the joint law of two tokens is the target's."""
     shape = SHAPES[0] | {"vocab": 5, "spread": 0.12}
     target, drafter = tiny_model(**shape, seed=1), tiny_model(**shape, seed=2)
-    engine = pick_engine("compiled", [target, drafter], print)
-    prompt, plain = [1, 2, 3], reader(torch_engine(), target, None, 20)
+    engine = pick_backend("compiled", [target, drafter], print)
+    prompt, plain = [1, 2, 3], reader(torch_backend(), target, None, 20)
     joint = law_of_two(sampling, plain, prompt, 5)
     run = Speculator(reader(engine, target, None, 20), reader(engine, drafter, None, 20), sampling, 0)
     run.prefill(prompt)
@@ -407,7 +407,7 @@ def test_non_finite_weights_are_an_error_on_both_sides(dtype, units, monkeypatch
     force(monkeypatch, units)
     model, broken = (tiny_model(**SHAPES[0], seed=0, dtype=dtype) for _ in range(2))
     broken.layers[1].down[3, 5] = torch.nan
-    engine = pick_engine("compiled", [model], print)
+    engine = pick_backend("compiled", [model], print)
     for pair in ((broken, model), (model, broken)):
         run = Speculator(*(reader(engine, m, None, 40) for m in pair), Sampling(), 0)
         run.prefill([1, 2, 3])
@@ -417,7 +417,7 @@ def test_non_finite_weights_are_an_error_on_both_sides(dtype, units, monkeypatch
 
 def test_a_cache_refuses_what_it_has_no_room_for():
     model = tiny_model(**SHAPES[0], seed=0)
-    engine = pick_engine("compiled", [model], print)
+    engine = pick_backend("compiled", [model], print)
     full = reader(engine, model, None, 32)
     full.prefill(list(range(30)))
     with pytest.raises(RuntimeError, match="cannot hold"):
@@ -432,16 +432,16 @@ def test_a_cache_refuses_what_it_has_no_room_for():
 
 def test_the_choice_of_engine_is_explained(monkeypatch):
     fits, odd = tiny_model(**SHAPES[0]), tiny_model()
-    assert pick_engine("auto", [fits], print).name == "compiled"
-    assert pick_engine("torch", [fits], print).name == "torch"
-    engine = pick_engine("auto", [fits, odd], print)
+    assert pick_backend("auto", [fits], print).name == "compiled"
+    assert pick_backend("torch", [fits], print).name == "torch"
+    engine = pick_backend("auto", [fits, odd], print)
     assert engine.name == "torch" and "hidden size 24 is no multiple of 32" in engine.detail
     with pytest.raises(UserError, match="--engine compiled cannot run here"):
-        pick_engine("compiled", [odd], print)
+        pick_backend("compiled", [odd], print)
     half = tiny_model(**SHAPES[0], dtype=torch.float16)
-    assert "float16" in pick_engine("auto", [half], print).detail
+    assert "float16" in pick_backend("auto", [half], print).detail
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert "aarch64" in pick_engine("auto", [fits], print).detail
+    assert "aarch64" in pick_backend("auto", [fits], print).detail
 
 
 @pytest.mark.slow
@@ -493,8 +493,8 @@ def test_threads_are_pinned_by_request(monkeypatch):
 
 
 def test_the_plain_twins_are_the_caches_of_torch():
-    assert (torch_engine().full, torch_engine().budget) == (FullCache, BudgetCache)
-    assert all(issubclass(getattr(pick_engine("compiled", [], print), n), k) for n, k in
+    assert (torch_backend().full, torch_backend().budget) == (FullCache, BudgetCache)
+    assert all(issubclass(getattr(pick_backend("compiled", [], print), n), k) for n, k in
                (("full", FullCache), ("official", OfficialCache), ("budget", BudgetCache)))  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from bdcli.backends.cuda import caches
 from bdcli.backends.cuda import program as program_module
 from bdcli.backends.cuda.ops import ops_for
 from bdcli.backends.cuda.program import Law
-from bdcli.backends.select import pick_engine, static_engine, torch_engine
+from bdcli.backends.select import pick_backend, static_backend, torch_backend
 from bdcli.base.errors import NonFiniteError, UserError
 from bdcli.cache.view import View, plan_view
 from bdcli.decode.memory import decode_plan
@@ -25,7 +25,7 @@ from tests.support.models import tiny_model
 from tests.support.statistics import fits, law_of_two
 
 GREEDY = Sampling()
-STATIC = static_engine("triton", "plain operations")
+STATIC = static_backend("triton", "plain operations")
 FRESH = torch.Generator()
 FRESH.seed()
 EXACT = torch.float64  # where texts of two engines are compared: in fp32 one token in a million is a tie
@@ -99,7 +99,7 @@ def test_greedy_text_and_rounds_equal_torchs(shape, kind):
     agreed = 0
     for length in (90, 131) if "chunk" in kind else (1, 2, 3, 70, 131):
         prompt = random_ids(length)
-        got, want = (write(e, target, drafter, VIEWS[kind], prompt, 60, gammas) for e in (STATIC, torch_engine()))
+        got, want = (write(e, target, drafter, VIEWS[kind], prompt, 60, gammas) for e in (STATIC, torch_backend()))
         assert got == want
         agreed += sum(accepted for _, accepted in got[1])
     assert agreed > 1, "a drafter that never agrees would prove little"
@@ -111,7 +111,7 @@ def test_text_stops_at_eos_inside_a_block_and_at_the_length():
     assert reason == "length" and len(text) == 37 and rounds[-1][0] <= 6
     for at in (0, 5, 20):
         end = text.index(text[at])
-        for engine in (STATIC, torch_engine()):
+        for engine in (STATIC, torch_backend()):
             got = write(engine, target, drafter, None, prompt, 37, (6,), frozenset(text[at : at + 1]))
             assert got[0] == text[: end + 1] and got[2] == "stop"
     assert write(STATIC, target, None, None, prompt, 37, (0,))[0] == text, "plain decoding"
@@ -122,7 +122,7 @@ def test_text_stops_at_eos_inside_a_block_and_at_the_length():
 def test_a_drafter_with_another_padding_of_the_vocabulary(vocab):
     target, drafter = tiny_model(seed=5, dtype=EXACT), tiny_model(seed=6, vocab=vocab, dtype=EXACT)
     prompt = random_ids(60)
-    got, want = (write(e, target, drafter, VIEWS["window"], prompt, 40) for e in (STATIC, torch_engine()))
+    got, want = (write(e, target, drafter, VIEWS["window"], prompt, 40) for e in (STATIC, torch_backend()))
     assert got == want
 
 
@@ -152,7 +152,7 @@ def test_measuring_in_between_changes_nothing():
 def test_feeds_of_any_length_equal_torchs():
     target = tiny_model(seed=9)
     for view in (None, VIEWS["window"]):
-        plain, ours = (e.drafter(target, 400, 400, 41, None, view) for e in (torch_engine(), STATIC))
+        plain, ours = (e.drafter(target, 400, 400, 41, None, view) for e in (torch_backend(), STATIC))
         ids = random_ids(300)
         for each in (plain, ours):
             each.prefill(ids[:50])
@@ -168,7 +168,7 @@ def test_texts_read_together_are_read_as_alone():
     target = tiny_model(seed=10)
     for view in (None, VIEWS["window"]):
         ids = [random_ids(80), random_ids(95)]
-        made = [[e.drafter(target, 120, 120, 41, None, view) for _ in ids] for e in (STATIC, torch_engine())]
+        made = [[e.drafter(target, 120, 120, 41, None, view) for _ in ids] for e in (STATIC, torch_backend())]
         logits = []
         for pair in made:
             for reader, text in zip(pair, ids):
@@ -196,7 +196,7 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
     """2,500 draws: the joint law of the first two tokens is the target's, from its own plain logits."""
     target, drafter = (tiny_model(vocab=5, layers=1, seed=seed) for seed in (1, 2))
     prompt = [1, 2, 3]
-    plain, _ = readers(torch_engine(), target, None, None, 20)
+    plain, _ = readers(torch_backend(), target, None, None, 20)
     joint = law_of_two(sampling, plain, prompt, 5)
     run = speculator(STATIC, target, drafter, None, prompt, 8, sampling)
     counts, accepted = torch.zeros(5, 5), 0
@@ -332,7 +332,7 @@ def test_graphs_write_what_torch_writes_in_fp32(kind):
     pair = [moved(m, torch.float32) for m in similar(**WIDE)]
     for length in (90, 1000) if "chunk" in kind else (1, 70, 1000):
         prompt = random_ids(length)
-        got, want = (write(e, *pair, VIEWS[kind], prompt, 80, (4, 6, 1, 0, 0, 0, 5)) for e in (STATIC, torch_engine()))
+        got, want = (write(e, *pair, VIEWS[kind], prompt, 80, (4, 6, 1, 0, 0, 0, 5)) for e in (STATIC, torch_backend()))
         assert got == want
 
 
@@ -346,7 +346,7 @@ def test_graphs_write_what_plain_decoding_writes_in_low_precision(kind, dtype):
     pair, prompt = [moved(m, dtype) for m in (target, drafter)], random_ids(500)
     text, rounds, _, _ = write(STATIC, *pair, VIEWS[kind], prompt, 80)
     assert sum(accepted for _, accepted in rounds) > 1
-    judge, _ = readers(torch_engine(), pair[0], None, None, 600)
+    judge, _ = readers(torch_backend(), pair[0], None, None, 600)
     judge.prefill(prompt[:-1])
     assert teacher_force(judge, prompt, text).equal
 
@@ -358,7 +358,7 @@ def test_graphs_sample_by_the_law(sampling):
     """First tokens of 3,000 short texts, and a seed that repeats."""
     target, drafter = (moved(m, torch.float32) for m in similar(**WIDE, noise=0.5))
     run = speculator(STATIC, target, drafter, None, [1, 2, 3], 8, sampling)
-    plain, _ = readers(torch_engine(), target, None, None, 20)
+    plain, _ = readers(torch_backend(), target, None, None, 20)
     plain.prefill([1, 2])
     law, counts = sampling.distribution(plain.feed([3], 1))[0].cpu(), torch.zeros(41)
     for _ in range(3000):
@@ -425,4 +425,4 @@ def test_a_draft_longer_than_the_cache_was_planned_for_is_refused():
 
 def test_triton_is_refused_where_there_is_no_gpu():
     with pytest.raises(UserError, match="--engine triton cannot run here \\(cpu device\\)"):
-        pick_engine("triton", [tiny_model()], print)
+        pick_backend("triton", [tiny_model()], print)

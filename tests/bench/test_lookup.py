@@ -3,13 +3,13 @@
 import random
 
 import pytest
-from test_speculate import SETTINGS, TableReader, generate, table
 
 from bdcli.bench.lookup import GRAMS, Lookup
 from bdcli.speculation.draft_length import AutoGamma, FixedGamma
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
 from tests.speculation import test_speculator as law
+from tests.speculation.test_speculator import SETTINGS, TableRunner, generate, table
 
 
 def by_definition(ids, gamma):
@@ -36,7 +36,7 @@ def test_proposals_match_the_definition_while_the_text_grows():
 def test_greedy_text_is_the_targets(controller):
     target = table(3)
     plain, _ = generate(target, None, Sampling(), 0, new=80, gamma=0)
-    engine = Speculator(TableReader(target), Lookup(), Sampling(), 0)
+    engine = Speculator(TableRunner(target), Lookup(), Sampling(), 0)
     engine.prefill([1, 2])
     steps = list(engine.rounds(80, frozenset(), controller))
     assert engine.new_tokens == plain.new_tokens
@@ -53,7 +53,7 @@ def test_sampled_triples_follow_the_targets_law(sampling, monkeypatch):
 
 
 def test_a_target_that_has_read_the_prompt_is_not_read_again():
-    engine = Speculator(TableReader(table(3)), Lookup(), Sampling(), 0)
+    engine = Speculator(TableRunner(table(3)), Lookup(), Sampling(), 0)
     engine.prefill([1, 2, 3, 4])
     first = [step.tokens for step in engine.rounds(12, frozenset(), FixedGamma(3))]
     engine.target.rollback(3)

@@ -19,7 +19,7 @@ from bdcli.bench.methods import METHODS, EngineMethod
 from bdcli.config.decode import DecodeOptions
 from bdcli.data.prompts import stdlib_text
 from bdcli.data.samples import load_samples
-from bdcli.decode.session import load_pair, target_reader
+from bdcli.decode.session import load_pair, target_runner
 from bdcli.model.checkpoint import POCKET
 from bdcli.results.store import Store
 from bdcli.speculation import speculator as speculate
@@ -165,7 +165,7 @@ def test_a_finished_experiment_is_shown_again_and_fresh_measures_anew(cli):
 
 def test_arms_rotate_and_share_the_targets_prefill(cli, monkeypatch):
     order, prefills = [], []
-    generate, prefill = EngineMethod.generate, speculate.Reader.prefill
+    generate, prefill = EngineMethod.generate, speculate.Runner.prefill
 
     def spy(self, prompt, held, seed):
         order.append(self.arm.method)
@@ -176,7 +176,7 @@ def test_arms_rotate_and_share_the_targets_prefill(cli, monkeypatch):
         return prefill(self, tokens, progress)
 
     monkeypatch.setattr(EngineMethod, "generate", spy)
-    monkeypatch.setattr(speculate.Reader, "prefill", counting)
+    monkeypatch.setattr(speculate.Runner, "prefill", counting)
     cli(*SMALL, "--methods", "ar,bd,full", "--budgets", 64, "--json")
     assert order == ["ar", "bd", "full", "bd", "full", "ar"]
     assert prefills.count(12) == 2 and prefills.count(2) == 4  # once a prompt; each drafting arm its drafter
@@ -217,15 +217,15 @@ def test_bfloat16_differences_are_judged_by_the_tie_rule(cli, text_ids):
     assert all(c["output_equal"] is True for c in found.values())
     options = DecodeOptions(dtype="bfloat16", max_new_tokens=24, engine="torch")
     pair, prompt = load_pair(options), text_ids[1000:1200]
-    reader = target_reader(pair, options, len(prompt), 8)
-    reader.prefill(prompt[:-1])
+    runner = target_runner(pair, options, len(prompt), 8)
+    runner.prefill(prompt[:-1])
     text, fed = [], prompt[-1]
     for _ in range(24):
-        fed = int(reader.feed([fed], 1).argmax())
+        fed = int(runner.feed([fed], 1).argmax())
         text.append(fed)
-    assert teacher_force(reader, prompt, text).equal and reader.length == len(prompt) - 1
+    assert teacher_force(runner, prompt, text).equal and runner.length == len(prompt) - 1
     text[11] = (text[11] + 1) % 4096
-    judged = teacher_force(reader, prompt, text)
+    judged = teacher_force(runner, prompt, text)
     assert not judged.equal and 0 < judged.logit_error < 0.5
 
 

@@ -11,7 +11,7 @@ from bdcli.base.errors import UserError
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.chunks import SCORING_QUERIES, choose_chunks, chunk_scores, official_chunks
 from bdcli.cache.full import FullCache, OfficialCache
-from bdcli.cache.view import CHUNK, View, gamma_limit, plan_view
+from bdcli.cache.view import CHUNK_KEYS, View, gamma_limit, plan_view
 from bdcli.model.rope import RopeTable
 from tests.support.models import tiny_model
 
@@ -47,21 +47,21 @@ def plain_logits(model, ids, prompt, view: View, full_prompt: bool):
 def chosen_by_law(view, q, k, prompt, table):
     """Positions per KV head: best chunks between sinks and window, by the mean of the last queries."""
     end = prompt - view.window
-    first = view.sinks + (end - view.sinks) % CHUNK
+    first = view.sinks + (end - view.sinks) % CHUNK_KEYS
     at = list(range(prompt - min(SCORING_QUERIES, prompt), prompt))
     places = [view.last_rank] * len(at) if view.rebased else at
     queries = table.rotate(q[at], table.rows(torch.tensor(places)))
     spots = torch.arange(first, end)
     if view.rebased:
-        spots = (spots - first) % CHUNK + view.sinks + (view.chosen - CHUNK) // 2
+        spots = (spots - first) % CHUNK_KEYS + view.sinks + (view.chosen - CHUNK_KEYS) // 2
     keys = table.rotate(k[first:end], table.rows(spots))
     group = queries.shape[1] // keys.shape[1]
     picked = []
     for h in range(keys.shape[1]):
         query = queries[:, h * group : (h + 1) * group].mean(0).sum(0)
-        means = [keys[a : a + CHUNK, h].mean(0) for a in range(0, end - first, CHUNK)]
-        order = sorted(range(len(means)), key=lambda i: -float(query @ means[i]))[: view.chosen // CHUNK]
-        picked.append([first + i * CHUNK + j for i in sorted(order) for j in range(CHUNK)])
+        means = [keys[a : a + CHUNK_KEYS, h].mean(0) for a in range(0, end - first, CHUNK_KEYS)]
+        order = sorted(range(len(means)), key=lambda i: -float(query @ means[i]))[: view.chosen // CHUNK_KEYS]
+        picked.append([first + i * CHUNK_KEYS + j for i in sorted(order) for j in range(CHUNK_KEYS)])
     return picked
 
 
@@ -214,7 +214,7 @@ def test_a_rollback_too_deep_is_refused():
 
 def test_view_sizes():
     view = plan_view(512, "chunk", "rebased", None, prompt=4096)
-    assert view.gamma_max == 16 and view.chosen % CHUNK == 0 and view.chosen > 0
+    assert view.gamma_max == 16 and view.chosen % CHUNK_KEYS == 0 and view.chosen > 0
     assert view.sinks + view.chosen + view.window + view.gamma_max + 1 == 512
     assert plan_view(512, "chunk", "rebased", None, prompt=400).chosen == 0
     # the view does not depend on γ ...

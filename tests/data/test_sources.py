@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from bdcli.backends.select import pick_engine, torch_engine
+from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.errors import UserError
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache, OfficialCache
@@ -119,9 +119,9 @@ def test_what_is_written_together_is_what_is_written_alone(temperature, pocket, 
     prompts = [text_ids[start : start + size] for start, size in ((0, 300), (5000, 60), (9000, 700), (800, 301))]
     seeds, written = [3, 1, 4, 1], {}
     for name, engine, together in (
-        ("alone", torch_engine(), 1),
-        ("together", torch_engine(), 3),
-        ("compiled", pick_engine("auto", [target, drafter], print), 4),
+        ("alone", torch_backend(), 1),
+        ("together", torch_backend(), 3),
+        ("compiled", pick_backend("auto", [target, drafter], print), 4),
     ):
         pair = Pair(target, drafter, tokenizer, frozenset({text_ids[40]}), ("", ""), engine)
         writer = Writer(pair, together)
@@ -134,7 +134,7 @@ def test_what_is_written_together_is_what_is_written_alone(temperature, pocket, 
 
 def test_a_text_that_breaks_is_left_out_and_the_others_go_on(pocket, text_ids):
     target, drafter, tokenizer = pocket
-    pair = Pair(target, drafter, tokenizer, frozenset(), ("", ""), torch_engine())
+    pair = Pair(target, drafter, tokenizer, frozenset(), ("", ""), torch_backend())
     prompts = [text_ids[:80], text_ids[100:180], text_ids[200:280]]
     whole = Writer(pair, 3).write(prompts, 12, 0.0, [0, 0, 0])
     broken, feed = set(), FullCache.plan

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from bdcli.backends.select import pick_engine
+from bdcli.backends.select import pick_backend
 from bdcli.config.decode import SELECTIONS, DecodeOptions
 from bdcli.decode.session import Pair, gamma_max_of, make_speculator
 from bdcli.model.checkpoint import POCKET, eos_tokens
@@ -41,7 +41,7 @@ def wanted(prompt: tuple[int, ...], new: int) -> list[int]:
 def check(pocket, prompt, case, new=NEW, runner="auto"):
     target, drafter, tokenizer = pocket
     options = DecodeOptions(**case, max_new_tokens=new, dtype="float32", device="cpu")
-    runs = pick_engine(runner, [target, drafter], print)
+    runs = pick_backend(runner, [target, drafter], print)
     pair = Pair(target, drafter, tokenizer, eos_tokens(POCKET / "target"), ("pocket", "pocket"), runs)
     engine = make_speculator(pair, options, len(prompt))
     engine.prefill(list(prompt))

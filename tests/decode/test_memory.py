@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bdcli.backends.select import static_engine
+from bdcli.backends.select import static_backend
 from bdcli.base.errors import UserError
 from bdcli.bench.shapes import parse_shape
 from bdcli.cache.view import View, plan_view
@@ -20,7 +20,7 @@ from bdcli.train.forward import final_rows, view_hidden
 from bdcli.train.losses import HiddenTarget, head_loss
 from tests.support.models import tiny_model
 
-STATIC = static_engine("triton", "plain operations")
+STATIC = static_backend("triton", "plain operations")
 
 
 class Peak(TorchDispatchMode):

@@ -263,7 +263,7 @@ def test_the_package_imports_without_triton_and_kernels_without_a_gpu():
         "import sys; sys.modules['triton'] = None; import bd_kernels, bd_kernels.reference, bd_kernels.variants;"
         "import bdcli.backends.select, bdcli.cli.doctor, bdcli.backends.cuda.runner, bdcli.backends.cuda.caches;"
         "import bdcli.train.distill.run;"
-        "from bdcli.backends.cuda.ops import ops_for; ops_for('cpu'); bdcli.backends.select.static_engine('plain', '')"
+        "from bdcli.backends.cuda.ops import ops_for; ops_for('cpu'); bdcli.backends.select.static_backend('plain', '')"
     )
     names = ["accept", "chunk_select", "draft_attention", "head_loss", "verify_attention"]
     no_gpu = "import torch, " + ", ".join(f"bd_kernels.{name}" for name in names)

@@ -4,13 +4,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from bdcli.base.statistics import bootstrap
 from bdcli.bench import paper
 from bdcli.config.bench import BenchRecipe
 from bdcli.config.loader import load_recipe
 from bdcli.results import gates
 from bdcli.results import tables as report
 from bdcli.results.cells import acceptance, seal, summarise
-from bdcli.results.metrics import bootstrap
 from bdcli.results.page import write_page
 from bdcli.results.plots import plot
 from bdcli.results.store import Prompt, Run, Store

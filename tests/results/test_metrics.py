@@ -3,7 +3,7 @@
 import random
 
 from bdcli.model.text import StopText, TextStream
-from bdcli.results.metrics import LOOP_GRAM, LOOP_REACH, Round, looped_tokens, measure
+from bdcli.results.metrics import LOOP_GRAM, LOOP_REACH, RoundFigures, looped_tokens, measure
 
 
 def looped_by_definition(prompt, new):
@@ -35,7 +35,7 @@ def test_a_repeat_from_far_back_in_the_prompt_is_no_loop():
 
 
 def test_figures_of_a_run():
-    rounds = [Round(3, 4, 2, 0.5), Round(1, 4, 0, 0.5), Round(1, 0, 0, 0.25)]
+    rounds = [RoundFigures(3, 4, 2, 0.5), RoundFigures(1, 4, 0, 0.5), RoundFigures(1, 0, 0, 0.25)]
     m = measure([1], list(range(50, 55)), rounds)
     assert (m.drafted, m.accepted, m.acceptance_rate) == (8, 2, 0.25)
     assert m.mean_accepted_length == 5 / 3 and m.tokens_per_second == 4.0
@@ -44,14 +44,14 @@ def test_figures_of_a_run():
 
 def test_rounds_that_begin_in_a_loop_are_left_out():
     loop = [7] * 30
-    m = measure([1, 2], loop, [Round(10, 9, 9, 1.0), Round(20, 19, 19, 1.0)])
+    m = measure([1, 2], loop, [RoundFigures(10, 9, 9, 1.0), RoundFigures(20, 19, 19, 1.0)])
     assert m.acceptance_rate == 1.0 and m.acceptance_rate_no_loops == 1.0  # the first round began outside
-    m = measure([7] * 20, loop, [Round(30, 29, 29, 1.0)])
+    m = measure([7] * 20, loop, [RoundFigures(30, 29, 29, 1.0)])
     assert m.loop_rate == 1.0 and m.acceptance_rate_no_loops is None
 
 
 def test_nothing_drafted_gives_null_not_zero():
-    m = measure([1], [2], [Round(1, 0, 0, 0.1)])
+    m = measure([1], [2], [RoundFigures(1, 0, 0, 0.1)])
     assert m.acceptance_rate is None and m.acceptance_rate_no_loops is None
     assert measure([1], [], []).tokens_per_second is None
 

@@ -12,7 +12,7 @@ from bdcli.speculation import speculator as speculate
 from bdcli.speculation.baseline import warm_up
 from bdcli.speculation.draft_length import AutoGamma, FixedGamma, RoundCosts
 from bdcli.speculation.sampling import Sampling, Verdict, draw, verify_greedy, verify_sampled
-from bdcli.speculation.speculator import Reader, Speculator
+from bdcli.speculation.speculator import Runner, Speculator
 from tests.support.models import tiny_model
 from tests.support.statistics import p_value
 
@@ -20,8 +20,8 @@ V = 5
 CPU = torch.Generator().manual_seed(0)
 
 
-class TableReader:
-    """An order-2 model: the next token's logits depend on the last two. Same interface as a Reader."""
+class TableRunner:
+    """An order-2 model: the next token's logits depend on the last two. Same interface as a Runner."""
 
     def __init__(self, logits):
         self.table = logits  # [V, V, V]
@@ -40,11 +40,11 @@ class TableReader:
         self.length = min(self.length, length)
 
     @classmethod
-    def feed_together(cls, readers, tokens, rows):
-        return [reader.feed(*work) for reader, *work in zip(readers, tokens, rows)]
+    def feed_together(cls, runners, tokens, rows):
+        return [runner.feed(*work) for runner, *work in zip(runners, tokens, rows)]
 
-    draft, exclusive, whole_rounds = Reader.draft, Reader.exclusive, Reader.whole_rounds
-    draft_together = classmethod(Reader.draft_together.__func__)
+    draft, exclusive, whole_rounds = Runner.draft, Runner.exclusive, Runner.whole_rounds
+    draft_together = classmethod(Runner.draft_together.__func__)
 
 
 def table(seed, sharpness=2.0):
@@ -52,7 +52,7 @@ def table(seed, sharpness=2.0):
 
 
 def generate(target, drafter, sampling, seed, new=3, gamma=2, eos=frozenset(), prompt=(1, 2)):
-    engine = Speculator(TableReader(target), None if drafter is None else TableReader(drafter), sampling, seed)
+    engine = Speculator(TableRunner(target), None if drafter is None else TableRunner(drafter), sampling, seed)
     engine.prefill(list(prompt))
     steps = list(engine.rounds(new, eos, FixedGamma(gamma)))
     return engine, steps
@@ -90,7 +90,7 @@ def joint_law(target, sampling, prompt=(1, 2)):
 
 def law_p_value(target, drafter, sampling):
     """Chi-square p-value of the triples the engine emits against the target's joint law; rare cells are pooled."""
-    engine = Speculator(TableReader(target), TableReader(drafter), sampling, seed=7)
+    engine = Speculator(TableRunner(target), TableRunner(drafter), sampling, seed=7)
     counts = dict.fromkeys(itertools.product(range(V), repeat=3), 0)
     controller = FixedGamma(2)
     for _ in range(DRAWS):
@@ -185,7 +185,7 @@ def test_non_finite_logits_stop_the_run(broken, value, temperature):
 
 def test_an_interrupted_round_leaves_only_accepted_tokens():
     target = table(1)
-    engine = Speculator(TableReader(target), TableReader(target), Sampling(), 0)
+    engine = Speculator(TableRunner(target), TableRunner(target), Sampling(), 0)
     engine.prefill([1, 2])
     engine.round(2)
     kept = list(engine.ids)
@@ -228,11 +228,11 @@ def test_serving_distribution_matches_transformers():
 def test_the_drafters_vocabulary_is_cut_or_padded_to_the_targets():
     model = tiny_model(vocab=41)
     for vocab, padded in ((37, 0), (41, 0), (50, 9)):
-        logits = Reader(model, FullCache(model, 8), vocab).feed([1, 2], 2)
+        logits = Runner(model, FullCache(model, 8), vocab).feed([1, 2], 2)
         assert logits.shape == (2, vocab)
         assert int(torch.isneginf(logits[0]).sum()) == padded
     assert torch.equal(
-        Reader(model, FullCache(model, 8), 50).feed([44], 1), Reader(model, FullCache(model, 8), 50).feed([0], 1)
+        Runner(model, FullCache(model, 8), 50).feed([44], 1), Runner(model, FullCache(model, 8), 50).feed([0], 1)
     )
 
 
@@ -301,7 +301,7 @@ def test_nothing_of_a_warm_up_stays(gamma, temperature):
     texts = []
     for warm in (False, True):
         target = table(3)
-        engine = Speculator(TableReader(target), TableReader(DRAFTERS["half"](target)), Sampling(temperature), 5)
+        engine = Speculator(TableRunner(target), TableRunner(DRAFTERS["half"](target)), Sampling(temperature), 5)
         engine.prefill([1, 2])
         if warm:
             controller = warm_up(engine, gamma, 6)
@@ -327,7 +327,7 @@ def test_auto_gamma_keeps_drafts_short_when_rows_are_dear():
 def test_auto_gamma_is_lossless():
     target = table(3)
     plain, _ = generate(target, None, Sampling(), 0, new=80, gamma=0)
-    engine = Speculator(TableReader(target), TableReader(DRAFTERS["half"](target)), Sampling(), 0)
+    engine = Speculator(TableRunner(target), TableRunner(DRAFTERS["half"](target)), Sampling(), 0)
     engine.prefill([1, 2])
     steps = list(engine.rounds(80, frozenset(), AutoGamma(6, {0: 1e-4, 1: 1.2e-4, 6: 3e-4})))
     assert engine.new_tokens == plain.new_tokens and sum(s.drafted for s in steps) > 0

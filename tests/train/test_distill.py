@@ -21,11 +21,19 @@ from bdcli.data.prompts import HELD_OUT
 from bdcli.data.sources import Documents, documents, held_out_prompts
 from bdcli.model.checkpoint import POCKET, load_model, save_model
 from bdcli.model.rope import RopeTable
-from bdcli.results.metrics import Round, looped_tokens, mark_loops
+from bdcli.results.metrics import RoundFigures, looped_tokens, mark_loops
 from bdcli.speculation.draft_length import FixedGamma
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Reader, Speculator
-from bdcli.train.acceptance import Cell, Passage, acceptance_cell, chances, drafter_cache, replay, text_probs
+from bdcli.speculation.speculator import Runner, Speculator
+from bdcli.train.acceptance import (
+    Cell,
+    Passage,
+    accept_probabilities,
+    acceptance_cell,
+    drafter_cache,
+    replay,
+    text_probs,
+)
 from bdcli.train.distill.checks import missing
 from bdcli.train.distill.material import bytes_per_token
 from bdcli.train.distill.plan import draw_views
@@ -121,8 +129,8 @@ def test_the_replayed_grid_is_what_decoding_does(gamma, budget, pocket, text_ids
     target, drafter, _ = pocket
     prompt, new = text_ids[3000:3301], 60
     engine = Speculator(
-        Reader(target, FullCache(target, 400)),
-        Reader(drafter, FullCache(drafter, 400) if budget is None else BudgetCache(
+        Runner(target, FullCache(target, 400)),
+        Runner(drafter, FullCache(drafter, 400) if budget is None else BudgetCache(
             drafter, 400, plan_view(budget, "window", "rebased", gamma, len(prompt) - 1)
         )),
         Sampling(), 0,
@@ -130,7 +138,7 @@ def test_the_replayed_grid_is_what_decoding_does(gamma, budget, pocket, text_ids
     engine.prefill(prompt)
     steps = list(engine.rounds(new, frozenset(), FixedGamma(gamma)))
     passage = Passage("x", tuple(prompt), tuple(engine.new_tokens), new)
-    found = chances(drafter, passage, budget, "window", "rebased", gamma)
+    found = accept_probabilities(drafter, passage, budget, "window", "rebased", gamma)
     looped = looped_tokens(prompt, engine.new_tokens)
     played = replay(found, gamma, new, looped)
     assert (played.drafted, played.accepted, played.rounds) == (
@@ -138,7 +146,7 @@ def test_the_replayed_grid_is_what_decoding_does(gamma, budget, pocket, text_ids
         sum(s.accepted for s in steps),
         len(steps),
     )
-    told = [Round(len(s.tokens), s.drafted, s.accepted, 1.0) for s in steps]
+    told = [RoundFigures(len(s.tokens), s.drafted, s.accepted, 1.0) for s in steps]
     clean = [r for r in mark_loops(prompt, engine.new_tokens, told) if not r.looped]
     assert (played.clean_drafted, played.clean_accepted) == (
         sum(r.drafted for r in clean),
@@ -181,12 +189,12 @@ def test_the_sampled_grid_is_what_sampling_does(budget):
     drafted = accepted = expected = squares = 0.0
     for seed in range(150):
         cache = drafter_cache(drafter, len(prompt), 130, budget, "window", "rebased", 3)
-        engine = Speculator(Reader(target, FullCache(target, 130)), Reader(drafter, cache), warm, seed)
+        engine = Speculator(Runner(target, FullCache(target, 130)), Runner(drafter, cache), warm, seed)
         engine.prefill(prompt)
         steps = list(engine.rounds(limit, frozenset(), FixedGamma(3)))
         text = engine.new_tokens
         passage = Passage("x", tuple(prompt), tuple(text), limit, tuple(text_probs(target, prompt, text, warm)))
-        played = replay(chances(drafter, passage, budget, "window", "rebased", 3, warm), 3, limit)
+        played = replay(accept_probabilities(drafter, passage, budget, "window", "rebased", 3, warm), 3, limit)
         drafted, accepted = drafted + sum(s.drafted for s in steps), accepted + sum(s.accepted for s in steps)
         gap = sum(s.accepted for s in steps) - played.accepted
         expected, squares = expected + played.accepted, squares + gap * gap

@@ -116,7 +116,7 @@ def test_rows_in_a_kernel_give_the_same(kind, temperature, monkeypatch):
         return reference.loss_rows(z, *rest)
 
     monkeypatch.setattr(losses, "kernel_rows", lambda *_: (rows, 7))
-    monkeypatch.setattr(losses, "CHUNK", 1)
+    monkeypatch.setattr(losses, "LOGIT_ROWS", 1)
     loss, stats = head_loss(torch.stack((b.x, 0.5 * b.x)), b.head, b.target, kind, temperature, weights)
     assert max(calls) == 7 and sum(calls) == 2 * T
     torch.testing.assert_close(loss, want)
@@ -130,7 +130,7 @@ def test_rows_in_a_kernel_give_the_same(kind, temperature, monkeypatch):
 
 def test_kernels_are_for_gpus_and_what_they_were_written_for():
     a = problem()
-    assert losses.kernel_rows(a.x, a.target, 1.0, V) == (None, losses.CHUNK)
+    assert losses.kernel_rows(a.x, a.target, 1.0, V) == (None, losses.LOGIT_ROWS)
 
 
 @pytest.mark.parametrize("kind", ("ce", "kl", "log_alpha"))

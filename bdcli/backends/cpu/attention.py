@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
-from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, split_row, tile_panels
 from bdcli.backends.cpu.layers import add_bias, kind_of, linear, norm_heads, pack, rotate, size_of
 from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, TILES, panels
@@ -36,11 +36,11 @@ from bdcli.backends.cpu.tables import field, number
 
 @njit(error_model="numpy")
 def slot_of(model, position):
-    if field(model, of.RING) == 0:
-        return position - field(model, of.SHIFT)
-    if position < field(model, of.SINKS):
+    if field(model, tables.RING) == 0:
+        return position - field(model, tables.SHIFT)
+    if position < field(model, tables.SINKS):
         return position
-    return field(model, of.RING_AT) + position % field(model, of.RING)
+    return field(model, tables.RING_AT) + position % field(model, tables.RING)
 
 
 @njit(error_model="numpy")
@@ -52,18 +52,18 @@ def put_range(at, first, stop):
 @njit(error_model="numpy")
 def unseen_ranges(model, table, start, rows):
     """Slot ranges that each row may not see, UNSEEN_RANGES of them a row (`bdcli.cache.view` has the law)."""
-    ring, ring_at = field(model, of.RING), field(model, of.RING_AT)
-    end = field(model, of.SLOTS)
+    ring, ring_at = field(model, tables.RING), field(model, tables.RING_AT)
+    end = field(model, tables.SLOTS)
     for r in range(rows):
-        t, at = start + r, table + 16 * of.UNSEEN_RANGES * r
-        for i in range(of.UNSEEN_RANGES):
+        t, at = start + r, table + 16 * tables.UNSEEN_RANGES * r
+        for i in range(tables.UNSEEN_RANGES):
             put_range(at + 16 * i, 0, 0)
         if ring == 0:
-            put_range(at, t - field(model, of.SHIFT) + 1, end)
+            put_range(at, t - field(model, tables.SHIFT) + 1, end)
             continue
-        put_range(at, min(t + 1, field(model, of.PREFIX)), ring_at)
+        put_range(at, min(t + 1, field(model, tables.PREFIX)), ring_at)
         put_range(at + 16, ring_at + ring, end)
-        oldest = max(field(model, of.SINKS), t - field(model, of.WINDOW) + 1)
+        oldest = max(field(model, tables.SINKS), t - field(model, tables.WINDOW) + 1)
         first = (t + 1) % ring
         beyond = first + ring - max(0, t - oldest + 1)
         put_range(at + 32, ring_at + first, ring_at + min(beyond, ring))
@@ -73,39 +73,39 @@ def unseen_ranges(model, table, start, rows):
 @njit(error_model="numpy")
 def used_slots(model, start, rows):
     """Slots up to the last that any row may see, rounded up to 16."""
-    if field(model, of.RING) == 0:
-        return (start + rows - field(model, of.SHIFT) + 15) // 16 * 16
+    if field(model, tables.RING) == 0:
+        return (start + rows - field(model, tables.SHIFT) + 15) // 16 * 16
     last = start + rows - 1
-    if last < field(model, of.SINKS):
-        return field(model, of.RING_AT)
-    ring = field(model, of.RING)
-    return field(model, of.RING_AT) + (min(last + 1, ring) + 15) // 16 * 16
+    if last < field(model, tables.SINKS):
+        return field(model, tables.RING_AT)
+    ring = field(model, tables.RING)
+    return field(model, tables.RING_AT) + (min(last + 1, ring) + 15) // 16 * 16
 
 
 @njit(error_model="numpy")
 def store_key(model, layer, kv_head, slot, key):
-    dim, block, lane = field(model, of.DIM), slot // 16, slot % 16
-    base = kv_head * field(model, of.SLOTS) * dim + block * 16 * dim
-    if field(model, of.KIND) != FLOATS:
-        at = field(layer, of.KEYS) + 2 * base + 4 * lane
+    dim, block, lane = field(model, tables.DIM), slot // 16, slot % 16
+    base = kv_head * field(model, tables.SLOTS) * dim + block * 16 * dim
+    if field(model, tables.KIND) != FLOATS:
+        at = field(layer, tables.KEYS) + 2 * base + 4 * lane
         for d in range(dim):
             put_bf16_one(at + (d // 2) * 64 + (d % 2) * 2, get_f32(key + 4 * d))
     else:
-        at = field(layer, of.KEYS) + 4 * base + 4 * lane
+        at = field(layer, tables.KEYS) + 4 * base + 4 * lane
         for d in range(dim):
             put_f32(at + d * 64, get_f32(key + 4 * d))
 
 
 @njit(error_model="numpy")
 def store_value(model, layer, kv_head, slot, value):
-    dim = field(model, of.DIM)
-    base = kv_head * field(model, of.SLOTS) * dim
-    if field(model, of.KIND) != FLOATS:
-        at = field(layer, of.VALUES) + 2 * (base + slot // 2 * 2 * dim + slot % 2)
+    dim = field(model, tables.DIM)
+    base = kv_head * field(model, tables.SLOTS) * dim
+    if field(model, tables.KIND) != FLOATS:
+        at = field(layer, tables.VALUES) + 2 * (base + slot // 2 * 2 * dim + slot % 2)
         for d in range(dim):
             put_bf16_one(at + 4 * d, get_f32(value + 4 * d))
     else:
-        at = field(layer, of.VALUES) + 4 * (base + slot * dim)
+        at = field(layer, tables.VALUES) + 4 * (base + slot * dim)
         for d in range(0, dim, 16):
             put(at + 4 * d, get(value + 4 * d))
 
@@ -121,9 +121,9 @@ def narrow_row(source, count, into):
 @njit(error_model="numpy")
 def put_query(model, one, position, into, corner):
     """A query rotated and scaled: floats; for dot products D bf16; for tiles D high parts and D low parts."""
-    kind, dim = kind_of(model, of.ATTENTION_TILES), field(model, of.DIM)
+    kind, dim = kind_of(model, tables.ATTENTION_TILES), field(model, tables.DIM)
     floats = corner if kind in (TILES, DOTS) else into
-    rotate(model, one, position, floats, number(model, of.SCALE))
+    rotate(model, one, position, floats, number(model, tables.SCALE))
     if kind == TILES:
         split_row(floats, dim, into, 2 * dim)
     elif kind == DOTS:
@@ -133,15 +133,15 @@ def put_query(model, one, position, into, corner):
 @machine_code(types.void, *[types.int64] * 7)
 def project_head(model, layer, call, own, start, rows, head):
     """Query, key or value head `head` of all rows: project, norm, rotate, and put it where attention finds it."""
-    kind, dim, hidden = kind_of(model, of.QKV_TILES), field(model, of.DIM), field(model, of.HIDDEN)
-    heads, kv_heads = field(model, of.HEADS), field(model, of.KV_HEADS)
-    y, corner = own + field(call, of.TILE), own + field(call, of.CORNER)
-    weight = field(layer, of.QKV) + head * dim * hidden * size_of(kind)
-    linear(kind, weight, hidden, own + field(call, of.NARROW), rows, y, 4 * dim, dim, corner)
-    if field(layer, of.QKV_BIAS) != 0:
-        add_bias(y, rows, 4 * dim, field(layer, of.QKV_BIAS) + 4 * head * dim, dim)
-    if head < heads + kv_heads and field(layer, of.QK_NORM) != 0:
-        norm_heads(model, y, rows, field(layer, of.QK_NORM) + 4 * head * dim)
+    kind, dim, hidden = kind_of(model, tables.QKV_TILES), field(model, tables.DIM), field(model, tables.HIDDEN)
+    heads, kv_heads = field(model, tables.HEADS), field(model, tables.KV_HEADS)
+    y, corner = own + field(call, tables.TILE), own + field(call, tables.CORNER)
+    weight = field(layer, tables.QKV) + head * dim * hidden * size_of(kind)
+    linear(kind, weight, hidden, own + field(call, tables.NARROW), rows, y, 4 * dim, dim, corner)
+    if field(layer, tables.QKV_BIAS) != 0:
+        add_bias(y, rows, 4 * dim, field(layer, tables.QKV_BIAS) + 4 * head * dim, dim)
+    if head < heads + kv_heads and field(layer, tables.QK_NORM) != 0:
+        norm_heads(model, y, rows, field(layer, tables.QK_NORM) + 4 * head * dim)
     group = heads // kv_heads
     for r in range(rows):
         one, t = y + 4 * r * dim, start + r
@@ -152,10 +152,10 @@ def project_head(model, layer, call, own, start, rows, head):
             store_key(model, layer, head - heads, slot_of(model, t), one)
         else:
             into = 4 * dim * ((head // group * rows + r) * group + head % group)
-            if field(model, of.LAST_RANK) >= 0:
-                rank = min(t, field(model, of.LAST_RANK))
-                put_query(model, one, rank, field(call, of.RANK_QUERIES) + into, corner)
-            put_query(model, one, t, field(call, of.QUERIES) + into, corner)
+            if field(model, tables.LAST_RANK) >= 0:
+                rank = min(t, field(model, tables.LAST_RANK))
+                put_query(model, one, rank, field(call, tables.RANK_QUERIES) + into, corner)
+            put_query(model, one, t, field(call, tables.QUERIES) + into, corner)
 
 
 @njit(error_model="numpy")
@@ -185,7 +185,7 @@ def soften(part, dim, scores, columns):
 @njit(error_model="numpy")
 def mask(scores, unseen, first, stop):
     """-inf where one row's unseen ranges meet slots first..stop-1."""
-    for i in range(of.UNSEEN_RANGES):
+    for i in range(tables.UNSEEN_RANGES):
         a, b = max(get_i64(unseen + 16 * i), first), min(get_i64(unseen + 16 * i + 8), stop)
         for slot in range(a, b):
             put_f32(scores + 4 * (slot - first), np.float32(-np.inf))
@@ -197,21 +197,21 @@ def multiply_keys(kind, dim, columns, count, keys, queries, scores, ahead):
     panel = 16 * dim * size_of(kind)
     if kind == TILES:
         shape = ((columns // 16) << 32) | (dim // 32)
-        tile_panels(queries, 4 * dim, 2 * dim, keys, 64, 1024, panel, scores, 4 * of.BLOCK, shape)
+        tile_panels(queries, 4 * dim, 2 * dim, keys, 64, 1024, panel, scores, 4 * tables.BLOCK, shape)
         return
-    for at in range(0, 4 * count * of.BLOCK, 64):
+    for at in range(0, 4 * count * tables.BLOCK, 64):
         put(scores + at, spread(np.float32(0)))
     shape = ((columns // 16) << 32) | (panel // 64)
-    panels(count, kind, keys, 64, panel, queries, 4 * dim, scores, 4 * of.BLOCK, shape, ahead)
+    panels(count, kind, keys, 64, panel, queries, 4 * dim, scores, 4 * tables.BLOCK, shape, ahead)
 
 
 @machine_code(types.void, *[types.int64] * 8)
 def add_values(dim, columns, count, values, weights, soft, corner, into):
     """Tiles' part outputs += weights [count, BLOCK] · values. Slots up to a multiple of 32 are read, at weight 0."""
     for r in range(count):
-        split_row(weights + 4 * of.BLOCK * r, columns, soft + 4 * of.BLOCK * r, 2 * of.BLOCK)
+        split_row(weights + 4 * tables.BLOCK * r, columns, soft + 4 * tables.BLOCK * r, 2 * tables.BLOCK)
     shape = ((dim // 16) << 32) | ((columns + 31) // 32)
-    tile_panels(soft, 4 * of.BLOCK, 2 * of.BLOCK, values, 4 * dim, 64 * dim, 64, corner, 4 * dim, shape)
+    tile_panels(soft, 4 * tables.BLOCK, 2 * tables.BLOCK, values, 4 * dim, 64 * dim, 64, corner, 4 * dim, shape)
     for r in range(count):
         row, from_tile = into + r * 4 * (2 + dim), corner + 4 * dim * r
         for i in range(0, 4 * dim, 64):
@@ -221,15 +221,15 @@ def add_values(dim, columns, count, values, weights, soft, corner, into):
 @machine_code(types.void, *[types.int64] * 9)
 def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
     """All rows of a KV head against slots first..stop-1, at most BLOCK, all prefix or none."""
-    kind, dim = kind_of(model, of.ATTENTION_TILES), field(model, of.DIM)
-    group = field(model, of.HEADS) // field(model, of.KV_HEADS)
+    kind, dim = kind_of(model, tables.ATTENTION_TILES), field(model, tables.DIM)
+    group = field(model, tables.HEADS) // field(model, tables.KV_HEADS)
     size, columns = size_of(kind), stop - first
-    ranked = field(model, of.LAST_RANK) >= 0 and first < field(model, of.RING_AT)
-    queries = field(call, of.RANK_QUERIES) if ranked else field(call, of.QUERIES)
+    ranked = field(model, tables.LAST_RANK) >= 0 and first < field(model, tables.RING_AT)
+    queries = field(call, tables.RANK_QUERIES) if ranked else field(call, tables.QUERIES)
     queries += 4 * dim * kv_head * rows * group
-    base = (kv_head * field(model, of.SLOTS) + first) * dim * size
-    keys, values = field(layer, of.KEYS) + base, field(layer, of.VALUES) + base
-    scores, unseen = own + field(call, of.SCORES), own + field(call, of.UNSEEN)
+    base = (kv_head * field(model, tables.SLOTS) + first) * dim * size
+    keys, values = field(layer, tables.KEYS) + base, field(layer, tables.VALUES) + base
+    scores, unseen = own + field(call, tables.SCORES), own + field(call, tables.UNSEEN)
     every, part_row = rows * group, 4 * (2 + dim)
     most = TILE_ROWS if kind == TILES else MAX_ROWS
     blocks = -(-every // most)
@@ -238,40 +238,40 @@ def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
         count = min(every - done, TILE_ROWS) if kind == TILES else (every - done) // (blocks - i)
         multiply_keys(kind, dim, columns, count, keys, queries + 4 * dim * done, scores, ahead)
         for r in range(count):
-            row = scores + 4 * of.BLOCK * r
-            mask(row, unseen + 16 * of.UNSEEN_RANGES * ((done + r) // group), first, stop)
+            row = scores + 4 * tables.BLOCK * r
+            mask(row, unseen + 16 * tables.UNSEEN_RANGES * ((done + r) // group), first, stop)
             soften(part + part_row * (done + r), dim, row, columns)
         into = part + part_row * done + 8
         if kind == TILES:
-            soft, corner = own + field(call, of.SOFT), own + field(call, of.CORNER)
+            soft, corner = own + field(call, tables.SOFT), own + field(call, tables.CORNER)
             add_values(dim, columns, count, values, scores, soft, corner, into)
         else:
             weights = scores
             if kind == DOTS:
-                weights = own + field(call, of.SOFT)
+                weights = own + field(call, tables.SOFT)
                 for r in range(count):
-                    narrow_row(scores + 4 * of.BLOCK * r, columns, weights + 4 * of.BLOCK * r)
+                    narrow_row(scores + 4 * tables.BLOCK * r, columns, weights + 4 * tables.BLOCK * r)
             shape = ((dim // 16) << 32) | (columns * size // 4)
-            panels(count, kind, values, 4 * dim, 64, weights, 4 * of.BLOCK, into, part_row, shape, ahead)
+            panels(count, kind, values, 4 * dim, 64, weights, 4 * tables.BLOCK, into, part_row, shape, ahead)
         done, ahead = done + count, 0
 
 
 @machine_code(types.void, *[types.int64] * 9)
 def attend(model, layer, call, own, rows, kv_head, chunk, chunks, used):
     """One task: all rows of a KV head against a chunk of slots, into its part."""
-    dim, group = field(model, of.DIM), field(model, of.HEADS) // field(model, of.KV_HEADS)
+    dim, group = field(model, tables.DIM), field(model, tables.HEADS) // field(model, tables.KV_HEADS)
     every, part_row = rows * group, 4 * (2 + dim)
-    part = field(call, of.PARTS) + (kv_head * chunks + chunk) * every * part_row
+    part = field(call, tables.PARTS) + (kv_head * chunks + chunk) * every * part_row
     for r in range(every):
         put_f32(part + r * part_row, np.float32(-np.inf))
         put_f32(part + r * part_row + 4, np.float32(0))
         for i in range(0, 4 * dim, 64):
             put(part + r * part_row + 8 + i, spread(np.float32(0)))
-    first, stop = chunk * of.CHUNK, min((chunk + 1) * of.CHUNK, used)
+    first, stop = chunk * tables.TASK_SLOTS, min((chunk + 1) * tables.TASK_SLOTS, used)
     while first < stop:
-        edge = min(first + of.BLOCK, stop)
-        if first < field(model, of.RING_AT) < edge:  # one rotation of the queries a block
-            edge = field(model, of.RING_AT)
+        edge = min(first + tables.BLOCK, stop)
+        if first < field(model, tables.RING_AT) < edge:  # one rotation of the queries a block
+            edge = field(model, tables.RING_AT)
         attend_block(model, layer, call, own, rows, kv_head, part, first, edge)
         first = edge
 
@@ -279,13 +279,13 @@ def attend(model, layer, call, own, rows, kv_head, chunk, chunks, used):
 @machine_code(types.void, *[types.int64] * 6)
 def merge(model, call, own, rows, chunks, kind):
     """Attention output [rows, H·D] from the parts, packed into NARROW for a product of `kind`."""
-    dim, heads, kv_heads = field(model, of.DIM), field(model, of.HEADS), field(model, of.KV_HEADS)
+    dim, heads, kv_heads = field(model, tables.DIM), field(model, tables.HEADS), field(model, tables.KV_HEADS)
     group, part_row = heads // kv_heads, 4 * (2 + dim)
     every = rows * group
     between = every * part_row
     for r in range(rows):
         for head in range(heads):
-            first = field(call, of.PARTS) + (head // group * chunks * every + r * group + head % group) * part_row
+            first = field(call, tables.PARTS) + (head // group * chunks * every + r * group + head % group) * part_row
             high = get_f32(first)
             for c in range(1, chunks):
                 high = max(high, get_f32(first + c * between))
@@ -298,4 +298,4 @@ def merge(model, call, own, rows, chunks, kind):
                     sums += highest(scale) * get_f32(at + 4)
                     a, b = vfma(get(at + 8 + i), scale, a), vfma(get(at + 72 + i), scale, b)
                 whole = spread(np.float32(1) / sums)
-                pack(kind, own + field(call, of.NARROW), r, heads * dim, head * dim + i // 4, a * whole, b * whole)
+                pack(kind, own + field(call, tables.NARROW), r, heads * dim, head * dim + i // 4, a * whole, b * whole)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 
-from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.code_cache import code_folder
+from bdcli.base.files import write_file
 
 CHOICES = {
     "vectors": 0,
-    "tiles in attention": of.ATTENTION_TILES,
-    "tiles in linear layers": sum(of.BY_TILES) - of.ATTENTION_TILES,
-    "tiles": sum(of.BY_TILES),
+    "tiles in attention": tables.ATTENTION_TILES,
+    "tiles in linear layers": sum(tables.BY_TILES) - tables.ATTENTION_TILES,
+    "tiles": sum(tables.BY_TILES),
 }
 SLACK = 1.03  # one row may take so many times the time that the best choice takes
 TRIALS = 5
@@ -43,9 +43,7 @@ def tiled(shape: str, rows: tuple[int, ...], step: Callable[[int, int], None]) -
         entry = kept.get(shape, {"tries": 0, "ms": {name: [[math.inf] * 2] * len(rows) for name in CHOICES}})
         if entry["tries"] < TRIES and not steady(entry["ms"]):
             entry = {"tries": entry["tries"] + 1, "ms": measured(entry["ms"], rows, step)}
-            half = path.with_suffix(f".{os.getpid()}")
-            half.write_text(json.dumps(kept | {shape: entry}, indent=1))
-            half.replace(path)
+            write_file(path, json.dumps(kept | {shape: entry}, indent=1))
         _known[shape] = entry["ms"]
     times = {name: [best for best, _ in each] for name, each in _known[shape].items()}
     best = min(t[0] for t in times.values())

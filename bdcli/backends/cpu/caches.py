@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.huge_pages import huge_zeros
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache, OfficialCache
@@ -40,7 +40,7 @@ def value_panels(values: Tensor) -> Tensor:
 class _Panels:
     """Storage in panels for `slots` entries (a multiple of ROOM) per layer and KV head, and its geometry.
 
-    `geometry` maps fields of `layout` to what compiled code needs to know.
+    `geometry` maps fields of `tables` to what compiled code needs to know.
     """
 
     geometry: dict[int, int]
@@ -51,10 +51,8 @@ class _Panels:
         lead = self.layers, self.kv_heads
         self.panel_keys = huge_zeros((*lead, slots // PANEL, self.head_dim // pair, PANEL, pair), self.dtype)
         self.panel_values = huge_zeros((*lead, slots // pair, self.head_dim, pair), self.dtype)
-        self.geometry = {
-            of.SLOTS: slots, of.SHIFT: 0, of.RING: 0, of.WINDOW: 0, of.SINKS: 0, of.PREFIX: 0, of.RING_AT: 0,
-            of.LAST_RANK: -1,
-        }  # fmt: skip
+        none = (tables.SHIFT, tables.RING, tables.WINDOW, tables.SINKS, tables.PREFIX, tables.RING_AT)
+        self.geometry = dict.fromkeys(none, 0) | {tables.SLOTS: slots, tables.LAST_RANK: -1}
 
     @property
     def slots(self) -> int:
@@ -63,8 +61,8 @@ class _Panels:
     def _fill(self, layer: int | slice, first: int, keys: Tensor, values: Tensor) -> None:
         """Entries [..., Hkv, n, D] into slots first..; n is rounded up to a panel with zeros."""
         spare = round_up(keys.shape[-2]) - keys.shape[-2]
-        keys, values = (key_panels(torch.nn.functional.pad(keys, (0, 0, 0, spare))),
-                        value_panels(torch.nn.functional.pad(values, (0, 0, 0, spare))))  # fmt: skip
+        keys = key_panels(torch.nn.functional.pad(keys, (0, 0, 0, spare)))
+        values = value_panels(torch.nn.functional.pad(values, (0, 0, 0, spare)))
         pair = 2 if self.dtype is torch.bfloat16 else 1
         self.panel_keys[layer, :, first // PANEL : first // PANEL + keys.shape[-4]] = keys
         self.panel_values[layer, :, first // pair : first // pair + values.shape[-3]] = values
@@ -117,7 +115,7 @@ class PanelOfficialCache(_Panels, OfficialCache):
         super().end_prefill()
         self._allocate_panels(round_up(self.keys.shape[2], ROOM))
         self._fill(slice(None), 0, self.keys, self.values)
-        self.geometry[of.SHIFT] = self.shift
+        self.geometry[tables.SHIFT] = self.shift
         del self.keys, self.values
 
 
@@ -129,12 +127,12 @@ class PanelBudgetCache(_Panels, BudgetCache):
         self._ring_at = round_up(view.prefix, ROOM)
         self._allocate_panels(self._ring_at + round_up(view.ring, ROOM))
         self.geometry |= {
-            of.RING: view.ring,
-            of.WINDOW: view.window,
-            of.SINKS: view.sinks,
-            of.PREFIX: view.prefix,
-            of.RING_AT: self._ring_at,
-            of.LAST_RANK: view.last_rank if view.rebased else -1,
+            tables.RING: view.ring,
+            tables.WINDOW: view.window,
+            tables.SINKS: view.sinks,
+            tables.PREFIX: view.prefix,
+            tables.RING_AT: self._ring_at,
+            tables.LAST_RANK: view.last_rank if view.rebased else -1,
         }
 
     def end_prefill(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import tempfile
 from pathlib import Path
+
+from bdcli.base.files import digest
 
 
 @functools.cache
@@ -18,7 +19,7 @@ def code_folder() -> Path:
     from platformdirs import user_cache_path
 
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    name = f"code-{hashlib.sha256(sources).hexdigest()[:16]}"
+    name = f"code-{digest(sources)[:16]}"
     for place in (user_cache_path("bdcli"), Path(tempfile.gettempdir()) / f"bdcli-{os.getuid()}"):
         folder = place / name
         try:

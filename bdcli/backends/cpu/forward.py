@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, end_tiles, shape_tiles
 from bdcli.backends.cpu.attention import attend, merge, project_head, unseen_ranges, used_slots
 from bdcli.backends.cpu.layers import add_linear, embed, gate, kind_of, linear, normed, size_of
@@ -23,49 +23,49 @@ from bdcli.backends.cpu.threads import barrier, claim
 @machine_code(types.void, *[types.int64] * 6)
 def logits_of(model, call, own, phase, x, rows):
     """Tiles of the lm head."""
-    vocab, hidden, kind = field(model, of.VOCAB), field(model, of.HIDDEN), kind_of(model, of.HEAD_TILES)
-    corner = own + field(call, of.CORNER)
+    vocab, hidden, kind = field(model, tables.VOCAB), field(model, tables.HIDDEN), kind_of(model, tables.HEAD_TILES)
+    corner = own + field(call, tables.CORNER)
     task = claim(call, phase)
-    while task * of.TILE_COLUMNS < vocab:
-        first = task * of.TILE_COLUMNS
-        count = min(of.TILE_COLUMNS, vocab - first)
-        weight = field(model, of.HEAD) + first * hidden * size_of(kind)
-        linear(kind, weight, hidden, x, rows, field(call, of.LOGITS) + 4 * first, 4 * vocab, count, corner)
+    while task * tables.TILE_COLUMNS < vocab:
+        first = task * tables.TILE_COLUMNS
+        count = min(tables.TILE_COLUMNS, vocab - first)
+        weight = field(model, tables.HEAD) + first * hidden * size_of(kind)
+        linear(kind, weight, hidden, x, rows, field(call, tables.LOGITS) + 4 * first, 4 * vocab, count, corner)
         task = claim(call, phase)
 
 
 @njit(error_model="numpy")
 def shape_for_rows(model, call, rows):
     """Tiles of this thread multiply `rows` rows by weights from now on."""
-    if field(model, of.TILED) != 0:
-        shape_tiles(field(call, of.TILE_CONFIG) + 64 * (min(rows, TILE_ROWS) - 1))
+    if field(model, tables.TILED) != 0:
+        shape_tiles(field(call, tables.TILE_CONFIG) + 64 * (min(rows, TILE_ROWS) - 1))
 
 
 @njit(error_model="numpy")
 def shape_for_attention(model, call, rows):
     """Tiles of this thread multiply `rows` rows by panels from now on."""
-    if field(model, of.TILED) & of.ATTENTION_TILES:
-        shape_tiles(field(call, of.TILE_CONFIG) + 64 * (min(rows, TILE_ROWS) - 1 + TILE_ROWS))
+    if field(model, tables.TILED) & tables.ATTENTION_TILES:
+        shape_tiles(field(call, tables.TILE_CONFIG) + 64 * (min(rows, TILE_ROWS) - 1 + TILE_ROWS))
 
 
 @machine_code(types.int64, *[types.int64] * 8)
 def forward(model, call, thread, phase, start, rows, tokens, logit_rows):
     """Append `rows` tokens at positions start.. and leave logits of the last `logit_rows`; returns the next phase."""
-    own = field(call, of.OWN) + thread * field(call, of.OWN_BYTES)
-    x, ready = field(call, of.X), own + field(call, of.NARROW)
-    heads, kv_heads = field(model, of.HEADS), field(model, of.KV_HEADS)
-    hidden, inner, width = field(model, of.HIDDEN), field(model, of.INNER), heads * field(model, of.DIM)
-    qkv, out = kind_of(model, of.QKV_TILES), kind_of(model, of.OUT_TILES)
-    gate_up, down = kind_of(model, of.GATE_UP_TILES), kind_of(model, of.DOWN_TILES)
+    own = field(call, tables.OWN) + thread * field(call, tables.OWN_BYTES)
+    x, ready = field(call, tables.X), own + field(call, tables.NARROW)
+    heads, kv_heads = field(model, tables.HEADS), field(model, tables.KV_HEADS)
+    hidden, inner, width = field(model, tables.HIDDEN), field(model, tables.INNER), heads * field(model, tables.DIM)
+    qkv, out = kind_of(model, tables.QKV_TILES), kind_of(model, tables.OUT_TILES)
+    gate_up, down = kind_of(model, tables.GATE_UP_TILES), kind_of(model, tables.DOWN_TILES)
     used = used_slots(model, start, rows)
-    chunks = -(-used // of.CHUNK)
-    unseen_ranges(model, own + field(call, of.UNSEEN), start, rows)
+    chunks = -(-used // tables.TASK_SLOTS)
+    unseen_ranges(model, own + field(call, tables.UNSEEN), start, rows)
     embed(model, call, thread, rows, tokens)
     phase = barrier(call, thread, phase)
-    for i in range(field(model, of.LAYERS)):
-        layer = model + 8 * (of.MODEL_FIELDS + i * of.LAYER_FIELDS)
+    for i in range(field(model, tables.LAYERS)):
+        layer = model + 8 * (tables.MODEL_FIELDS + i * tables.LAYER_FIELDS)
         shape_for_rows(model, call, rows)
-        normed(model, x, rows, field(layer, of.ATTENTION_NORM), ready, qkv)
+        normed(model, x, rows, field(layer, tables.ATTENTION_NORM), ready, qkv)
         task = claim(call, phase)
         while task < heads + 2 * kv_heads:
             project_head(model, layer, call, own, start, rows, task)
@@ -81,44 +81,55 @@ def forward(model, call, thread, phase, start, rows, tokens, logit_rows):
         merge(model, call, own, rows, chunks, out)
         task = claim(call, phase)
         while task < hidden // 16:
-            add_linear(model, call, own, rows, width, field(layer, of.OUT), field(layer, of.OUT_BIAS), ready, task, out)
+            add_linear(
+                model, call, own, rows, width, field(layer, tables.OUT), field(layer, tables.OUT_BIAS), ready, task, out
+            )
             task = claim(call, phase)
         phase = barrier(call, thread, phase)
-        normed(model, x, rows, field(layer, of.MLP_NORM), ready, gate_up)
+        normed(model, x, rows, field(layer, tables.MLP_NORM), ready, gate_up)
         task = claim(call, phase)
         while task < inner // 32:
             gate(model, layer, call, own, rows, task)
             task = claim(call, phase)
         phase = barrier(call, thread, phase)
         task = claim(call, phase)
-        gated = field(call, of.GATED)
+        gated = field(call, tables.GATED)
         while task < hidden // 16:
             add_linear(
-                model, call, own, rows, inner, field(layer, of.DOWN), field(layer, of.DOWN_BIAS), gated, task, down
+                model,
+                call,
+                own,
+                rows,
+                inner,
+                field(layer, tables.DOWN),
+                field(layer, tables.DOWN_BIAS),
+                gated,
+                task,
+                down,
             )
             task = claim(call, phase)
         phase = barrier(call, thread, phase)
     if logit_rows > 0:
         shape_for_rows(model, call, logit_rows)
-        last, kind = x + 4 * hidden * (rows - logit_rows), kind_of(model, of.HEAD_TILES)
-        normed(model, last, logit_rows, field(model, of.FINAL_NORM), ready, kind)
+        last, kind = x + 4 * hidden * (rows - logit_rows), kind_of(model, tables.HEAD_TILES)
+        normed(model, last, logit_rows, field(model, tables.FINAL_NORM), ready, kind)
         logits_of(model, call, own, phase, ready, logit_rows)
     return barrier(call, thread, phase)
 
 
 @machine_code(types.void, *[types.int64] * 3)
 def read(model, call, thread):
-    start, rows, tokens = field(call, of.START), field(call, of.ROWS), field(call, of.TOKENS)
-    drafts = field(call, of.DRAFT)
+    start, rows, tokens = field(call, tables.START), field(call, tables.ROWS), field(call, tables.TOKENS)
+    drafts = field(call, tables.DRAFT)
     if drafts == 0:
-        forward(model, call, thread, 0, start, rows, tokens, field(call, of.LOGIT_ROWS))
+        forward(model, call, thread, 0, start, rows, tokens, field(call, tables.LOGIT_ROWS))
         return
     phase = 0
     for i in range(drafts):
         phase = forward(model, call, thread, phase, start, rows, tokens, 1)
         tokens += 8 * rows
         if thread == 0:
-            put_i64(tokens, draw(call, i) if field(call, of.Q_ROWS) != 0 else best(call))
+            put_i64(tokens, draw(call, i) if field(call, tables.Q_ROWS) != 0 else best(call))
         phase = barrier(call, thread, phase)
         start, rows = start + rows, 1
         if get_i64(tokens) < 0:  # a logit was not finite
@@ -132,5 +143,5 @@ def run(model, call, thread):
     Drafted tokens are appended to TOKENS; the last one is not read.
     """
     read(model, call, thread)
-    if field(model, of.TILED) != 0:
+    if field(model, tables.TILED) != 0:
         end_tiles()

@@ -28,7 +28,7 @@ def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return whole.zero_().view(dtype).view(shape)  # the advice is a wish: refused, these are ordinary pages
 
 
-def settle(model: Model) -> None:
+def move_to_huge_pages(model: Model) -> None:
     """Move the weights of `model` side by side onto large pages. Nothing changes but where they lie."""
     names = [(layer, name) for layer in model.layers for name in Layer.__slots__]
     tied = model.head is model.embedding

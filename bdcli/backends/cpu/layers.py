@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit, types
 
-from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, pack_tiles, tile_rows
 from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, PAIRS, TILES, rows_dot
 from bdcli.backends.cpu.simd import (
@@ -36,7 +36,7 @@ from bdcli.backends.cpu.tables import field, number
 @njit(error_model="numpy")
 def kind_of(model, product):
     """How the product of that BY_TILES bit is made."""
-    return TILES if field(model, of.TILED) & product else field(model, of.KIND)
+    return TILES if field(model, tables.TILED) & product else field(model, tables.KIND)
 
 
 @njit(error_model="numpy")
@@ -92,14 +92,14 @@ def inverse_root(x):
 @machine_code(types.void, *[types.int64] * 6)
 def normed(model, x, rows, weight, out, kind):
     """RMSNorm (Zhang & Sennrich 2019) of rows [rows, HIDDEN], packed into `out` for a product of `kind`."""
-    hidden = field(model, of.HIDDEN)
+    hidden = field(model, tables.HIDDEN)
     for r in range(rows):
         row = x + 4 * r * hidden
         squares = spread(np.float32(0))
         for i in range(0, 4 * hidden, 64):
             squares = vfma(get(row + i), get(row + i), squares)
         factor = spread(
-            np.float32(1) / np.float32(math.sqrt(total(squares) / np.float32(hidden) + number(model, of.EPS)))
+            np.float32(1) / np.float32(math.sqrt(total(squares) / np.float32(hidden) + number(model, tables.EPS)))
         )
         for i in range(0, 4 * hidden, 128):
             a, b = get(row + i) * factor * get(weight + i), get(row + i + 64) * factor * get(weight + i + 64)
@@ -118,21 +118,25 @@ def add_bias(y, rows, y_row, bias, columns):
 @machine_code(types.void, *[types.int64] * 5)
 def embed(model, call, thread, rows, tokens):
     """Embedding rows of the tokens into X; rows are shared out between the threads."""
-    hidden, threads, pairs = field(model, of.HIDDEN), field(call, of.THREADS), field(model, of.KIND) != FLOATS
+    hidden, threads, pairs = (
+        field(model, tables.HIDDEN),
+        field(call, tables.THREADS),
+        field(model, tables.KIND) != FLOATS,
+    )
     for r in range(thread, rows, threads):
-        token, into = get_i64(tokens + 8 * r), field(call, of.X) + 4 * r * hidden
+        token, into = get_i64(tokens + 8 * r), field(call, tables.X) + 4 * r * hidden
         for i in range(0, hidden, 16):
             if pairs:
-                put(into + 4 * i, get_bf16(field(model, of.EMBEDDING) + 2 * (token * hidden + i)))
+                put(into + 4 * i, get_bf16(field(model, tables.EMBEDDING) + 2 * (token * hidden + i)))
             else:
-                put(into + 4 * i, get(field(model, of.EMBEDDING) + 4 * (token * hidden + i)))
+                put(into + 4 * i, get(field(model, tables.EMBEDDING) + 4 * (token * hidden + i)))
 
 
 @njit(error_model="numpy")
 def rotate(model, source, position, into, scale):
     """A head of D floats, rotated to `position` and scaled; `source` may be `into`."""
-    half = field(model, of.DIM) // 2
-    cos, sin = field(model, of.COS) + 4 * position * half, field(model, of.SIN) + 4 * position * half
+    half = field(model, tables.DIM) // 2
+    cos, sin = field(model, tables.COS) + 4 * position * half, field(model, tables.SIN) + 4 * position * half
     factor = spread(scale)
     for i in range(0, 4 * half, 64):
         a, b = get(source + i), get(source + 4 * half + i)
@@ -143,13 +147,13 @@ def rotate(model, source, position, into, scale):
 
 @njit(error_model="numpy")
 def norm_heads(model, y, rows, weight):
-    dim = field(model, of.DIM)
+    dim = field(model, tables.DIM)
     for r in range(rows):
         one = y + 4 * r * dim
         squares = spread(np.float32(0))
         for i in range(0, 4 * dim, 64):
             squares = vfma(get(one + i), get(one + i), squares)
-        factor = inverse_root(total(squares) / np.float32(dim) + number(model, of.EPS))
+        factor = inverse_root(total(squares) / np.float32(dim) + number(model, tables.EPS))
         for i in range(0, 4 * dim, 64):
             put(one + i, get(one + i) * factor * get(weight + i))
 
@@ -157,27 +161,29 @@ def norm_heads(model, y, rows, weight):
 @machine_code(types.void, *[types.int64] * 10)
 def add_linear(model, call, own, rows, width, weight, bias, x, tile, kind):
     """X += one tile of a linear layer onto HIDDEN columns."""
-    hidden, first = field(model, of.HIDDEN), tile * 16
-    y, corner = own + field(call, of.TILE), own + field(call, of.CORNER)
+    hidden, first = field(model, tables.HIDDEN), tile * 16
+    y, corner = own + field(call, tables.TILE), own + field(call, tables.CORNER)
     linear(kind, weight + first * width * size_of(kind), width, x, rows, y, 64, 16, corner)
     if bias != 0:
         add_bias(y, rows, 64, bias + 4 * first, 16)
     for r in range(rows):
-        at = field(call, of.X) + 4 * (r * hidden + first)
+        at = field(call, tables.X) + 4 * (r * hidden + first)
         put(at, get(at) + get(y + 64 * r))
 
 
 @machine_code(types.void, *[types.int64] * 6)
 def gate(model, layer, call, own, rows, tile):
     """silu(gate) · up of 32 columns, packed into GATED."""
-    hidden, inner, kind = field(model, of.HIDDEN), field(model, of.INNER), kind_of(model, of.GATE_UP_TILES)
-    size, y, corner = size_of(kind), own + field(call, of.TILE), own + field(call, of.CORNER)
-    x, first, then = own + field(call, of.NARROW), 32 * tile, kind_of(model, of.DOWN_TILES)
+    hidden, inner, kind = field(model, tables.HIDDEN), field(model, tables.INNER), kind_of(model, tables.GATE_UP_TILES)
+    size, y, corner = size_of(kind), own + field(call, tables.TILE), own + field(call, tables.CORNER)
+    x, first, then = own + field(call, tables.NARROW), 32 * tile, kind_of(model, tables.DOWN_TILES)
     for side in range(2):
         at = side * inner + first
-        linear(kind, field(layer, of.GATE_UP) + at * hidden * size, hidden, x, rows, y + 128 * side, 256, 32, corner)
-        if field(layer, of.GATE_UP_BIAS) != 0:
-            add_bias(y + 128 * side, rows, 256, field(layer, of.GATE_UP_BIAS) + 4 * at, 32)
+        linear(
+            kind, field(layer, tables.GATE_UP) + at * hidden * size, hidden, x, rows, y + 128 * side, 256, 32, corner
+        )
+        if field(layer, tables.GATE_UP_BIAS) != 0:
+            add_bias(y + 128 * side, rows, 256, field(layer, tables.GATE_UP_BIAS) + 4 * at, 32)
     one, none = spread(np.float32(1)), spread(np.float32(0))
     lowest = spread(np.float32(-87))
     for r in range(rows):
@@ -185,4 +191,4 @@ def gate(model, layer, call, own, rows, tile):
         a, b = get(row), get(row + 64)
         a = a / (one + vexp(none - vmax(a, lowest)))
         b = b / (one + vexp(none - vmax(b, lowest)))
-        pack(then, field(call, of.GATED), r, inner, first, a * get(row + 128), b * get(row + 192))
+        pack(then, field(call, tables.GATED), r, inner, first, a * get(row + 128), b * get(row + 192))

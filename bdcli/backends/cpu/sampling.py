@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
-from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.simd import get, get_f32, highest, machine_code, put, put_f32, spread, total, vexp, vmax
 from bdcli.backends.cpu.tables import field, number
 
@@ -37,7 +37,7 @@ def summit(logits, count):
 @machine_code(types.int64, types.int64)
 def best(call):
     """Argmax, the first of equals; NOT_FINITE when a logit is NaN or infinite."""
-    logits, count = field(call, of.LOGITS), field(call, of.KNOWN)
+    logits, count = field(call, tables.LOGITS), field(call, tables.KNOWN)
     high = summit(logits, count)
     for i in range(count):
         if get_f32(logits + 4 * i) == high:
@@ -128,12 +128,14 @@ def uniform(seed, counter):
 @machine_code(types.int64, *[types.int64] * 2)
 def draw(call, nth):
     """A token from the serving distribution, which is left in row `nth` of Q_ROWS; NOT_FINITE as in `best`."""
-    logits, count = field(call, of.LOGITS), field(call, of.KNOWN)
-    q = field(call, of.Q_ROWS) + nth * field(call, of.Q_STRIDE)
-    mass = serve(logits, count, q, number(call, of.TEMPERATURE), field(call, of.TOP_K), number(call, of.TOP_P))
+    logits, count = field(call, tables.LOGITS), field(call, tables.KNOWN)
+    q = field(call, tables.Q_ROWS) + nth * field(call, tables.Q_STRIDE)
+    mass = serve(
+        logits, count, q, number(call, tables.TEMPERATURE), field(call, tables.TOP_K), number(call, tables.TOP_P)
+    )
     if not mass > 0:
         return NOT_FINITE
-    left = uniform(field(call, of.SEED), nth)
+    left = uniform(field(call, tables.SEED), nth)
     last = 0
     for i in range(count):
         p = get_f32(q + 4 * i)

@@ -95,7 +95,7 @@ QKV_TILES, OUT_TILES, GATE_UP_TILES, DOWN_TILES, HEAD_TILES, ATTENTION_TILES = B
 
 UNSEEN_RANGES = 4  # ranges of slots that a row may not see
 TILE_COLUMNS = 64  # weight rows of a task
-CHUNK = 512  # slots of an attention task
+TASK_SLOTS = 512  # slots of an attention task
 BLOCK = 128  # slots whose scores are in cache at once
 MAX_CALL_ROWS = 32  # tokens of one forward; more are read in several
 

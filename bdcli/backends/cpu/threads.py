@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from bdcli.backends.cpu import tables as of
+from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.simd import fetch_add, observe, pause, publish
 from bdcli.backends.cpu.tables import field
 
@@ -31,16 +31,16 @@ def wait_for(address, at_least):
 @njit(error_model="numpy")
 def barrier(call, thread, phase):
     """All threads have ended phase `phase`; returns the next. Tasks of the next phase are unclaimed."""
-    threads = field(call, of.THREADS)
+    threads = field(call, tables.THREADS)
     if threads > 1:
-        fetch_add(field(call, of.ARRIVED), 1)
-        wait_for(field(call, of.ARRIVED), threads * (phase + 1))
+        fetch_add(field(call, tables.ARRIVED), 1)
+        wait_for(field(call, tables.ARRIVED), threads * (phase + 1))
     if thread == 0:  # of the three counters the one that nobody claims from any more, and nobody does yet
-        publish(field(call, of.CLAIMS) + 64 * ((phase + 2) % 3), 0)
+        publish(field(call, tables.CLAIMS) + 64 * ((phase + 2) % 3), 0)
     return phase + 1
 
 
 @njit(error_model="numpy")
 def claim(call, phase):
     """The next task of the phase, from 0; its number is for the caller to bound."""
-    return fetch_add(field(call, of.CLAIMS) + 64 * (phase % 3), 1)
+    return fetch_add(field(call, tables.CLAIMS) + 64 * (phase % 3), 1)

@@ -13,7 +13,7 @@ from bdcli.backends.cuda.ops import ops_for
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.chunks import choose_chunks
 from bdcli.cache.full import FullCache, OfficialCache
-from bdcli.cache.view import CHUNK
+from bdcli.cache.view import CHUNK_KEYS
 
 
 class _Rows:
@@ -53,12 +53,14 @@ class StaticBudgetCache(BudgetCache):
         view, keys, cos, sin = self.view, self._raw_keys, self.rope.cos[:, 0], self.rope.sin[:, 0]
         ops = ops_for(keys.device.type)
         end = self._prompt - view.window
-        first = view.sinks + (end - view.sinks) % CHUNK
-        rank = view.sinks + (view.chosen - CHUNK) // 2
-        scored, kept = (slice(rank, rank + CHUNK), slice(view.sinks, view.prefix)) if view.rebased else (None, None)
+        first = view.sinks + (end - view.sinks) % CHUNK_KEYS
+        rank = view.sinks + (view.chosen - CHUNK_KEYS) // 2
+        scored, kept = (
+            (slice(rank, rank + CHUNK_KEYS), slice(view.sinks, view.prefix)) if view.rebased else (None, None)
+        )
         ropes = [None if rows is None else (cos[rows], sin[rows]) for rows in (scored, kept)]
-        scores = ops.chunk_scores(self._last_queries, keys[first:end], CHUNK, rope=ropes[0])
-        index = choose_chunks(scores, view.chosen // CHUNK, CHUNK) + first
+        scores = ops.chunk_scores(self._last_queries, keys[first:end], CHUNK_KEYS, rope=ropes[0])
+        index = choose_chunks(scores, view.chosen // CHUNK_KEYS, CHUNK_KEYS) + first
         chosen = slice(view.sinks, view.prefix)
         into = self.rows[layer][:, chosen], self.values[layer][:, chosen]
         ops.compact(keys, self._layer_values, index.int(), *into, rope=ropes[1])

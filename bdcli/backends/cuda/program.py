@@ -2,7 +2,7 @@
 
 Batch is 1, written N where the kernels have it. What a round needs to know (the text so far, its length, the sampling
 parameters, its uniform numbers) lies in static buffers on the device, and so does what it found; the host copies
-`Round.result` once. Models are `StaticReader`s: a model, its cache, and the size of the target's vocabulary.
+`RoundProgram.result` once. Models are `StaticRunner`s: a model, its cache, and the size of the target's vocabulary.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Law:
         return torch.empty_like(probs).scatter_(-1, index, probs / probs.sum(-1, keepdim=True))
 
 
-def forward(reader, tokens: Tensor, start: Tensor) -> Tensor:
+def forward(runner, tokens: Tensor, start: Tensor) -> Tensor:
     """What the lm head reads, [T, hidden], of ids `tokens` [T] at positions start[0].., appended to the cache."""
-    model, cache, eps = reader.model, reader.cache, reader.model.config.norm_eps
+    model, cache, eps = runner.model, runner.cache, runner.model.config.norm_eps
     ops = ops_for(start.device.type)
-    if model.config.vocab_size < reader.vocab:
+    if model.config.vocab_size < runner.vocab:
         tokens = tokens.masked_fill(tokens >= model.config.vocab_size, 0)
     x = F.embedding(tokens, model.embedding)
     place = cache.place(start, tokens.shape[0])
@@ -77,28 +77,28 @@ def forward(reader, tokens: Tensor, start: Tensor) -> Tensor:
     return normed
 
 
-def logits(reader, normed: Tensor) -> Tensor:
+def logits(runner, normed: Tensor) -> Tensor:
     """fp32 logits [T, V] over the target's vocabulary."""
-    return reader.aligned(F.linear(normed, reader.model.head).float())
+    return runner.aligned(F.linear(normed, runner.model.head).float())
 
 
 class Feed:
     """Append `tokens` rows to a cache, with logits of the last `rows`. `given` [1 + tokens] is position and ids."""
 
-    def __init__(self, reader, tokens: int, rows: int):
-        device = reader.model.device
-        self.reader, self.rows = reader, rows
+    def __init__(self, runner, tokens: int, rows: int):
+        device = runner.model.device
+        self.runner, self.rows = runner, rows
         self.given = torch.zeros(1 + tokens, dtype=torch.long, device=device)
-        self.logits = torch.zeros(rows, reader.vocab, device=device)
+        self.logits = torch.zeros(rows, runner.vocab, device=device)
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        x = forward(self.reader, self.given[1:], self.given[:1])
+        x = forward(self.runner, self.given[1:], self.given[:1])
         if self.rows:
-            self.logits.copy_(logits(self.reader, x[-self.rows :]))
+            self.logits.copy_(logits(self.runner, x[-self.rows :]))
 
 
-class Round:
+class RoundProgram:
     """One round over `text`. `drafter` None goes with γ = 0, and a round of γ = 0 does not touch the drafter.
 
     result [γ + 3]: the tokens to emit, then -1s; how many drafts were accepted; whether the drafter's choices were

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bdcli.backends.cuda.graph import capture, new_pool
-from bdcli.backends.cuda.program import Feed, Law, Round, Text
+from bdcli.backends.cuda.program import Feed, Law, RoundProgram, Text
 from bdcli.model.llama import Model
 from bdcli.speculation.sampling import Sampling, non_finite
-from bdcli.speculation.speculator import Reader, Step
+from bdcli.speculation.speculator import Round, Runner
 
 FEED_ROWS = 32  # tokens of a piece when a cache catches up; pieces are powers of two, so that few graphs are made
 
 
-class StaticReader(Reader):
+class StaticRunner(Runner):
     """`cache` is one of `bdcli.backends.cuda.caches`. Logits that `feed` returns live until its next call."""
 
     def __init__(self, model: Model, cache, vocab: int | None = None):
@@ -26,7 +26,7 @@ class StaticReader(Reader):
         self._pool = new_pool(model.device)
 
     def feed(self, tokens: list[int], rows: int) -> Tensor:
-        """As `Reader.feed`; one graph for each number of tokens and rows."""
+        """As `Runner.feed`; one graph for each number of tokens and rows."""
         limit = self.cache.max_rows
         if rows > limit:
             raise RuntimeError(f"{rows} rows at once, but this cache takes {limit}")
@@ -59,12 +59,12 @@ class StaticReader(Reader):
 
     def claim(self, start: int, rows: int) -> None:
         """Rows that a program is about to append from position `start` on: refused where there is no room."""
-        self.cache.admit(start, rows)
-        self.cache.count(start + rows)
+        self.cache.reserve(start, rows)
+        self.cache.record(start + rows)
 
     def whole_rounds(self, drafter: object, sampling: Sampling, generator: torch.Generator) -> Rounds | None:
         return (
-            Rounds(self, drafter, sampling, generator) if drafter is None or isinstance(drafter, StaticReader) else None
+            Rounds(self, drafter, sampling, generator) if drafter is None or isinstance(drafter, StaticRunner) else None
         )
 
 
@@ -75,7 +75,7 @@ class Rounds:
     """
 
     def __init__(
-        self, target: StaticReader, drafter: StaticReader | None, sampling: Sampling, generator: torch.Generator
+        self, target: StaticRunner, drafter: StaticRunner | None, sampling: Sampling, generator: torch.Generator
     ):
         self.target, self.drafter = target, drafter
         device = target.model.device
@@ -86,10 +86,10 @@ class Rounds:
         )
         self._law = None if sampling.greedy else Law.of(sampling, target.vocab, device)
         self._known: tuple[int, int, list[int]] | None = None  # length, held and last tokens that the device has
-        self._rounds: dict[int, tuple[Round, Callable[[], None]]] = {}
+        self._rounds: dict[int, tuple[RoundProgram, Callable[[], None]]] = {}
         self._pool = new_pool(device)
 
-    def play(self, ids: list[int], gamma: int) -> Step:
+    def play(self, ids: list[int], gamma: int) -> Round:
         """One round after `ids`, which are not changed; caches end where the round wrote, for a rollback to follow."""
         return self._play(ids, gamma, self._generator)
 
@@ -97,7 +97,7 @@ class Rounds:
         """`play`, with other random numbers, of which only the seconds count."""
         return self._play(ids, gamma, self._aside).seconds
 
-    def _play(self, ids: list[int], gamma: int, generator: torch.Generator) -> Step:
+    def _play(self, ids: list[int], gamma: int, generator: torch.Generator) -> Round:
         kept = len(ids)
         self.target.catch_up(ids[self.target.length : kept - 1])
         if gamma:
@@ -123,11 +123,11 @@ class Rounds:
         drafter.catch_up(ids[drafter.length : kept - 2])
         drafter.claim(drafter.length, kept - drafter.length + gamma - 1)
 
-    def _run(self, kept: int, tail: list[int], gamma: int, generator: torch.Generator) -> Step:
+    def _run(self, kept: int, tail: list[int], gamma: int, generator: torch.Generator) -> Round:
         self.target.claim(kept - 1, gamma + 1)
         if gamma not in self._rounds:
             self._tell(kept, tail, gamma)
-            program = Round(self.target, self.drafter, self.text, self._law, gamma)
+            program = RoundProgram(self.target, self.drafter, self.text, self._law, gamma)
             self._rounds[gamma] = program, capture(program, self.target.model.device, self._pool)
             self._known = None  # the capture has run it once
         program, run = self._rounds[gamma]
@@ -145,7 +145,7 @@ class Rounds:
         tokens = tokens[: accepted + 1]
         now = kept + len(tokens)
         self._known = now, min(kept - 1 + gamma, now - 1) if gamma else self._held, [*tail, *tokens][-2:]
-        return Step(tokens, gamma, accepted, draft_s, seconds - draft_s, program.logits, program.clock.seconds(0, 2))
+        return Round(tokens, gamma, accepted, draft_s, seconds - draft_s, program.logits, program.clock.seconds(0, 2))
 
     @property
     def _held(self) -> int:

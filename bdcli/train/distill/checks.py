@@ -67,7 +67,7 @@ def passages_made_from(recipe: DistillRecipe, target: Path) -> str:
     evaluation = asdict(recipe.evaluation)
     for name in ("every", "patience"):
         evaluation.pop(name)
-    return digest(evaluation, recipe.data.sources, recipe.temperature, fingerprint(target))
+    return digest([evaluation, recipe.data.sources, recipe.temperature, fingerprint(target)])
 
 
 def differing(made: dict, parts: dict) -> list[str]:

@@ -10,10 +10,8 @@ shard holds columns of equal length; `datasets.Dataset.from_dict(safetensors.num
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bdcli.base.errors import UserError
-from bdcli.base.files import read_json, write_text
+from bdcli.base.files import digest, read_json, write_file
 from bdcli.config.distill import DistillRecipe
 from bdcli.data.sources import CHARACTERS, Candidate, Documents, held_out_prompts
 from bdcli.decode.session import Pair
@@ -131,14 +129,14 @@ class Material:
                 shard = {"file": name, "sha256": sha, "next": at, "late": late, "accounts": asdict(accounts)}
                 shards.append(shard | {"loop_rates": rates})  # of every text written, by candidate, dropped ones too
                 made += len(kept)
-                write_text(self._out / MANIFEST, _dump(manifest))
+                write_file(self._out / MANIFEST, _dump(manifest))
         if made < d.windows:
             raise UserError(
                 f"{', '.join(d.sources)} holds {made} windows of {d.context} tokens, not {d.windows}",
                 "Lower data.windows or add sources",
             )
         manifest["complete"] = True
-        write_text(self._out / MANIFEST, _dump(manifest))
+        write_file(self._out / MANIFEST, _dump(manifest))
 
     def _samples(
         self, first: int, group: list[Candidate]
@@ -204,13 +202,8 @@ class Material:
         from safetensors.torch import save
 
         body = save({name: torch.stack([sample[name] for sample in kept]) for name in kept[0]}, {"format": "pt"})
-        fresh = path.with_name(path.name + ".new")
-        with fresh.open("wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        return hashlib.sha256(body).hexdigest()
+        write_file(path, body)
+        return digest(body)
 
     # -- passages
 
@@ -240,9 +233,9 @@ class Material:
                 for (_, name, prompt), text in zip(group, texts, strict=True):
                     saved["passages"].append(self._passage(name, prompt, text, sampling))
                 self._progress("held-out passages", len(saved["passages"]), len(wanted), "")
-                write_text(path, json.dumps(saved))
+                write_file(path, json.dumps(saved))
             saved["complete"] = True
-            write_text(path, json.dumps(saved))
+            write_file(path, json.dumps(saved))
         return [
             Passage(p["dataset"], tuple(p["prompt"]), tuple(p["text"]), p["limit"], tuple(p["probs"]))
             for p in saved["passages"]
@@ -318,7 +311,7 @@ def bytes_per_token(recipe: DistillRecipe, hidden_size: int) -> int:
 def _check(path: Path, sha256: str) -> None:
     if not path.exists():
         raise UserError(f"{path} is missing", "Restore it, or remove the folder to make all shards again")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if digest(path.read_bytes()) != sha256:
         raise UserError(f"{path} is damaged", "Restore it, or remove the folder to make all shards again")
 
 

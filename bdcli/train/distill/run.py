@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bdcli.base.devices import pick_device, training_dtype
 from bdcli.base.errors import UserError
-from bdcli.base.files import check_room, digest
+from bdcli.base.files import check_disk_space, digest
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.cache.view import View, plan_view
 from bdcli.config.decode import DecodeOptions
@@ -94,7 +94,7 @@ class Distillation:
         self.pair = load_pair(options)
         self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
         self.plan = Plan(recipe, self.target, self.drafter, self.dtype, self.device, out)
-        check_room(out, self.plan.disk_bytes)
+        check_disk_space(out, self.plan.disk_bytes)
         self._hidden: dict[int, Tensor] = {}
 
     def _start(self, target: Path) -> Path:
@@ -120,7 +120,7 @@ class Distillation:
         with self.ranks.in_turn():
             material = self.material()
             passages, windows = material.passages(), material.windows()
-        key = digest(as_dict(self.recipe), len(windows), *map(fingerprint, self.folders))
+        key = digest([as_dict(self.recipe), len(windows), *map(fingerprint, self.folders)])
         initial, best = self.out / "initial", self.out / "drafter"
         if self.ranks.first and not initial.exists():
             save_model(self.drafter, self.folders[1], initial)
@@ -152,7 +152,7 @@ class Distillation:
         p, o = trainer.progress, self.recipe.optimizer
         grid_s = self._measure(trainer, passages)
         first, trained_s, stopped, opened = p.step, 0.0, self._flat(trainer), time.monotonic()
-        with deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupt:
             while p.step < o.steps and not stopped:
                 began = time.monotonic()
                 at = p.step
@@ -166,7 +166,7 @@ class Distillation:
                 said = f"loss {loss:.3f}, outside loops {p.latest:.1%}, best {p.best:.1%} at step {p.best_step}"
                 self.watcher.progress("distil", p.step, o.steps, said)
                 late = began + 2.5 * step_s + 2 * grid_s > self.deadline
-                stopped = self.ranks.agreed("interrupted" if interrupted else "out of time" if late else None)
+                stopped = self.ranks.agreed("interrupted" if interrupt.requested else "out of time" if late else None)
                 if p.step % self.recipe.evaluation.every == 0 and not stopped:
                     grid_s = self._measure(trainer, passages)
                     self._save(trainer, key)

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bdcli.backends.select import torch_engine
+from bdcli.backends.select import torch_backend
 from bdcli.base.errors import NonFiniteError
 from bdcli.config.decode import DecodeOptions
-from bdcli.decode.session import Pair, drafter_reader, target_reader
+from bdcli.decode.session import Pair, drafter_runner, target_runner
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
 
@@ -31,8 +31,8 @@ class Writer:
     """
 
     def __init__(self, pair: Pair, together: int):
-        compiled = pair.engine.name == "compiled"
-        self._pair = pair if compiled else replace(pair, engine=torch_engine("many texts at a time"))
+        compiled = pair.backend.name == "compiled"
+        self._pair = pair if compiled else replace(pair, engine=torch_backend("many texts at a time"))
         self.together = 1 if compiled else together
 
     def write(
@@ -50,10 +50,10 @@ class Writer:
     def _begin(self, prompt: list[int], seed: int, tokens: int, temperature: float) -> Speculator:
         pair, sampling = self._pair, Sampling(temperature)
         options = DecodeOptions(budget=BUDGET, gamma=GAMMA, max_new_tokens=tokens)
-        target, drafter = target_reader(pair, options, len(prompt), GAMMA), None
-        quick = pair.engine.name == "compiled" and pair.target.weight_bytes < SMALL
+        target, drafter = target_runner(pair, options, len(prompt), GAMMA), None
+        quick = pair.backend.name == "compiled" and pair.target.weight_bytes < SMALL
         if sampling.greedy or not quick:
-            drafter = drafter_reader(pair, options, len(prompt))
+            drafter = drafter_runner(pair, options, len(prompt))
         text = Speculator(target, drafter, sampling, seed, pair.target.device)
         text.prefill(prompt)
         return text
@@ -75,7 +75,7 @@ class Writer:
             left = []
             for text, (draft, q), rows in zip(going, drafts, logits, strict=True):
                 try:
-                    verdict = text.settle(draft, q, rows)
+                    verdict = text.commit(draft, q, rows)
                 except NonFiniteError:
                     broken.append(text)
                     continue
@@ -89,5 +89,5 @@ class Writer:
         """A draft for each text and what it was drawn from; empty ones where nothing drafts."""
         if texts[0].drafter is None:
             return [([], None)] * len(texts)
-        readers, ids, generators = zip(*((text.drafter, text.ids, text.generator) for text in texts))
-        return texts[0].drafter.draft_together(readers, ids, gammas, texts[0].sampling, generators)
+        runners, ids, generators = zip(*((text.drafter, text.ids, text.generator) for text in texts))
+        return texts[0].drafter.draft_together(runners, ids, gammas, texts[0].sampling, generators)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bdcli.base.devices import pick_device, training_dtype
 from bdcli.base.errors import UserError
-from bdcli.base.files import check_room, digest
+from bdcli.base.files import check_disk_space, digest
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
@@ -111,10 +111,10 @@ class Pretraining:
         if state.exists() and not resume:
             raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        check_room(self.out, self.disk_bytes)
+        check_disk_space(self.out, self.disk_bytes)
         start = self._start()
         tokenizer = load_tokenizer(start)
-        vocabulary = digest(sorted(tokenizer.get_vocab().items()))
+        vocabulary = digest([sorted(tokenizer.get_vocab().items())])
         self.model = load_model(start, torch.float32, self.device)
         self._check_positions()
         self._ordinary = ordinary_ids(tokenizer)
@@ -122,7 +122,7 @@ class Pretraining:
         self._held = self._held_out(tokenizer)
         trainer = Trainer(self.model, self.recipe.optimizer)
         kept = as_dict(replace(self.recipe, checkpoint_minutes=0))
-        key = digest(kept, fingerprint(start))
+        key = digest([kept, fingerprint(start)])
         if state.exists():
             trainer.load(state, key)
         stopped, rate = self._train(trainer, corpus, start, key)
@@ -183,7 +183,7 @@ class Pretraining:
         trained_s, stopped, saved_at = 0.0, None, time.monotonic()
         final_s = self._measure(trainer, r.held_out.contexts) if not p.history else 0.0
         block = torch.compile(causal_block, dynamic=False) if r.compile else causal_block
-        with deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupt:
             while p.tokens < s.tokens and not stopped:
                 began = time.monotonic()
                 p.elapsed_s = earlier_s + began - self.began
@@ -202,7 +202,7 @@ class Pretraining:
                 left = f", {(1 - done) * p.elapsed_s / done / 60:.0f} min left" if done > 0 else ""
                 said = f"loss {loss:.3f}, context {context}, {windows.numel() / step_s:.0f} tok/s{left}"
                 self.progress("pretrain", min(p.tokens, s.tokens), s.tokens, said)
-                if interrupted:
+                if interrupt.requested:
                     stopped = "interrupted"
                 elif time.monotonic() - self.began + 1.5 * step_s + 1.2 * final_s > self.limit_s:
                     stopped = "out of time"
