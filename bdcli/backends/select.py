@@ -13,7 +13,8 @@ import torch
 
 from bdcli.base.errors import UserError
 from bdcli.cache.budget import BudgetCache
-from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.full import FullCache
+from bdcli.cache.official import OfficialCache
 from bdcli.cache.view import View
 from bdcli.model.llama import Model
 from bdcli.speculation.speculator import Runner

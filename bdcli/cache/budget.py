@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from bdcli.cache.chunks import SCORING_QUERIES, prompt_chunks
-from bdcli.cache.full import Cached
+from bdcli.cache.base import BaseCache
+from bdcli.cache.chunks import prompt_chunks
+from bdcli.cache.prefill import LayerPrompt
 from bdcli.cache.view import View
 from bdcli.model.llama import Model
 
 
-class BudgetCache(Cached):
+class BudgetBlock(NamedTuple):
+    """Where a block of rows goes: position of the first, RoPE rows at true positions and at ranks, additive mask.
+
+    `at_rank` is None with absolute positions; `mask` [T, K] is None while the prompt is read.
+    """
+
+    start: int
+    rows: int
+    at_position: tuple[Tensor, Tensor]
+    at_rank: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+
+
+class BudgetQueries(NamedTuple):
+    """Rotated queries [T, H, D]: at true positions for recent keys, at ranks for the prefix.
+
+    past: while a prompt is read into the ring, keys [Hkv, D, K], values [Hkv, K, D] and positions [K] of what they see.
+    """
+
+    at_position: Tensor
+    at_rank: Tensor
+    past: tuple[Tensor, Tensor, Tensor] | None
+
+
+class BudgetCache(BaseCache):
     """At most `budget` entries per layer and KV head: sinks | chosen chunks | ring of recents and draft tail.
 
     The ring holds position p in slot p mod ring; nothing is moved or re-rotated, and a mask decides by position what
@@ -26,8 +53,7 @@ class BudgetCache(Cached):
         self._allocate()
         self._oldest = view.sinks  # position of the first ring entry ever stored
         self._written = 0  # one past the highest position ever stored; a rollback may not reach below its window
-        # while a chunk prefill runs: one layer's full keys, rotated and raw, its values, its last queries
-        self._layer_keys = self._raw_keys = self._layer_values = self._last_queries = None
+        self._layer: LayerPrompt | None = None  # while a prompt is read from which chunks are chosen
         # slot j is seen by query t iff (t - j) mod ring < window: a contiguous slice of one doubled row
         age = -torch.arange(2 * view.ring, device=self.device) % view.ring
         self._steady = torch.zeros(2 * view.ring, dtype=self.dtype, device=self.device)
@@ -45,10 +71,8 @@ class BudgetCache(Cached):
         if self.view.chosen:
             if tokens < self.view.budget:
                 raise RuntimeError("a view with chosen chunks needs a prompt longer than the budget")
-            self._layer_keys = self._zeros(tokens, self.kv_heads, self.head_dim)
-            self._raw_keys = torch.empty_like(self._layer_keys) if self.view.rebased else self._layer_keys
-            self._layer_values = torch.zeros_like(self._layer_keys)
-            self._last_queries = self._zeros(0, self.heads, self.head_dim)
+            empty = self._zeros(tokens, self.kv_heads, self.head_dim)
+            self._layer = LayerPrompt(self.view, self.rope, empty, self.heads)
 
     def end_layer(self, layer: int) -> None:
         if self.view.chosen:
@@ -56,28 +80,28 @@ class BudgetCache(Cached):
 
     def end_prefill(self) -> None:
         self.length = self._written = self._prompt
-        self._prompt = self._layer_keys = self._layer_values = self._raw_keys = self._last_queries = None
+        self._prompt = self._layer = None
 
     def _choose(self, layer: int) -> None:
         """Keep sinks, the best chunks between them and the window, and the window itself; drop the layer's rest."""
-        view, end = self.view, self._prompt - self.view.window
+        sinks, end, prompt = self.view.sinks, self._prompt - self.view.window, self._layer
         self._choose_into(layer)
         self._oldest = end
-        self._store(layer, 0, self._layer_keys[: view.sinks], self._layer_values[: view.sinks])
-        self._store(layer, end, self._layer_keys[end:], self._layer_values[end:])
-        self._last_queries = self._last_queries[:0]
+        self._store(layer, 0, prompt.keys[:sinks], prompt.values[:sinks])
+        self._store(layer, end, prompt.keys[end:], prompt.values[end:])
+        prompt.forget_queries()
 
     def _choose_into(self, layer: int) -> None:
         """Put the best chunks between the prompt's sinks and its window behind the sinks."""
-        view = self.view
-        index = prompt_chunks(self.rope, view, self._last_queries, self._layer_keys, self._raw_keys)
+        view, prompt = self.view, self._layer
+        index = prompt_chunks(self.rope, view, prompt.last_queries, prompt.keys, prompt.raw_keys)
         gather = index.T[..., None].expand(-1, -1, self.head_dim)
-        kept = self._raw_keys.gather(0, gather)
+        kept = prompt.raw_keys.gather(0, gather)
         if view.rebased:
             kept = self.rope.rotate(kept, self.rope.rows(slice(view.sinks, view.prefix)))
         chosen = slice(view.sinks, view.prefix)
         self.keys[layer, :, :, chosen] = kept.permute(1, 2, 0)
-        self.values[layer, :, chosen] = self._layer_values.gather(0, gather).transpose(0, 1)
+        self.values[layer, :, chosen] = prompt.values.gather(0, gather).transpose(0, 1)
 
     # -- one forward
 
@@ -95,8 +119,8 @@ class BudgetCache(Cached):
         if self._prompt is None:
             self._written = max(self._written, stop)
 
-    def plan(self, start: int, rows: int) -> tuple:
-        """(start, rows, RoPE rows at true positions, RoPE rows at ranks or None, additive mask over all B slots)."""
+    def plan(self, start: int, rows: int) -> BudgetBlock:
+        """What all layers share for positions start..start+rows-1."""
         self.reserve(start, rows)
         at_rank = None
         if self.view.rebased:  # nothing is chosen yet while the prompt is read
@@ -104,7 +128,7 @@ class BudgetCache(Cached):
             ranks = slice(last, last + 1) if start >= last else torch.arange(start, start + rows).clamp(max=last)
             at_rank = self.rope.rows(ranks)
         mask = None if self._prompt is not None else self._mask(start, rows)
-        return start, rows, self.rope.rows(slice(start, start + rows)), at_rank, mask
+        return BudgetBlock(start, rows, self.rope.rows(slice(start, start + rows)), at_rank, mask)
 
     def _mask(self, start: int, rows: int) -> Tensor:
         """Additive [T, ring] for the ring alone once all in front of it is seen, else [T, B] (nothing chosen yet)."""
@@ -121,31 +145,20 @@ class BudgetCache(Cached):
         seen = view.allowed(torch.arange(start, start + rows), torch.cat((torch.arange(view.sinks), held)))
         return torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf).to(self.device)
 
-    def write(self, layer: int, plan: tuple, qk: Tensor, v: Tensor) -> tuple:
-        start, rows, at_position, at_rank, _ = plan
-        rotated = self.rope.rotate(qk, at_position)
-        q, k = rotated[:, : self.heads], rotated[:, self.heads :]
-        q_rank = q if at_rank is None else self.rope.rotate(qk[:, : self.heads], at_rank)
-        if self._prompt is None:
-            self._store(layer, start, k, v)
-            return q, q_rank, None
+    def write(self, layer: int, plan: BudgetBlock, qk: Tensor, v: Tensor) -> BudgetQueries:
+        rotated = self.rope.rotate(qk, plan.at_position)
+        (q, k), (raw_q, raw_k) = (x.split((self.heads, self.kv_heads), 1) for x in (rotated, qk))
+        q_rank = q if plan.at_rank is None else self.rope.rotate(raw_q, plan.at_rank)
         past = None
-        if self.view.chosen:
-            self._layer_keys[start : start + rows], self._layer_values[start : start + rows] = k, v
-            if self.view.rebased:
-                self._raw_keys[start : start + rows] = qk[:, self.heads :]
-            self._keep_last_queries(q, qk[:, : self.heads])
+        if self._layer is not None:
+            self._layer.add(plan.start, k, raw_k, v)
+            self._layer.add_queries(q, raw_q)
+        elif self._prompt is not None:
+            past = self._recent(layer, plan.start, k, v)
+            self._store(layer, plan.start, k, v)
         else:
-            past = self._recent(layer, start, k, v)
-            self._store(layer, start, k, v)
-        return q, q_rank, past
-
-    def _keep_last_queries(self, rotated: Tensor, raw: Tensor) -> None:
-        """The last queries seen, as they will look at chosen chunks: all at the last rank, or at their positions."""
-        if self.view.rebased:
-            rows = slice(self.view.last_rank, self.view.last_rank + 1)
-            rotated = self.rope.rotate(raw[-SCORING_QUERIES:], self.rope.rows(rows))
-        self._last_queries = torch.cat((self._last_queries, rotated[-SCORING_QUERIES:]))[-SCORING_QUERIES:]
+            self._store(layer, plan.start, k, v)
+        return BudgetQueries(q, q_rank, past)
 
     def _store(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Put keys and values [T, Hkv, D] of positions start.. where they belong: sink slots, then the ring."""
@@ -172,34 +185,20 @@ class BudgetCache(Cached):
         keys = torch.cat((self.keys[layer][:, :, slots], k.permute(1, 2, 0)), 2)
         return keys, torch.cat((self.values[layer][:, slots], v.transpose(0, 1)), 1), positions
 
-    def read(self, layer: int, plan: tuple, q: tuple) -> Tensor:
-        start, rows, _, _, mask = plan
-        q_true, q_rank, past = q
+    def read(self, layer: int, plan: BudgetBlock, q: BudgetQueries) -> Tensor:
         if self._prompt is None:
-            return self._weigh(q_true, q_rank, self.keys[layer], self.values[layer], self.view.prefix, mask)
-        if past is None:
-            first = 0
-            if self.view.rebased:
-                first = max(self.view.sinks, start - self.view.window + 1)
-            stop = start + rows
-            positions = torch.cat((torch.arange(min(first, self.view.sinks)), torch.arange(first, stop)))
-            keys = self._layer_keys[positions].permute(1, 2, 0)
-            past = keys, self._layer_values[positions].transpose(0, 1), positions
-        keys, values, positions = past
-        queries = torch.arange(start, start + rows)
-        if self.view.rebased or not self.view.chosen:
-            seen = self.view.allowed(queries, positions)
-        else:  # absolute chunk: the prompt reads itself in full
-            seen = positions[None] <= queries[:, None]
-        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf).to(self.device)
-        sinks = int((positions < self.view.sinks).sum())
-        return self._weigh(q_true, q_rank, keys, values, sinks, mask)
+            return self._weigh(q, self.keys[layer], self.values[layer], self.view.prefix, plan.mask)
+        keys, values, positions = q.past if self._layer is None else self._layer.seen(plan.start, plan.rows)
+        allowed = self.view.reading().allowed(torch.arange(plan.start, plan.start + plan.rows), positions)
+        mask = torch.zeros(allowed.shape, dtype=self.dtype).masked_fill_(~allowed, -torch.inf).to(self.device)
+        return self._weigh(q, keys, values, int((positions < self.view.sinks).sum()), mask)
 
-    def _weigh(self, q: Tensor, q_rank: Tensor, k: Tensor, v: Tensor, prefix: int, mask: Tensor) -> Tensor:
+    def _weigh(self, queries: BudgetQueries, k: Tensor, v: Tensor, prefix: int, mask: Tensor) -> Tensor:
         """One softmax over prefix keys (query at its rank) and the rest (query at its position).
 
-        q and q_rank [T, H, D], k [Hkv, D, K], v [Hkv, K, D], mask [T, K] or [T, K - prefix]; returns [T, H·D].
+        k [Hkv, D, K], v [Hkv, K, D], mask [T, K] or [T, K - prefix]; returns [T, H·D].
         """
+        q, q_rank, _ = queries
         rows, group, dim = q.shape[0], self.heads // self.kv_heads, self.head_dim
 
         def fold(x: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-"""The view law: what a drafter's query may see under a KV budget. Decode caches and training masks both obey it.
+"""What a query may see. Decode caches and training masks both follow these rules.
 
-A view is  sinks | chosen chunks | the last `window` keys, the query's own among them. What the budget leaves over,
-γmax + 1 entries, is room for a draft tail, so that a rejected tail never overwrites a key still in some view.
+Under a budget a view is  sinks | chosen chunks | the last `window` keys, the query's own among them. What the budget
+leaves over, γmax + 1 entries, is room for a draft tail, so that a rejected tail never overwrites a key still in view.
 Whatever the phase of the round or the draft length, the query at position t sees exactly:
 
     positions 0..sinks-1  ∪  the chosen positions  ∪  t-window+1..t          window = B - sinks - chosen - γmax - 1
+
+`FullView` and `OfficialView` answer the same questions for a cache without a budget and for the paper's rule.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bdcli.base.errors import UserError
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 SINKS = 4
 CHUNK_KEYS = 8
 GAMMA_MAX = 16
-SMALL_BUDGET = 64  # below it γmax shrinks to the draft length asked for, so that a window remains
+SMALL_BUDGET = 64  # entries; below it γmax shrinks to the draft length asked for, so that a window remains
 CHOSEN_SHARE = 0.5  # of what sinks and draft tail leave over goes to chosen chunks
 
 
@@ -53,10 +55,93 @@ class View:
         """Rank of a query whose view is full, in text order from 0. Before that a query's rank is its position."""
         return self.prefix + self.window - 1
 
+    @property
+    def depends_on_prompt(self) -> bool:
+        """What is kept depends on where the prompt ends."""
+        return self.chosen > 0
+
+    def covers(self, length: int) -> bool:
+        """A text of `length` tokens is seen whole."""
+        return length <= self.sinks + self.window
+
+    def mean_keys(self, length: int) -> float:
+        """About how many keys a query of a text of `length` tokens sees, in the mean."""
+        return min(length / 2, self.prefix + self.window)
+
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Bool [T, K]: may the query at position queries[i] see the sink or recent key at position keys[j]?"""
         q, k = queries[:, None], keys[None, :]
         return (k >= 0) & (k <= q) & ((k < self.sinks) | (k > q - self.window))
+
+    def first_recent(self, prompt: int) -> int:
+        """Position of the first recent key that the first query after `prompt` tokens sees."""
+        return prompt - self.window + 1
+
+    def reading(self) -> View | FullView:
+        """The view under which a prompt reads itself, before anything is chosen of it."""
+        if not self.chosen:
+            return self
+        return replace(self, budget=self.budget - self.chosen, chosen=0) if self.rebased else FULL
+
+    def choose(self, rope, queries: Tensor, keys: Tensor, raw_keys: Tensor) -> Tensor:
+        """Positions [Hkv, chosen] that are kept of a prompt; arguments as in `bdcli.cache.chunks.prompt_chunks`."""
+        from bdcli.cache.chunks import prompt_chunks
+
+        return prompt_chunks(rope, self, queries, keys, raw_keys)
+
+
+@dataclass(frozen=True)
+class FullView:
+    """Every query sees its whole past at absolute positions."""
+
+    rebased = False
+    depends_on_prompt = False
+
+    def covers(self, length: int) -> bool:  # noqa: ARG002
+        return True
+
+    def mean_keys(self, length: int) -> float:
+        return length / 2
+
+    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return keys[None, :] <= queries[:, None]
+
+    def reading(self) -> FullView:
+        return self
+
+
+FULL = FullView()
+
+
+@dataclass(frozen=True)
+class OfficialView:
+    """The paper's rule: the prompt's best chunks, and everything after the prompt, at absolute positions."""
+
+    budget: int
+
+    rebased = False
+    depends_on_prompt = True
+    sinks = 0
+
+    def covers(self, length: int) -> bool:  # noqa: ARG002
+        return False
+
+    def mean_keys(self, length: int) -> float:
+        return length / 2
+
+    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return keys[None, :] <= queries[:, None]
+
+    def first_recent(self, prompt: int) -> int:
+        return prompt
+
+    def reading(self) -> FullView:
+        return FULL
+
+    def choose(self, rope, queries: Tensor, keys: Tensor, raw_keys: Tensor) -> Tensor:  # noqa: ARG002
+        from bdcli.cache.chunks import official_chunks
+
+        return official_chunks(keys, self.budget, CHUNK_KEYS)
 
 
 def gamma_limit(budget: int, gamma: int | None) -> int:

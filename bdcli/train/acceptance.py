@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bdcli.base.statistics import bootstrap
 from bdcli.cache.budget import BudgetCache
-from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.full import FullCache
+from bdcli.cache.official import OfficialCache
 from bdcli.cache.view import plan_view
 from bdcli.model.llama import Model
 from bdcli.results.metrics import looped_tokens

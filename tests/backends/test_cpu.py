@@ -17,7 +17,8 @@ from bdcli.backends.cpu import support
 from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.errors import NonFiniteError, UserError
 from bdcli.cache.budget import BudgetCache
-from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.full import FullCache
+from bdcli.cache.official import OfficialCache
 from bdcli.cache.view import View, plan_view
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator

@@ -10,7 +10,8 @@ from bd_kernels.reference import budget_attention
 from bdcli.base.errors import UserError
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.chunks import SCORING_QUERIES, choose_chunks, chunk_scores, official_chunks
-from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.full import FullCache
+from bdcli.cache.official import OfficialCache
 from bdcli.cache.view import CHUNK_KEYS, View, gamma_limit, plan_view
 from bdcli.model.rope import RopeTable
 from tests.support.models import tiny_model

@@ -11,7 +11,8 @@ import torch
 from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.errors import UserError
 from bdcli.cache.budget import BudgetCache
-from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.full import FullCache
+from bdcli.cache.official import OfficialCache
 from bdcli.cache.view import plan_view
 from bdcli.data.samples import load_samples
 from bdcli.data.sources import Documents, documents, held_out_prompts, missing_sources, split_source

@@ -12,7 +12,8 @@ from torch import Tensor
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.huge_pages import huge_zeros
 from bdcli.cache.budget import BudgetCache
-from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.full import FullCache
+from bdcli.cache.official import OfficialCache
 from bdcli.cache.view import View
 from bdcli.model.llama import Model
 

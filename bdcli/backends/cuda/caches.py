@@ -12,7 +12,8 @@ from torch import Tensor
 from bdcli.backends.cuda.ops import ops_for
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.chunks import choose_chunks
-from bdcli.cache.full import FullCache, OfficialCache
+from bdcli.cache.full import FullCache
+from bdcli.cache.official import OfficialCache
 from bdcli.cache.view import CHUNK_KEYS
 
 
@@ -50,7 +51,7 @@ class StaticBudgetCache(BudgetCache):
 
     def _choose_into(self, layer: int) -> None:
         """As `BudgetCache` has it, in kernels, which need no copy of the prompt's keys in fp32."""
-        view, keys, cos, sin = self.view, self._raw_keys, self.rope.cos[:, 0], self.rope.sin[:, 0]
+        view, keys, cos, sin = self.view, self._layer.raw_keys, self.rope.cos[:, 0], self.rope.sin[:, 0]
         ops = ops_for(keys.device.type)
         end = self._prompt - view.window
         first = view.sinks + (end - view.sinks) % CHUNK_KEYS
@@ -59,11 +60,11 @@ class StaticBudgetCache(BudgetCache):
             (slice(rank, rank + CHUNK_KEYS), slice(view.sinks, view.prefix)) if view.rebased else (None, None)
         )
         ropes = [None if rows is None else (cos[rows], sin[rows]) for rows in (scored, kept)]
-        scores = ops.chunk_scores(self._last_queries, keys[first:end], CHUNK_KEYS, rope=ropes[0])
+        scores = ops.chunk_scores(self._layer.last_queries, keys[first:end], CHUNK_KEYS, rope=ropes[0])
         index = choose_chunks(scores, view.chosen // CHUNK_KEYS, CHUNK_KEYS) + first
         chosen = slice(view.sinks, view.prefix)
         into = self.rows[layer][:, chosen], self.values[layer][:, chosen]
-        ops.compact(keys, self._layer_values, index.int(), *into, rope=ropes[1])
+        ops.compact(keys, self._layer.values, index.int(), *into, rope=ropes[1])
 
     def place(self, start: Tensor, rows: int) -> tuple:
         """start [1]: position of the first of `rows` rows, at most γmax + 2 of them."""
