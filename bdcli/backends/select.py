@@ -1,81 +1,70 @@
 """What runs the forwards of decoding: Triton kernels in CUDA graphs on GPUs, compiled steps on processors they were
 written for, torch everywhere else.
 
-The choice is made once, said once, and stored with the run (`attention`); nothing falls back in silence.
+The choice is made once, reported once, and stored with the run (`attention`); nothing falls back in silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from bdcli.base.errors import UserError
-from bdcli.cache.budget import BudgetCache
-from bdcli.cache.full import FullCache
-from bdcli.cache.official import OfficialCache
-from bdcli.cache.view import View
+from bdcli.base.progress import Progress
+from bdcli.cache.kinds import TORCH_CACHES
+from bdcli.cache.selection import CacheKinds, CacheSize, Full, Selection
 from bdcli.model.llama import Model
-from bdcli.speculation.speculator import Runner
+from bdcli.speculation.drafter import ModelDrafter
+from bdcli.speculation.runner import Runner
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A kind of runner and the caches that go with it. `name` is triton, compiled or torch; `detail` is for people."""
+    """The runner, drafter and caches that go together. `name` is triton, compiled or torch; `detail` is for people."""
 
     name: str
     detail: str
-    runner: type[Runner]
-    full: type[FullCache]
-    official: type[OfficialCache]
-    budget: type[BudgetCache]
+    runner_type: type[Runner]
+    drafter_type: type[ModelDrafter]
+    caches: CacheKinds
 
-    def target(self, model: Model, capacity: int, total: int) -> Runner:
-        """`model` with a full cache for `capacity` positions; `total` is the length RoPE is planned for."""
-        return self.runner(model, self.full(model, capacity, total))
+    def target(self, model: Model, size: CacheSize) -> Runner:
+        """`model` with a full cache."""
+        return self.runner_type(model, Full().cache(self.caches, model, size))
 
-    def drafter(
-        self, model: Model, capacity: int, total: int, vocab: int, budget: int | None, view: View | None
-    ) -> Runner:
-        """`model` under a view; without one, under the paper's rule for `budget`, or with a full cache."""
-        if view is not None:
-            cache = self.budget(model, capacity, view, total)
-        elif budget is not None:
-            cache = self.official(model, capacity, budget, total)
-        else:
-            cache = self.full(model, capacity, total)
-        return self.runner(model, cache, vocab)
+    def drafter(self, model: Model, selection: Selection, size: CacheSize, vocab: int) -> ModelDrafter:
+        """`model` with what `selection` keeps; logits line up with a target of `vocab` tokens."""
+        return self.drafter_type(self.runner_type(model, selection.cache(self.caches, model, size), vocab))
 
 
 def torch_backend(why: str = "asked for") -> Backend:
-    return Backend("torch", why, Runner, FullCache, OfficialCache, BudgetCache)
+    return Backend("torch", why, Runner, ModelDrafter, TORCH_CACHES)
 
 
 def static_backend(name: str, detail: str) -> Backend:
     """Whole rounds as one program over static buffers (`bdcli.backends.cuda`)."""
-    from bdcli.backends.cuda import caches
+    from bdcli.backends.cuda.caches import STATIC_CACHES
     from bdcli.backends.cuda.runner import StaticRunner
 
-    kinds = caches.StaticFullCache, caches.StaticOfficialCache, caches.StaticBudgetCache
-    return Backend(name, detail, StaticRunner, *kinds)
+    return Backend(name, detail, StaticRunner, ModelDrafter, STATIC_CACHES)
 
 
-def pick_backend(wanted: str, models: list[Model], say: Callable[[str], None]) -> Backend:
-    """`wanted` is auto, triton, compiled or torch. Raises UserError when one is asked for that cannot run."""
-    if wanted == "torch":
+def pick_backend(requested: str, models: list[Model], progress: Progress) -> Backend:
+    """`requested` is auto, triton, compiled or torch. Raises UserError when one is asked for that cannot run."""
+    if requested == "torch":
         return torch_backend()
-    name = wanted if wanted != "auto" else "triton" if models[0].device.type == "cuda" else "compiled"
-    engine = _triton(models) if name == "triton" else _compiled(models, say)
-    if isinstance(engine, Backend):
-        return engine
-    if wanted == "auto":
-        return torch_backend(engine)
-    raise UserError(f"--engine {wanted} cannot run here ({engine})", "Leave --engine out to decode with torch")
+    name = requested if requested != "auto" else "triton" if models[0].device.type == "cuda" else "compiled"
+    backend = _triton(models) if name == "triton" else _compiled(models, progress)
+    if isinstance(backend, Backend):
+        return backend
+    if requested == "auto":
+        return torch_backend(backend)
+    raise UserError(f"--engine {requested} cannot run here ({backend})", "Leave --engine out to decode with torch")
 
 
 def _triton(models: list[Model]) -> Backend | str:
-    """The engine, or why it cannot run."""
+    """The backend, or why it cannot run."""
     from bdcli.backends.cuda import support
 
     why = support.obstacle(models)
@@ -85,20 +74,20 @@ def _triton(models: list[Model]) -> Backend | str:
     return static_backend("triton", support.describe(models[0].device))
 
 
-def _compiled(models: list[Model], say: Callable[[str], None]) -> Backend | str:
-    """The engine, or why it cannot run."""
+def _compiled(models: list[Model], progress: Progress) -> Backend | str:
+    """The backend, or why it cannot run."""
     from bdcli.backends.cpu import support
 
     why = support.obstacle(models)
     if why is not None:
         return why
     if not support.is_compiled():
-        say("compiling for this processor, once: some 10 seconds")
-    from bdcli.backends.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
+        progress.note("compiling for this processor, once: some 10 seconds")
+    from bdcli.backends.cpu.caches import PANEL_CACHES
+    from bdcli.backends.cpu.drafter import CompiledDrafter
     from bdcli.backends.cpu.huge_pages import move_to_huge_pages
     from bdcli.backends.cpu.runner import CompiledRunner
 
     for model in models:
         move_to_huge_pages(model)
-    kinds = CompiledRunner, PanelFullCache, PanelOfficialCache, PanelBudgetCache
-    return Backend("compiled", support.describe(), *kinds)
+    return Backend("compiled", support.describe(), CompiledRunner, CompiledDrafter, PANEL_CACHES)

@@ -242,7 +242,7 @@ def sweep_meter(table, brief):
     if not sys.stderr.isatty():
         progress: dict[str, object] = {"share": 0.0, "what": ""}
 
-        def arm(what: str, done: float, total: float) -> None:
+        def arm(what: str, done: float, total: float, _detail: str = "") -> None:
             progress.update(share=done / total, what=what)
 
         yield arm, lambda runs: note(f"{progress['share']:.0%} done, {progress['what']}: {brief(runs)}")
@@ -257,7 +257,7 @@ def sweep_meter(table, brief):
     task = bar.add_task("", total=1.0)
     with Live(bar, console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
 
-        def arm(what: str, done: float, total: float) -> None:
+        def arm(what: str, done: float, total: float, _detail: str = "") -> None:
             bar.update(task, completed=done / total, description=what)
 
         yield arm, lambda runs: live.update(Group(table(runs, live.console.width), bar))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+import psutil
 import torch
 
 from bdcli.base.errors import UserError
 
+RUNTIME_BYTES = 512 << 20  # of a GPU that libraries, compiled kernels and graphs take beside tensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,3 +60,22 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
 def _capabilities() -> dict:
     """What torch knows of the CPU; older ones tell nothing."""
     return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU, including what torch has reserved without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused - RUNTIME_BYTES
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's peak on a GPU, the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,39 +5,39 @@ No model: on text that repeats its prompt it is hard to beat, so a drafter has t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+
+from bdcli.speculation.drafter import Draft
 
 GRAMS = (3, 2, 1)  # longest first
 
 
-@dataclass
-class _Nothing:
-    """A lookup stores no keys."""
-
-    kv_bytes: int = 0
-    peak_entries: int = 0
-
-
 class Lookup:
-    """A `Proposer`: continues from the latest earlier place where the last 3, else 2, else 1 tokens stand."""
+    """A `Drafter` that continues from the latest earlier place where the last 3, else 2, else 1 tokens stand."""
+
+    runner = None
+    peak_entries = kv_bytes = weight_bytes = 0  # it stores no keys
 
     def __init__(self):
-        self.cache = _Nothing()
         self.length = 0
         self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> index after its latest occurrence
 
-    def prefill(self, tokens: list[int], progress=None) -> None:  # noqa: ARG002
+    def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None:  # noqa: ARG002
         self._latest.clear()
         self.length = 0
         self._index(tokens)
 
-    def propose(self, ids: list[int], gamma: int) -> list[int]:
+    def draft(self, ids: list[int], gamma: int, *_sampling: object) -> Draft:
         self._index(ids[:-1])  # the last token ends the n-gram that is looked up, so it is not in the index yet
         for n in GRAMS:
             at = self._latest.get(tuple(ids[-n:]))
             if at is not None and len(ids) > n:
-                return ids[at : at + gamma]
-        return []
+                return Draft(ids[at : at + gamma], None)
+        return Draft([], None)
+
+    def rehearse(self, ids: list[int], gamma: int, *_sampling: object) -> Draft:
+        """The last token stands for what would be found."""
+        return Draft(gamma * ids[-1:], None)
 
     def rollback(self, length: int) -> None:
         """Only emitted tokens are indexed, and those stay."""

@@ -7,7 +7,6 @@ affair, `generate` writes. The engine's methods differ in their drafter alone an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,17 +15,19 @@ import torch
 from bdcli.backends.select import pick_backend
 from bdcli.base.devices import pick_dtype
 from bdcli.base.errors import UserError
+from bdcli.base.progress import SILENT, Progress
 from bdcli.bench import peers
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Held, Method, Outcome
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.config.decode import DecodeOptions
-from bdcli.decode.session import Pair, drafter_runner, effective_positions, gamma_max_of, load_pair
+from bdcli.decode.pair import Pair, load_pair
+from bdcli.decode.session import Session
 from bdcli.model.checkpoint import check_vocabulary, load_model, resolve
 from bdcli.results.metrics import RoundFigures
 from bdcli.speculation.baseline import warm_up
-from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Proposer, Runner, Speculator
+from bdcli.speculation.drafter import Drafter
+from bdcli.speculation.speculator import Speculator
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Models:
     """Every model that the arms of a recipe need, each loaded once, when first asked for."""
 
     recipe: BenchRecipe
-    say: Callable[[str], None] = lambda _line: None
+    progress: Progress = SILENT
     _pairs: dict[str | None, Pair] = field(default_factory=dict)
     _transformers: dict[torch.dtype, peers.Transformers] = field(default_factory=dict)
 
@@ -43,7 +44,7 @@ class Models:
         """The target and the measured drafter."""
         r = self.recipe
         options = DecodeOptions(target=r.target, drafter=r.drafter, dtype=r.dtype, device=r.device, engine=r.engine)
-        return load_pair(options, self.say)
+        return load_pair(options, self.progress)
 
     def with_drafter(self, name: str | None) -> Pair:
         """The target with the drafter `name`; None means that none is used."""
@@ -53,7 +54,10 @@ class Models:
             folder, target = resolve(name, "drafter"), resolve(self.recipe.target, "target")
             check_vocabulary(target, folder, self.pair.tokenizer)
             drafter = load_model(folder, self.pair.target.dtype, self.pair.target.device)
-            if pick_backend(self.recipe.engine, [self.pair.target, drafter], self.say).name != self.pair.backend.name:
+            if (
+                pick_backend(self.recipe.engine, [self.pair.target, drafter], self.progress).name
+                != self.pair.backend.name
+            ):
                 raise UserError(f"drafter {name} cannot run in the engine of the others", "Give --engine torch")
             self._pairs[name] = replace(self.pair, drafter=drafter, names=(self.pair.names[0], name))
         return self._pairs[name]
@@ -72,8 +76,7 @@ class EngineMethod(Method):
 
     def __init__(self, models: Models, arm: Arm):
         self.arm, r = arm, models.recipe
-        self.pair = models.with_drafter(r.drafter_of(arm))
-        self.options = DecodeOptions(
+        options = DecodeOptions(
             target=r.target,
             drafter=r.drafter_of(arm) or r.drafter,
             budget=arm.budget if isinstance(arm.budget, int) else None,
@@ -87,39 +90,37 @@ class EngineMethod(Method):
             max_new_tokens=r.max_new_tokens,
             baseline="off",
         )
-        self.gamma_max = gamma_max_of(self.options)
+        self.session = Session(models.with_drafter(r.drafter_of(arm)), options)
+        self.gamma_max = self.session.selection.gamma_max
 
     def select(self, arm: Arm) -> str:
         return arm.method if arm.method in ("window", "chunk", "official") else arm.select
 
-    def drafter(self, prompt: int) -> Runner | Proposer | None:
-        return drafter_runner(self.pair, self.options, prompt)
+    def drafter(self, prompt: int) -> Drafter | None:
+        return self.session.drafter(prompt)
 
     def columns(self) -> dict:
-        o = self.options
-        return {"select": "full" if o.budget is None else o.select, "positions": effective_positions(o)}
+        selection = self.session.selection
+        return {"select": selection.label, "positions": selection.positions}
 
     def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:
-        target, o = held.target, self.options
+        target, o = held.target, self.session.options
         drafter = self.drafter(len(prompt))
-        engine = Speculator(target, drafter, Sampling(o.temperature, o.top_k, o.top_p), seed, target.model.device)
+        engine = Speculator(target, drafter, self.session.sampling, seed, target.model.device)
         target.rollback(len(prompt) - 1)
         started = time.perf_counter()
         engine.prefill(prompt, target_ready=True)
         prefill_s = time.perf_counter() - started
         controller = warm_up(engine, o.gamma if drafter is not None else 0, self.gamma_max)
-        rounds = [
-            RoundFigures(len(step.tokens), step.drafted, step.accepted, step.seconds)
-            for step in engine.rounds(o.max_new_tokens, self.pair.eos, controller)
-        ]
-        weights = target.model.weight_bytes + (drafter.model.weight_bytes if isinstance(drafter, Runner) else 0)
+        rounds = [RoundFigures.of(r) for r in engine.rounds(o.max_new_tokens, self.session.pair.eos, controller)]
+        weights = target.model.weight_bytes + (drafter.weight_bytes if drafter is not None else 0)
         return Outcome(
             tokens=engine.new_tokens,
             rounds=rounds,
             ttft_s=held.prefill_s + prefill_s + rounds[0].seconds,
             finish_reason=engine.finish_reason,
-            entries=drafter.cache.peak_entries if drafter is not None else None,
-            drafter_kv_bytes=drafter.cache.kv_bytes if drafter is not None else 0,
+            entries=drafter.peak_entries if drafter is not None else None,
+            drafter_kv_bytes=drafter.kv_bytes if drafter is not None else 0,
             target_kv_bytes=target.cache.kv_bytes,
             weight_bytes=weights,
         )

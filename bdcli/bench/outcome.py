@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bdcli.base.devices import peak_memory
 from bdcli.config.bench import Arm
-from bdcli.decode.session import peak_memory
 from bdcli.results.metrics import RoundFigures
 from bdcli.speculation.speculator import Runner
 

@@ -14,17 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from bdcli.backends.select import Backend, pick_backend, torch_backend
+from bdcli.base.devices import free_memory
 from bdcli.base.errors import UserError
+from bdcli.base.progress import SILENT, Progress
 from bdcli.bench.peers import cache_argument, fill
 from bdcli.bench.published import PUBLISHED
-from bdcli.cache.view import GAMMA_MAX, plan_view
-from bdcli.decode.memory import decode_plan, gigabytes, kv_count
-from bdcli.decode.session import free_memory
+from bdcli.cache.selection import CacheSize, Full, parse_selection
+from bdcli.cache.view import GAMMA_MAX
+from bdcli.decode.memory import decode_plan
 from bdcli.model.build import random_model
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.llama import Model
+from bdcli.model.sizes import gigabytes, kv_count
+from bdcli.speculation.drafter import Drafter
+from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Runner, Speculator
+from bdcli.speculation.speculator import Speculator
 
 # vocabulary, hidden, MLP width, layers, heads, KV heads
 SHAPES = {
@@ -92,11 +97,10 @@ def median(arms: dict[str, Callable[[], object]], device: torch.device, rounds: 
 def fill_random(runner: Runner, length: int) -> Runner:
     """Random entries up to `length`, as if a prompt had been read."""
     cache = runner.cache
-    panels = hasattr(cache, "panel_keys")
-    for tensor in (cache.panel_keys, cache.panel_values) if panels else (cache.keys, cache.values):
+    for tensor in cache.storage:
         tensor.normal_()
     cache.length = length
-    cache.count(length)
+    cache.record(length)
     return runner
 
 
@@ -117,11 +121,16 @@ def a_round(run: Speculator, gamma: int, taken: dict[int, list] | None = None) -
     return step
 
 
-def began(target: Runner, drafter: Runner | None, context: int) -> Speculator:
+def began(target: Runner, drafter: Drafter | None, context: int) -> Speculator:
     """A generation whose prompt of `context` tokens has been read."""
     run = Speculator(target, drafter, Sampling(), 0, target.model.device)
     run.ids, run.prompt_tokens = [5] * context, context
     return run
+
+
+def _size(context: int) -> CacheSize:
+    capacity = context + GAMMA_MAX + 2
+    return CacheSize(context, capacity, capacity)
 
 
 def measure(
@@ -134,21 +143,21 @@ def measure(
     budgets: Sequence[int | None] = BUDGETS,
     peers: bool = True,
     rounds: int = ROUNDS,
-    say: Callable[[str], None] = lambda _line: None,
+    progress: Progress = SILENT,
     engine: Backend | None = None,
 ) -> dict:
     """Everything about one pair of shapes; the engine is `wanted`, or given outright."""
     longest = max(contexts)
-    plan = decode_plan(*shape, dtype.itemsize, longest, longest + GAMMA_MAX + 2, GAMMA_MAX)
-    say(plan.line())
+    plan = decode_plan(*shape, dtype.itemsize, _size(longest), Full())
+    progress.note(plan.line())
     if device.type == "cuda":
         plan.check(free_memory(device))
     models = [random_model(c, seed, dtype, device) for seed, c in enumerate(shape)]
-    engine = engine or pick_backend(wanted, models, say)
+    engine = engine or pick_backend(wanted, models, progress)
     copied = copy_speed(device, 2**30 if device.type == "cuda" else 2**27)
     cells = []
     for context in contexts:
-        say(f"{context} tokens")
+        progress.note(f"{context} tokens")
         cells.append(_context(engine, models, context, gammas, budgets, copied, rounds))
         if peers:
             cells[-1]["peers_ms"] = _peers(models[0], context, rounds)
@@ -174,13 +183,12 @@ def _context(
 ) -> dict:
     """Steps at one context: AR, rounds of every γ at the first budget, draft tokens of every budget."""
     (target, drafter), device, size = models, models[0].device, models[0].dtype.itemsize
-    capacity = context + GAMMA_MAX + 2
-    held = fill_random(engine.target(target, capacity, capacity), context - 1)
+    held = fill_random(engine.target(target, _size(context)), context - 1)
     runners = {}
     for budget in budgets:
-        view = None if budget is None else plan_view(budget, "window", "rebased", None, context)
-        runner = engine.drafter(drafter, capacity, capacity, target.config.vocab_size, budget, view)
-        runners[budget] = began(held, fill_random(runner, context - 1), context)
+        drafting = engine.drafter(drafter, parse_selection(budget), _size(context), target.config.vocab_size)
+        fill_random(drafting.runner, context - 1)
+        runners[budget] = began(held, drafting, context)
     plain, taken = began(held, None, context), {}
     arms = {"ar": a_round(plain, 0, taken)} | {f"g{g}": a_round(runners[budgets[0]], g, taken) for g in gammas}
     times = median(arms, device, rounds)
@@ -254,8 +262,8 @@ def chance_of(rate: float, gamma: int) -> float:
 
 def _peers(target: Model, context: int, rounds: int) -> dict[str, float]:
     """Milliseconds of an AR step of others on the same shape: our own eager engine (SDPA), and transformers."""
-    device, capacity = target.device, context + GAMMA_MAX + 2
-    eager = fill_random(torch_backend().target(target, capacity, capacity), context - 1)
+    device = target.device
+    eager = fill_random(torch_backend().target(target, _size(context)), context - 1)
     found = median({"torch": a_round(began(eager, None, context), 0)}, device, rounds)
     del eager
     return found | median({"transformers static": static_step(target, context)}, device, rounds)

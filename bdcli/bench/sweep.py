@@ -11,13 +11,13 @@ is not stored yet.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from bdcli.base.errors import NonFiniteError, UserError
 from bdcli.base.files import digest
 from bdcli.base.interrupt import Interrupt, deferred_interrupt
+from bdcli.base.progress import SILENT, Progress
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.bench.methods import METHODS, Models
 from bdcli.bench.outcome import Held, MemoryMeter, Outcome
@@ -26,7 +26,7 @@ from bdcli.config.bench import DRAFTING, Arm, BenchRecipe
 from bdcli.config.decode import DecodeOptions
 from bdcli.config.loader import as_dict
 from bdcli.data.samples import Sample, ids_digest, load_samples
-from bdcli.decode.session import target_runner
+from bdcli.decode.session import Session
 from bdcli.model.checkpoint import fingerprint, resolve
 from bdcli.results.cells import cell_json, counted, seal, summarise
 from bdcli.results.gates import objections
@@ -37,21 +37,12 @@ from bdcli.speculation.baseline import teacher_force
 OVERHEAD_TOKENS = 8192  # an arm's cost grows with the context, from about this many tokens' worth
 
 
-@dataclass
-class Watcher:
-    """Callbacks of a sweep. `arm(what, done, total)` counts work in shares; `cells(runs)` follows every prompt."""
-
-    arm: Callable[[str, float, float], None] = lambda *_: None
-    cells: Callable[[list[Run]], None] = lambda *_: None
-    say: Callable[[str], None] = lambda _line: None
-
-
 class Sweep:
     """One experiment in one store. `fresh` measures anew what is stored already."""
 
-    def __init__(self, recipe: BenchRecipe, store: Store, watcher: Watcher, fresh: bool = False):
-        self.recipe, self.store, self.watcher = recipe, store, watcher
-        self.models = Models(recipe, watcher.say)
+    def __init__(self, recipe: BenchRecipe, store: Store, progress: Progress = SILENT, fresh: bool = False):
+        self.recipe, self.store, self.progress = recipe, store, progress
+        self.models = Models(recipe, progress)
         pair = self.models.pair
         self.greedy = recipe.temperature == 0
         self.methods = {name: METHODS[arm.method](self.models, arm) for name, arm in recipe.arms.items()}
@@ -176,7 +167,7 @@ class Sweep:
         held = self._hold(prompt)
         for name in turned:
             label = f"{sample.dataset} {context}, prompt {sample.index + 1} of {len(self.samples[sample.dataset])}"
-            self.watcher.arm(f"{label}: {name}", self._done, total)
+            self.progress.advance(f"{label}: {name}", self._done, total)
             rows[name] = self._arm(name, cells[name], sample, prompt, held)
             self.store.put_prompt(rows[name])
             self._done += share
@@ -184,8 +175,8 @@ class Sweep:
                 break
         self._settle(rows, prompt, held)
         self._bring_up_to_date(cells)
-        self.watcher.arm(sample.dataset, self._done, total)
-        self.watcher.cells(self.runs())
+        self.progress.advance(sample.dataset, self._done, total)
+        self.progress.measured(self.runs())
 
     def _cell(self, dataset: str, context: int, name: str, arm: Arm) -> str:
         """run_id of a cell, its row begun or reopened."""
@@ -225,7 +216,7 @@ class Sweep:
         """Read the prompt with the target, once for all arms."""
         self._held = None  # the cache before goes first
         options = DecodeOptions(max_new_tokens=self.recipe.max_new_tokens)
-        runner = target_runner(self.models.pair, options, len(prompt), self.gamma_max)
+        runner = Session(self.models.pair, options).target(len(prompt), self.gamma_max)
         started = time.perf_counter()
         runner.prefill(prompt[:-1])
         self._held = Held(runner, time.perf_counter() - started)

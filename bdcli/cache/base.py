@@ -35,8 +35,13 @@ class BaseCache:
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
     @property
+    def storage(self) -> tuple[Tensor, Tensor]:
+        """The tensors that hold keys and values."""
+        return self.keys, self.values
+
+    @property
     def kv_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(t.numel() * t.element_size() for t in self.storage)
 
     def begin_prefill(self, tokens: int) -> None:
         if self.length:

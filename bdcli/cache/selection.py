@@ -44,7 +44,8 @@ class Full:
     budget = None
     label = method = "full"
     positions = "absolute"
-    reads_whole_prompt = True
+    reads_whole_prompt = True  # with full attention
+    copied_layers = 0  # layers whose keys of the whole prompt exist besides the cache while it is read
 
     @property
     def gamma_max(self) -> int:
@@ -106,6 +107,7 @@ class Official:
     label = method = "official"
     positions = "absolute"
     reads_whole_prompt = True
+    copied_layers = 1
 
     @property
     def gamma_max(self) -> int:

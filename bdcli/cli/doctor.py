@@ -18,8 +18,9 @@ import torch
 from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.devices import cpu_has_bfloat16, pick_device, pick_dtype
 from bdcli.base.errors import BdcliError
+from bdcli.base.progress import SILENT
 from bdcli.base.provenance import git_revision, machine, versions
-from bdcli.cache.view import plan_view
+from bdcli.cache.selection import CacheSize, parse_selection
 from bdcli.data.prompts import cut_prompt, stdlib_text
 from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
 from bdcli.results.store import Store
@@ -90,14 +91,14 @@ def _attention(device: torch.device) -> str:
     """
     dtype = torch.float32 if device.type == "cpu" else pick_dtype("auto", device)
     target, exact = (load_model(POCKET / "target", kind, device) for kind in (dtype, torch.float32))
-    engine = pick_backend("auto", [target], lambda _line: None)
+    engine = pick_backend("auto", [target], SILENT)
     ids = load_tokenizer(POCKET / "target")(stdlib_text()[:400], verbose=False)["input_ids"]
     rows = []
     for kind, model in ((torch_backend(), exact), (torch_backend(), target), (engine, target)):
-        view = plan_view(80, "window", "rebased", 4, 60)
-        reader = kind.drafter(model, 300, 300, target.config.vocab_size, 80, view)
-        reader.prefill(ids[:60])
-        rows.append(reader.feed(ids[60:65], 5))
+        size = CacheSize(60, 300, 300)
+        runner = kind.drafter(model, parse_selection(80, gamma=4), size, target.config.vocab_size).runner
+        runner.prefill(ids[:60])
+        rows.append(runner.feed(ids[60:65], 5))
     plain, ours = (float((row - rows[0]).abs().max() / rows[0].std()) for row in rows[1:])
     if not ours < max(TOLERANCE, 2 * plain):
         raise BdcliError(

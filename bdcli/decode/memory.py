@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdcli.base.errors import UserError
-from bdcli.cache.view import CHUNK_KEYS, View
+from bdcli.cache.selection import CacheSize, Selection
+from bdcli.cache.view import View
 from bdcli.model.config import ModelConfig
 from bdcli.model.llama import PREFILL_BLOCK
-
-RUNTIME = 512 << 20  # bytes of a GPU that libraries, compiled kernels and graphs take beside tensors
+from bdcli.model.sizes import gigabytes, kv_count, weight_count
 
 
 @dataclass(frozen=True)
@@ -48,57 +48,32 @@ class DecodePlan:
             )
 
 
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def weight_count(c: ModelConfig) -> int:
-    """Numbers in a model's weights."""
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    matrices = (q + 2 * kv) * c.hidden_size + c.hidden_size * q + 3 * c.hidden_size * c.intermediate_size
-    biases = c.qkv_bias * (q + 2 * kv) + c.out_bias * c.hidden_size
-    biases += c.mlp_bias * (2 * c.intermediate_size + c.hidden_size)
-    layer = matrices + biases + 2 * c.hidden_size + c.qk_norm * (q + kv)
-    return c.layers * layer + (1 if c.tied_head else 2) * c.vocab_size * c.hidden_size + c.hidden_size
-
-
-def kv_count(c: ModelConfig, entries: int) -> int:
-    """Numbers in the keys and values of `entries` per layer and KV head."""
-    return 2 * c.layers * c.kv_heads * c.head_dim * entries
-
-
 def decode_plan(
-    target: ModelConfig,
-    drafter: ModelConfig | None,
-    size: int,
-    prompt: int,
-    capacity: int,
-    gamma: int,
-    view: View | None = None,
-    official: int | None = None,
+    target: ModelConfig, drafter: ModelConfig | None, number_bytes: int, size: CacheSize, selection: Selection
 ) -> DecodePlan:
-    """Plan of decoding after `prompt` tokens in caches for `capacity` positions, drafting at most `gamma`.
+    """Plan of decoding after a prompt in caches of `size`, with what `selection` keeps of the drafter's entries.
 
-    `size`: bytes of a number. The drafter's cache is a `view`, the paper's with a budget of `official`, or full.
+    `number_bytes`: bytes of a number in weights and caches. The longest draft is `selection.gamma_max`.
     """
     models = [c for c in (target, drafter) if c is not None]
-    entries, reading, full = capacity, [size * _reading_all(target, prompt)], len(models) - (view is not None)
-    if view is not None:
-        entries = view.budget
-        reading.append(_reading_view(drafter, view, prompt, size))
-    elif drafter is not None:
-        reading.append(size * _reading_all(drafter, prompt))
-        if official is not None:
-            kept = min(official, prompt) // CHUNK_KEYS * CHUNK_KEYS
-            entries = kept + capacity - prompt
-            reading[-1] += size * kv_count(drafter, prompt) // drafter.layers  # one layer's keys of the whole prompt
+    reading = [number_bytes * _reading_all(target, size.prompt)]
+    drafter_kv, masks = 0, 1
+    if drafter is not None:
+        drafter_kv = number_bytes * kv_count(drafter, selection.entries(size))
+        masks += selection.reads_whole_prompt
+        if selection.reads_whole_prompt:
+            copied = selection.copied_layers * kv_count(drafter, size.prompt) // drafter.layers
+            reading.append(number_bytes * (_reading_all(drafter, size.prompt) + copied))
+        else:
+            reading.append(_reading_view(drafter, selection.view(size.prompt), size.prompt, number_bytes))
+    positions = sum(2 * size.capacity * c.head_dim for c in models)
     return DecodePlan(
-        weights=size * sum(map(weight_count, models)),
-        target_kv=size * kv_count(target, capacity),
-        drafter_kv=size * kv_count(drafter, entries) if drafter is not None else 0,
-        tables=size * (sum(2 * capacity * c.head_dim for c in models) + full * PREFILL_BLOCK**2) + 8 * capacity,
+        weights=number_bytes * sum(map(weight_count, models)),
+        target_kv=number_bytes * kv_count(target, size.capacity),
+        drafter_kv=drafter_kv,
+        tables=number_bytes * (positions + masks * PREFILL_BLOCK**2) + 8 * size.capacity,
         prefill=max(reading),
-        round=_round(target, drafter, size, gamma),
+        round=_round(target, drafter, number_bytes, selection.gamma_max),
     )
 
 

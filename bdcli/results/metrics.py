@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bdcli.speculation.speculator import Round
 
 LOOP_GRAM = 8
 LOOP_REACH = 1024
@@ -35,6 +39,11 @@ class RoundFigures:
     accepted: int
     seconds: float
     looped: bool = False  # begins inside a loop; see `mark_loops`
+
+    @classmethod
+    def of(cls, done: Round) -> RoundFigures:
+        """Figures of a round of the speculation engine."""
+        return cls(len(done.tokens), done.drafted, done.accepted, done.seconds)
 
     def row(self) -> list[int | None]:
         """As the store keeps it."""

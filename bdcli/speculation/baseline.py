@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bdcli.speculation.draft_length import AutoGamma, Controller, FixedGamma
-from bdcli.speculation.speculator import Round, Runner, Speculator
+from bdcli.speculation.runner import Runner
+from bdcli.speculation.speculator import Round, Speculator
 
 SAMPLES = 10  # rounds replayed in a run by mode `sample`
 TIE_FACTOR = 4.0  # a differing argmax within this many low-precision logit errors is a tie
@@ -91,8 +92,8 @@ class Baseline:
         self._rule: TieRule | None = None  # None while nothing was compared
         self.steps, self.seconds = 0, 0.0
 
-    def after(self, speculator: Speculator, step: Round) -> None:
-        """Replay `step` if it is due. Call between rounds."""
+    def after(self, speculator: Speculator, done: Round) -> None:
+        """Replay the round `done` if it is due. Call between rounds."""
         written = len(speculator.ids) - speculator.prompt_tokens
         if not self._on or written < self._due:
             return
@@ -100,16 +101,16 @@ class Baseline:
         if speculator.sampling.greedy and self._rule is None:
             self._rule = TieRule(speculator.target)
         ids, cache = speculator.ids, speculator.target.cache
-        first = len(ids) - len(step.tokens)
+        first = len(ids) - len(done.tokens)
         saved = cache.save(first - 1)
         cache.length = first - 1
         speculator.one_row(ids[first - 1 : first])  # not timed: plain decoding would not come from doing other things
         cache.length = first - 1
-        for i, token in enumerate(step.tokens):
+        for i, token in enumerate(done.tokens):
             logits, seconds = speculator.one_row(ids[first - 1 + i : first + i])
             self.steps, self.seconds = self.steps + 1, self.seconds + seconds
             if self._rule is not None:
-                self._rule.compare(logits[0], step.logits[i], token)
+                self._rule.compare(logits[0], done.logits[i], token)
         cache.restore(saved)
 
     @property

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from bdcli.base.statistics import bootstrap
-from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache
-from bdcli.cache.official import OfficialCache
-from bdcli.cache.view import plan_view
+from bdcli.cache.kinds import TORCH_CACHES
+from bdcli.cache.selection import CacheSize, Selection
 from bdcli.model.llama import Model
 from bdcli.results.metrics import looped_tokens
 from bdcli.speculation.sampling import Sampling
@@ -76,20 +75,15 @@ class Cell:
 
 
 def accept_probabilities(
-    drafter: Model,
-    passage: Passage,
-    budget: int | None,
-    select: str,
-    positions: str,
-    gamma: int,
-    sampling: Sampling = GREEDY,
+    drafter: Model, passage: Passage, selection: Selection, sampling: Sampling = GREEDY
 ) -> list[float]:
-    """For each token of the text: the chance that decoding accepts it, the drafter reading all before it in its view.
+    """For each token of the text: the probability that decoding accepts it, under the view of `selection`.
 
     Greedy: 1 where the token is the drafter's choice, else 0.
     """
     prompt, text = list(passage.prompt), list(passage.text)
-    cache = drafter_cache(drafter, len(prompt), len(prompt) + passage.limit, budget, select, positions, gamma)
+    total = len(prompt) + passage.limit
+    cache = selection.cache(TORCH_CACHES, drafter, CacheSize(len(prompt) - 1, total, total))
     drafter.prefill(prompt[:-1], cache)
     fed, found = [prompt[-1], *text[:-1]], []
     while len(found) < len(text):
@@ -112,17 +106,6 @@ def text_probs(target: Model, prompt: Sequence[int], text: Sequence[int], sampli
         logits = target.forward(fed[at : at + 64], cache, len(fed[at : at + 64]))
         found += chosen(sampling.distribution(logits), text[at : at + 64])
     return found
-
-
-def drafter_cache(
-    drafter: Model, prompt: int, total: int, budget: int | None, select: str, positions: str, gamma: int
-) -> FullCache | BudgetCache:
-    """The cache decoding would give the drafter for `prompt` tokens and `total` with those written."""
-    if budget is None:
-        return FullCache(drafter, total)
-    if select == "official":
-        return OfficialCache(drafter, total, budget, total)
-    return BudgetCache(drafter, total, plan_view(budget, select, positions, gamma, prompt - 1), total)
 
 
 def chosen(probs: Tensor, tokens: Sequence[int]) -> list[float]:
@@ -160,41 +143,32 @@ def replay(accepts: Sequence[float], gamma: int, limit: int, looped: Sequence[bo
 def acceptance_grid(
     drafter: Model,
     passages: Sequence[Passage],
-    budgets: Sequence[int | str],
-    select: str,
-    positions: str,
+    selections: Sequence[Selection],
     gamma: int,
     sampling: Sampling = GREEDY,
 ) -> Iterator[Cell]:
-    """Every data set and context among `passages`, by every one of `budgets` (tokens, or full)."""
+    """Every data set and context among `passages`, under every one of `selections`."""
     groups: dict[tuple[str, int], list[Passage]] = {}
     for p in passages:
         groups.setdefault((p.dataset, len(p.prompt)), []).append(p)
-    for group, budget in itertools.product(groups.values(), budgets):
-        size = None if budget == "full" else budget
-        yield acceptance_cell(drafter, group, size, select, positions, gamma, sampling)
+    for group, selection in itertools.product(groups.values(), selections):
+        yield acceptance_cell(drafter, group, selection, gamma, sampling)
 
 
 def acceptance_cell(
-    drafter: Model,
-    passages: Sequence[Passage],
-    budget: int | None,
-    select: str,
-    positions: str,
-    gamma: int,
-    sampling: Sampling = GREEDY,
+    drafter: Model, passages: Sequence[Passage], selection: Selection, gamma: int, sampling: Sampling = GREEDY
 ) -> Cell:
-    """Pooled acceptance over passages of one data set and context."""
+    """Pooled acceptance over passages of one data set and context, replayed with draft length `gamma`."""
     played = []
     for p in passages:
-        found = accept_probabilities(drafter, p, budget, select, positions, gamma, sampling)
+        found = accept_probabilities(drafter, p, selection, sampling)
         played.append(replay(found, gamma, p.limit, looped_tokens(p.prompt, p.text)))
     low, high = _interval(played)
     drafted, clean = sum(p.drafted for p in played), sum(p.clean_drafted for p in played)
     return Cell(
         dataset=passages[0].dataset,
         context=len(passages[0].prompt),
-        budget="full" if budget is None else budget,
+        budget=selection.budget or "full",
         gamma=gamma,
         acceptance_rate=sum(p.accepted for p in played) / drafted if drafted else None,
         acceptance_rate_no_loops=sum(p.clean_accepted for p in played) / clean if clean else None,

@@ -14,6 +14,7 @@ from bdcli.backends.cpu.huge_pages import huge_zeros
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache
 from bdcli.cache.official import OfficialCache
+from bdcli.cache.selection import CacheKinds
 from bdcli.cache.view import View
 from bdcli.model.llama import Model
 
@@ -69,8 +70,8 @@ class _Panels:
         self.panel_values[layer, :, first // pair : first // pair + values.shape[-3]] = values
 
     @property
-    def kv_bytes(self) -> int:
-        return 2 * self.panel_keys.numel() * self.panel_keys.element_size()
+    def storage(self) -> tuple[Tensor, Tensor]:
+        return self.panel_keys, self.panel_values
 
 
 class PanelFullCache(_Panels, FullCache):
@@ -143,3 +144,6 @@ class PanelBudgetCache(_Panels, BudgetCache):
         self._fill(everywhere, 0, keys[:, :, :prefix], self.values[:, :, :prefix])
         self._fill(everywhere, self._ring_at, keys[:, :, prefix:], self.values[:, :, prefix:])
         del self.keys, self.values
+
+
+PANEL_CACHES = CacheKinds(PanelFullCache, PanelOfficialCache, PanelBudgetCache)

@@ -1,4 +1,4 @@
-"""A runner whose steps are compiled: the same interface as `speculate.Runner`, one call into machine code a forward.
+"""A runner whose steps are compiled: one call into machine code a forward.
 
 Prefill stays torch's, whose GEMMs are fast; decoding and drafting read the model's own weights in place.
 """
@@ -23,8 +23,7 @@ from bdcli.backends.cpu.support import dots_pay
 from bdcli.model.config import RopeConfig
 from bdcli.model.llama import Layer, Model
 from bdcli.model.rope import RopeTable
-from bdcli.speculation.sampling import Sampling, non_finite
-from bdcli.speculation.speculator import Runner
+from bdcli.speculation.runner import Runner
 
 MUCH = 1024  # tokens of a prompt that leave something to give back
 VERIFY_ROWS = 9  # read at once where products are chosen, beside one row
@@ -53,7 +52,7 @@ class CompiledRunner(Runner):
         self._kept: list[Tensor] = []  # what addresses in the tables point to
         self._pool = pool()
         self._table: np.ndarray | None = None
-        self._tokens = np.zeros(0, np.int64)
+        self.tokens = np.zeros(0, np.int64)
 
     @property
     def exact(self) -> bool:
@@ -94,8 +93,8 @@ class CompiledRunner(Runner):
         }
         for field, value in fields.items():
             self._table[field] = value
-        _set_float(self._table, tables.EPS, c.norm_eps)
-        _set_float(self._table, tables.SCALE, c.head_dim**-0.5)
+        set_float(self._table, tables.EPS, c.norm_eps)
+        set_float(self._table, tables.SCALE, c.head_dim**-0.5)
         for i, layer in enumerate(m.layers):
             at = tables.MODEL_FIELDS + i * tables.LAYER_FIELDS
             for field, value in self._layer_fields(i, layer).items():
@@ -184,14 +183,14 @@ class CompiledRunner(Runner):
     def feed(self, tokens: list[int], rows: int) -> Tensor:
         """As `Runner.feed`; a row's logits do not depend on the other rows."""
         logits = torch.empty(rows, self.model.config.vocab_size)
-        known, block = self._known(tokens), min(tables.MAX_CALL_ROWS, self.cache.max_rows)
+        known, block = self.known(tokens), min(tables.MAX_CALL_ROWS, self.cache.max_rows)
         done = 0
         head = (len(known) - rows) % block or block  # so that whole blocks of rows with logits follow
         while done < len(known):
             take = min(block if done else min(head, len(known)), len(known) - done)
             wanted = max(0, min(take, done + take - (len(known) - rows)))
             at = max(0, done - (len(known) - rows))
-            self._step(known[done : done + take], wanted, logits[at : at + wanted])
+            self.step(known[done : done + take], wanted, logits[at : at + wanted])
             done += take
         return self.aligned(logits)
 
@@ -202,73 +201,35 @@ class CompiledRunner(Runner):
         """As `Runner.feed_together`, one text after another: a step here is bound by the text's own KV."""
         return [runner.feed(*work) for runner, *work in zip(runners, tokens, rows, strict=True)]
 
-    def _step(self, tokens: list[int], wanted: int, logits: Tensor) -> None:
-        call = self._begin(tokens, 0)
+    def step(self, tokens: list[int], wanted: int, logits: Tensor) -> None:
+        call = self.begin(tokens, 0)
         call[tables.LOGIT_ROWS], call[tables.LOGITS] = wanted, logits.data_ptr()
-        self._run(len(tokens))
+        self.run(len(tokens))
 
-    def _begin(self, tokens: list[int], drafts: int) -> np.ndarray:
+    def begin(self, tokens: list[int], drafts: int) -> np.ndarray:
         if self._table is None:
             self._build()
         self.cache.reserve(self.cache.length, len(tokens) + max(0, drafts - 1))
         return self._set_up(tokens, drafts)
 
     def _set_up(self, tokens: list[int], drafts: int) -> np.ndarray:
-        if len(self._tokens) < len(tokens) + drafts:
-            self._tokens = np.zeros(2 * (len(tokens) + drafts), np.int64)
-        self._tokens[: len(tokens)] = tokens
+        if len(self.tokens) < len(tokens) + drafts:
+            self.tokens = np.zeros(2 * (len(tokens) + drafts), np.int64)
+        self.tokens[: len(tokens)] = tokens
         call = self._call
         call[tables.ROWS], call[tables.START], call[tables.TOKENS] = (
             len(tokens),
             self.cache.length,
-            self._tokens.ctypes.data,
+            self.tokens.ctypes.data,
         )
         call[tables.DRAFT] = drafts
         self._counts[:] = 0
         return call
 
-    def _run(self, read: int) -> None:
+    def run(self, read: int) -> None:
         self._pool.run(self._table.ctypes.data, self._call.ctypes.data)
         self.cache.length += read
         self.cache.record(self.cache.length)
-
-    def draft(
-        self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator
-    ) -> tuple[list[int], Tensor | None]:
-        """As `Runner.draft`, all of it in one call."""
-        tokens, block = self._known(ids[self.length :]), min(tables.MAX_CALL_ROWS, self.cache.max_rows)
-        while len(tokens) > block:
-            self._step(tokens[:block], 0, torch.empty(0))
-            tokens = tokens[block:]
-        own = self.model.config.vocab_size
-        logits = torch.empty(own)
-        q = None if sampling.greedy else torch.zeros(gamma, self.vocab)
-        call = self._begin(tokens, gamma)
-        call[tables.LOGITS], call[tables.KNOWN] = logits.data_ptr(), min(own, self.vocab)
-        call[tables.Q_ROWS] = 0 if q is None else q.data_ptr()
-        if q is not None:
-            call[tables.SEED] = torch.randint(2**63 - 1, (), generator=generator)
-            call[tables.Q_STRIDE], call[tables.TOP_K] = 4 * self.vocab, sampling.top_k
-            _set_float(call, tables.TEMPERATURE, sampling.temperature)
-            _set_float(call, tables.TOP_P, sampling.top_p)
-        self._run(len(tokens) + gamma - 1)
-        drafted = self._tokens[len(tokens) : len(tokens) + gamma].tolist()
-        if min(drafted) < 0:
-            raise non_finite("drafter")
-        return drafted, q
-
-    @classmethod
-    def draft_together(
-        cls,
-        runners: Sequence[Runner],
-        ids: Sequence[list[int]],
-        gammas: Sequence[int],
-        sampling: Sampling,
-        generators: Sequence[torch.Generator],
-    ) -> list[tuple[list[int], Tensor | None]]:
-        """As `Runner.draft_together`, one text after another."""
-        work = zip(runners, ids, gammas, generators, strict=True)
-        return [r.draft(text, gamma, sampling, g) if gamma else ([], None) for r, text, gamma, g in work]
 
 
 @functools.lru_cache(maxsize=2)
@@ -283,7 +244,7 @@ def _lines(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _set_float(table: np.ndarray, field: int, value: float) -> None:
+def set_float(table: np.ndarray, field: int, value: float) -> None:
     table.view(np.float32)[2 * field] = value
 
 

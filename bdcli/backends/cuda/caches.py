@@ -14,6 +14,7 @@ from bdcli.cache.budget import BudgetCache
 from bdcli.cache.chunks import choose_chunks
 from bdcli.cache.full import FullCache
 from bdcli.cache.official import OfficialCache
+from bdcli.cache.selection import CacheKinds
 from bdcli.cache.view import CHUNK_KEYS
 
 
@@ -83,3 +84,6 @@ class StaticBudgetCache(BudgetCache):
             rope=rope if view.rebased else None,  # then the kernel rotates a query to its position and to its rank
         )  # fmt: skip
         return out[0].flatten(1)
+
+
+STATIC_CACHES = CacheKinds(StaticFullCache, StaticOfficialCache, StaticBudgetCache)

@@ -1,4 +1,4 @@
-"""The way in for `speculate`: a model with a static cache, and whole rounds of a pair of them."""
+"""A model bound to a static cache, and whole rounds of a target and a drafter as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from bdcli.backends.cuda.graph import capture, new_pool
 from bdcli.backends.cuda.program import Feed, Law, RoundProgram, Text
 from bdcli.model.llama import Model
+from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling, non_finite
-from bdcli.speculation.speculator import Round, Runner
+from bdcli.speculation.speculator import Round
 
 FEED_ROWS = 32  # tokens of a piece when a cache catches up; pieces are powers of two, so that few graphs are made
 
@@ -62,13 +63,11 @@ class StaticRunner(Runner):
         self.cache.reserve(start, rows)
         self.cache.record(start + rows)
 
-    def whole_rounds(self, drafter: object, sampling: Sampling, generator: torch.Generator) -> Rounds | None:
-        return (
-            Rounds(self, drafter, sampling, generator) if drafter is None or isinstance(drafter, StaticRunner) else None
-        )
+    def whole_rounds(self, drafter: StaticRunner | None, sampling: Sampling, generator: torch.Generator) -> GraphRounds:
+        return GraphRounds(self, drafter, sampling, generator)
 
 
-class Rounds:
+class GraphRounds:
     """Rounds of one generation, one graph for each γ that is asked for.
 
     Graphs are made when they are first needed, outside the time of a step, as `warm_up` keeps first uses out of it.
@@ -85,7 +84,7 @@ class Rounds:
             *(torch.zeros(1, dtype=torch.long, device=device) for _ in range(2)),
         )
         self._law = None if sampling.greedy else Law.of(sampling, target.vocab, device)
-        self._known: tuple[int, int, list[int]] | None = None  # length, held and last tokens that the device has
+        self._device_text: tuple[int, int, list[int]] | None = None  # length, held and last tokens that the device has
         self._rounds: dict[int, tuple[RoundProgram, Callable[[], None]]] = {}
         self._pool = new_pool(device)
 
@@ -126,12 +125,12 @@ class Rounds:
     def _run(self, kept: int, tail: list[int], gamma: int, generator: torch.Generator) -> Round:
         self.target.claim(kept - 1, gamma + 1)
         if gamma not in self._rounds:
-            self._tell(kept, tail, gamma)
+            self._update_text(kept, tail, gamma)
             program = RoundProgram(self.target, self.drafter, self.text, self._law, gamma)
             self._rounds[gamma] = program, capture(program, self.target.model.device, self._pool)
-            self._known = None  # the capture has run it once
+            self._device_text = None  # the capture has run it once
         program, run = self._rounds[gamma]
-        self._tell(kept, tail, gamma)
+        self._update_text(kept, tail, gamma)
         began = time.perf_counter()
         if self._law is not None:
             program.uniform.uniform_(generator=generator)
@@ -140,23 +139,23 @@ class Rounds:
         draft_s = program.clock.seconds(0, 1) if gamma else 0.0
         seconds = time.perf_counter() - began
         if accepted < 0 or sound < 0:
-            self._known = None
+            self._device_text = None
             raise non_finite("drafter" if sound < 0 else "target")
         tokens = tokens[: accepted + 1]
         now = kept + len(tokens)
-        self._known = now, min(kept - 1 + gamma, now - 1) if gamma else self._held, [*tail, *tokens][-2:]
+        self._device_text = now, min(kept - 1 + gamma, now - 1) if gamma else self._held, [*tail, *tokens][-2:]
         return Round(tokens, gamma, accepted, draft_s, seconds - draft_s, program.logits, program.clock.seconds(0, 2))
 
     @property
     def _held(self) -> int:
         return self.drafter.length if self.drafter is not None else 0
 
-    def _tell(self, kept: int, tail: list[int], gamma: int) -> None:
+    def _update_text(self, kept: int, tail: list[int], gamma: int) -> None:
         """Bring the device's text to length `kept`, ending in `tail`; nothing to do after an undisturbed round."""
-        length, held, known = self._known or (-1, -1, [])
+        length, held, known = self._device_text or (-1, -1, [])
         if length == kept and known[-len(tail) :] == tail and (held == self._held or not gamma):
             return
         self.text.ids[0, kept - len(tail) : kept].copy_(torch.tensor(tail))
         self.text.length.fill_(kept)
         self.text.held.fill_(self._held)
-        self._known = kept, self._held, tail
+        self._device_text = kept, self._held, tail

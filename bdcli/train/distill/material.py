@@ -26,7 +26,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import digest, read_json, write_file
 from bdcli.config.distill import DistillRecipe
 from bdcli.data.sources import CHARACTERS, Candidate, Documents, held_out_prompts
-from bdcli.decode.session import Pair
+from bdcli.decode.pair import Pair
 from bdcli.results.metrics import looped_tokens
 from bdcli.speculation.sampling import Sampling, non_finite
 from bdcli.train.acceptance import Passage, text_probs

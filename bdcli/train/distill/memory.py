@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bdcli.cache.view import View
-from bdcli.decode.memory import gigabytes, weight_count
 from bdcli.model.config import ModelConfig
 from bdcli.model.llama import PREFILL_BLOCK
+from bdcli.model.sizes import gigabytes, weight_count
 from bdcli.train.forward import MAX_BLOCK, MIN_BLOCK
-from bdcli.train.losses import CHUNK_KEYS
+from bdcli.train.losses import LOGIT_ROWS
 
 MOMENTS = 8  # bytes a parameter of AdamW; Muon keeps half of them
 
@@ -21,7 +21,7 @@ def distill_memory(
     views: Sequence[View | None],
     anchored: Sequence[int],
     size: int,
-    chunk: int = CHUNK_KEYS,
+    chunk: int = LOGIT_ROWS,
 ) -> dict[str, int]:
     """Bytes by what holds them, of a step over one window of `tokens` under `views` of the drafter.
 

@@ -18,15 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.base.devices import pick_device, training_dtype
+from bdcli.base.devices import peak_memory, pick_device, training_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.files import check_disk_space, digest
 from bdcli.base.interrupt import deferred_interrupt
+from bdcli.cache.selection import parse_selection
 from bdcli.cache.view import View, plan_view
 from bdcli.config.decode import DecodeOptions
 from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import as_dict
-from bdcli.decode.session import load_pair, peak_memory
+from bdcli.decode.pair import load_pair
 from bdcli.model.build import write_first_layers
 from bdcli.model.checkpoint import fingerprint, load_model, resolve, save_model
 from bdcli.model.rope import RopeTable
@@ -275,7 +276,8 @@ class Distillation:
         if p.history and p.history[-1]["step"] == p.step:
             return 0.0
         e, v, sampling = self.recipe.evaluation, self.recipe.views, Sampling(self.recipe.temperature)
-        cells = list(acceptance_grid(self.drafter, passages, e.budgets, v.select, v.positions, e.gamma, sampling))
+        selections = [parse_selection(budget, v.select, v.positions, e.gamma) for budget in e.budgets]
+        cells = list(acceptance_grid(self.drafter, passages, selections, e.gamma, sampling))
         p.history.append({"step": p.step, "cells": [asdict(c) for c in cells]})
         full = self.recipe.views.mode == "full"  # such a drafter is judged by what it learns
         counted = [c for c in cells if (c.budget == "full") == full] or cells

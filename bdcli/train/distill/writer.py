@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from bdcli.backends.select import torch_backend
 from bdcli.base.errors import NonFiniteError
 from bdcli.config.decode import DecodeOptions
-from bdcli.decode.session import Pair, drafter_runner, target_runner
-from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Speculator
+from bdcli.decode.pair import Pair
+from bdcli.decode.session import Session
+from bdcli.speculation.drafter import Draft
+from bdcli.speculation.speculator import NO_DRAFT, Speculator
 
 BUDGET, GAMMA = 512, 4  # how the undistilled drafter helps
-SMALL = 2**27  # bytes of a target whose compiled step costs less than drafting and judging sampled tokens in Python
+SMALL_TARGET_BYTES = 2**27  # a smaller compiled target samples faster alone than with a drafter
 
 
 class Writer:
@@ -32,7 +31,7 @@ class Writer:
 
     def __init__(self, pair: Pair, together: int):
         compiled = pair.backend.name == "compiled"
-        self._pair = pair if compiled else replace(pair, engine=torch_backend("many texts at a time"))
+        self._pair = pair if compiled else replace(pair, backend=torch_backend("many texts at a time"))
         self.together = 1 if compiled else together
 
     def write(
@@ -48,46 +47,49 @@ class Writer:
         return found
 
     def _begin(self, prompt: list[int], seed: int, tokens: int, temperature: float) -> Speculator:
-        pair, sampling = self._pair, Sampling(temperature)
-        options = DecodeOptions(budget=BUDGET, gamma=GAMMA, max_new_tokens=tokens)
-        target, drafter = target_runner(pair, options, len(prompt), GAMMA), None
-        quick = pair.backend.name == "compiled" and pair.target.weight_bytes < SMALL
-        if sampling.greedy or not quick:
-            drafter = drafter_runner(pair, options, len(prompt))
-        text = Speculator(target, drafter, sampling, seed, pair.target.device)
+        pair = self._pair
+        options = DecodeOptions(
+            budget=BUDGET, gamma=GAMMA, max_new_tokens=tokens, temperature=temperature, baseline="off"
+        )
+        session, drafter = Session(pair, options), None
+        quick = pair.backend.name == "compiled" and pair.target.weight_bytes < SMALL_TARGET_BYTES
+        if session.sampling.greedy or not quick:
+            drafter = session.drafter(len(prompt))
+        target = session.target(len(prompt), GAMMA)
+        text = Speculator(target, drafter, session.sampling, seed, pair.target.device)
         text.prefill(prompt)
         return text
 
     def _finish(self, texts: Sequence[Speculator], tokens: int) -> list[Speculator]:
         """Rounds until every text has ended; returns those that broke."""
-        going, broken = list(texts), []
-        while going:
-            first = going[0]
-            gammas = [min(GAMMA, tokens - len(text.new_tokens) - 1) for text in going]
+        active, broken = list(texts), []
+        while active:
+            first = active[0]
+            gammas = [min(GAMMA, tokens - len(text.new_tokens) - 1) for text in active]
             with first.target.exclusive():
                 try:
-                    drafts = self._draft(going, gammas)
+                    drafts = self._draft(active, gammas)
                 except NonFiniteError:
-                    return [*broken, *going]
-                unread = [text.ids[text.target.length :] + draft for text, (draft, _) in zip(going, drafts)]
-                wanted = [len(draft) + 1 for draft, _ in drafts]
-                logits = first.target.feed_together([text.target for text in going], unread, wanted)
-            left = []
-            for text, (draft, q), rows in zip(going, drafts, logits, strict=True):
+                    return [*broken, *active]
+                unread = [text.ids[text.target.length :] + draft.tokens for text, draft in zip(active, drafts)]
+                rows = [len(draft.tokens) + 1 for draft in drafts]
+                logits = first.target.feed_together([text.target for text in active], unread, rows)
+            unfinished = []
+            for text, draft, own_logits in zip(active, drafts, logits, strict=True):
                 try:
-                    verdict = text.commit(draft, q, rows)
+                    verdict = text.commit(draft, own_logits)
                 except NonFiniteError:
                     broken.append(text)
                     continue
                 ended = text.cut_at(self._pair.eos, len(verdict.tokens)) is not None
                 if not ended and len(text.new_tokens) < tokens:
-                    left.append(text)
-            going = left
+                    unfinished.append(text)
+            active = unfinished
         return broken
 
-    def _draft(self, texts: Sequence[Speculator], gammas: Sequence[int]) -> list[tuple[list[int], Tensor | None]]:
-        """A draft for each text and what it was drawn from; empty ones where nothing drafts."""
+    def _draft(self, texts: Sequence[Speculator], gammas: Sequence[int]) -> list[Draft]:
+        """A draft for each text; empty ones where nothing drafts."""
         if texts[0].drafter is None:
-            return [([], None)] * len(texts)
-        runners, ids, generators = zip(*((text.drafter, text.ids, text.generator) for text in texts))
-        return texts[0].drafter.draft_together(runners, ids, gammas, texts[0].sampling, generators)
+            return [NO_DRAFT] * len(texts)
+        drafters, ids, generators = zip(*((text.drafter, text.ids, text.generator) for text in texts))
+        return texts[0].drafter.draft_together(drafters, ids, gammas, texts[0].sampling, generators)

@@ -1,0 +1,112 @@
+"""What proposes tokens: a model under its view, or anything else with the same few methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bdcli.speculation.runner import Runner
+from bdcli.speculation.sampling import Sampling, best_tokens, draw
+
+
+class Draft(NamedTuple):
+    """Proposed tokens and q [γ, V], the distributions they were drawn from; None: all mass on each token."""
+
+    tokens: list[int]
+    q: Tensor | None
+
+
+class Drafter(Protocol):
+    """Proposes tokens after a text. `runner` is the model behind it, None for a drafter that is no model."""
+
+    runner: Runner | None
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+
+    @property
+    def peak_entries(self) -> int:
+        """The most KV entries per layer and head ever held."""
+
+    @property
+    def kv_bytes(self) -> int: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None: ...
+
+    def draft(self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator) -> Draft:
+        """At most `gamma` >= 1 tokens that may follow `ids`; none is an answer."""
+
+    def rehearse(self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator) -> Draft:
+        """A draft of exactly `gamma` tokens, whatever the text, to measure what a round of that size costs."""
+
+    def rollback(self, length: int) -> None: ...
+
+
+class ModelDrafter:
+    """A model that drafts one token after the other. Backends that draft in one call derive from it."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+
+    @property
+    def length(self) -> int:
+        return self.runner.length
+
+    @property
+    def peak_entries(self) -> int:
+        return self.runner.cache.peak_entries
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.runner.cache.kv_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.runner.model.weight_bytes
+
+    def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None:
+        self.runner.prefill(tokens, on_block)
+
+    def rollback(self, length: int) -> None:
+        self.runner.rollback(length)
+
+    def draft(self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator) -> Draft:
+        """Exactly `gamma` >= 1 tokens to follow `ids`, each read but the last."""
+        return self.draft_together([self], [ids], [gamma], sampling, [generator])[0]
+
+    rehearse = draft
+
+    @classmethod
+    def draft_together(
+        cls,
+        drafters: Sequence[ModelDrafter],
+        ids: Sequence[list[int]],
+        gammas: Sequence[int],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+    ) -> list[Draft]:
+        """`draft` of drafters of one model, each with a text of its own; γ may be 0 for some."""
+        runners = [drafter.runner for drafter in drafters]
+        drafted: list[list[int]] = [[] for _ in runners]
+        rows: list[list[Tensor]] = [[] for _ in runners]
+        unread = [text[runner.length :] for runner, text in zip(runners, ids, strict=True)]
+        for place in range(max(gammas)):
+            active = [i for i, gamma in enumerate(gammas) if place < gamma]
+            feed = type(runners[0]).feed_together
+            logits = feed([runners[i] for i in active], [unread[i] for i in active], [1] * len(active))
+            for i, row in zip(active, logits):
+                best = best_tokens(row, "drafter")
+                if sampling.greedy:
+                    drafted[i] += best
+                else:
+                    rows[i].append(sampling.distribution(row))
+                    drafted[i].append(draw(rows[i][-1][0], generators[i]))
+                unread[i] = drafted[i][-1:]
+        return [Draft(tokens, torch.cat(q) if q else None) for tokens, q in zip(drafted, rows)]
