@@ -7,8 +7,8 @@ import re
 from dataclasses import asdict, dataclass
 
 from bdcli.base.errors import UserError
+from bdcli.cache.selection import SELECTIONS
 
-SELECTIONS = ("window", "chunk", "official")
 CHOICES = {
     "select": SELECTIONS,
     "positions": ("rebased", "absolute"),

@@ -15,12 +15,15 @@ from bdcli.backends.cuda.ops import ops_for
 from bdcli.backends.cuda.program import Law
 from bdcli.backends.select import pick_backend, static_backend, torch_backend
 from bdcli.base.errors import NonFiniteError, UserError
-from bdcli.cache.view import View, plan_view
+from bdcli.base.progress import SILENT
+from bdcli.cache.selection import CacheSize, Full, Official, Window
+from bdcli.cache.view import View
 from bdcli.decode.memory import decode_plan
 from bdcli.speculation.baseline import teacher_force
 from bdcli.speculation.draft_length import FixedGamma
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
+from tests.support.backends import GivenView, drafter
 from tests.support.models import tiny_model
 from tests.support.statistics import fits, law_of_two
 
@@ -29,15 +32,15 @@ STATIC = static_backend("triton", "plain operations")
 FRESH = torch.Generator()
 FRESH.seed()
 EXACT = torch.float64  # where texts of two engines are compared: in fp32 one token in a million is a tie
-VIEWS = {
-    "full": None,
-    "official": 64,
-    "window": View(52, 4, 0, 9, True),
-    "window absolute": View(52, 4, 0, 9, False),
-    "chunk": View(60, 4, 16, 9, True),
-    "chunk absolute": View(60, 4, 16, 9, False),
-    "no sinks": View(40, 0, 0, 9, True),
-    "one key": plan_view(4 + 6 + 2, "window", "rebased", 6, 200),
+SELECTIONS = {
+    "full": Full(),
+    "official": Official(64),
+    "window": GivenView(View(52, 4, 0, 9, True)),
+    "window absolute": GivenView(View(52, 4, 0, 9, False)),
+    "chunk": GivenView(View(60, 4, 16, 9, True)),
+    "chunk absolute": GivenView(View(60, 4, 16, 9, False)),
+    "no sinks": GivenView(View(40, 0, 0, 9, True)),
+    "one key": Window(4 + 6 + 2, gamma=6),
 }
 SHAPES = [
     {},
@@ -50,23 +53,15 @@ def random_ids(count, vocab=41):
     return torch.randint(vocab, (count,), generator=FRESH).tolist()
 
 
-def readers(engine, target, drafter, view, capacity):
-    budget, view = (view, None) if isinstance(view, int) else (None, view)
-    vocab = target.config.vocab_size
-    return (
-        engine.target(target, capacity, capacity),
-        drafter and engine.drafter(drafter, capacity, capacity, vocab, budget, view),
-    )
-
-
-def speculator(engine, target, drafter, view, prompt, new, sampling=GREEDY, seed=0):
-    made = readers(engine, target, drafter, view, len(prompt) + new + 12)
-    run = Speculator(*made, sampling, seed, target.device)
+def speculator(backend, target, drafter, selection, prompt, new, sampling=GREEDY, seed=0):
+    size = CacheSize(len(prompt) - 1, len(prompt) + new + 12, len(prompt) + new + 12)
+    drafting = drafter and backend.drafter(drafter, selection, size, target.config.vocab_size)
+    run = Speculator(backend.target(target, size), drafting, sampling, seed, target.device)
     run.prefill(prompt)
     return run
 
 
-def write(engine, target, drafter, view, prompt, new, gammas=(4,), eos=frozenset(), sampling=GREEDY, seed=0):
+def write(backend, target, drafter, selection, prompt, new, gammas=(4,), eos=frozenset(), sampling=GREEDY, seed=0):
     """(text, [(drafted, accepted)], finish reason, entries) with γ taken from `gammas` in turn."""
 
     class Turns(FixedGamma):
@@ -74,9 +69,9 @@ def write(engine, target, drafter, view, prompt, new, gammas=(4,), eos=frozenset
             self.turn = getattr(self, "turn", -1) + 1
             return gammas[self.turn % len(gammas)]
 
-    run = speculator(engine, target, drafter, view, prompt, new, sampling, seed)
+    run = speculator(backend, target, drafter, selection, prompt, new, sampling, seed)
     steps = list(run.rounds(new, eos, Turns(0)))
-    entries = run.drafter.cache.peak_entries if drafter else None
+    entries = run.drafter.peak_entries if drafter else None
     return run.new_tokens, [(s.drafted, s.accepted) for s in steps], run.finish_reason, entries
 
 
@@ -90,7 +85,7 @@ def similar(noise=0.05, seed=None, **shape):
     return target, drafter
 
 
-@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("kind", SELECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=["gqa", "biases", "mha"])
 def test_greedy_text_and_rounds_equal_torchs(shape, kind):
     """Also the entries counted, with rounds that draft nothing in between, so that the drafter lags and catches up."""
@@ -99,7 +94,7 @@ def test_greedy_text_and_rounds_equal_torchs(shape, kind):
     agreed = 0
     for length in (90, 131) if "chunk" in kind else (1, 2, 3, 70, 131):
         prompt = random_ids(length)
-        got, want = (write(e, target, drafter, VIEWS[kind], prompt, 60, gammas) for e in (STATIC, torch_backend()))
+        got, want = (write(e, target, drafter, SELECTIONS[kind], prompt, 60, gammas) for e in (STATIC, torch_backend()))
         assert got == want
         agreed += sum(accepted for _, accepted in got[1])
     assert agreed > 1, "a drafter that never agrees would prove little"
@@ -107,22 +102,22 @@ def test_greedy_text_and_rounds_equal_torchs(shape, kind):
 
 def test_text_stops_at_eos_inside_a_block_and_at_the_length():
     (target, drafter), prompt = similar(0.02, dtype=EXACT), random_ids(50)
-    text, rounds, reason, _ = write(STATIC, target, drafter, None, prompt, 37, (6,))
+    text, rounds, reason, _ = write(STATIC, target, drafter, Full(), prompt, 37, (6,))
     assert reason == "length" and len(text) == 37 and rounds[-1][0] <= 6
     for at in (0, 5, 20):
         end = text.index(text[at])
         for engine in (STATIC, torch_backend()):
-            got = write(engine, target, drafter, None, prompt, 37, (6,), frozenset(text[at : at + 1]))
+            got = write(engine, target, drafter, Full(), prompt, 37, (6,), frozenset(text[at : at + 1]))
             assert got[0] == text[: end + 1] and got[2] == "stop"
-    assert write(STATIC, target, None, None, prompt, 37, (0,))[0] == text, "plain decoding"
-    assert len(write(STATIC, target, drafter, None, prompt, 1)[0]) == 1
+    assert write(STATIC, target, None, Full(), prompt, 37, (0,))[0] == text, "plain decoding"
+    assert len(write(STATIC, target, drafter, Full(), prompt, 1)[0]) == 1
 
 
 @pytest.mark.parametrize("vocab", [29, 64])
 def test_a_drafter_with_another_padding_of_the_vocabulary(vocab):
     target, drafter = tiny_model(seed=5, dtype=EXACT), tiny_model(seed=6, vocab=vocab, dtype=EXACT)
     prompt = random_ids(60)
-    got, want = (write(e, target, drafter, VIEWS["window"], prompt, 40) for e in (STATIC, torch_backend()))
+    got, want = (write(e, target, drafter, SELECTIONS["window"], prompt, 40) for e in (STATIC, torch_backend()))
     assert got == want
 
 
@@ -132,7 +127,7 @@ def test_measuring_in_between_changes_nothing():
     for sampling in (Sampling(), Sampling(0.8)):
         texts = []
         for measured in (False, True):
-            run = speculator(STATIC, target, drafter, VIEWS["window"], prompt, 60, sampling)
+            run = speculator(STATIC, target, drafter, SELECTIONS["window"], prompt, 60, sampling)
             while len(run.new_tokens) < 40:
                 first, step = len(run.ids), run.round(4)
                 kept = step.logits.clone()
@@ -151,8 +146,8 @@ def test_measuring_in_between_changes_nothing():
 
 def test_feeds_of_any_length_equal_torchs():
     target = tiny_model(seed=9)
-    for view in (None, VIEWS["window"]):
-        plain, ours = (e.drafter(target, 400, 400, 41, None, view) for e in (torch_backend(), STATIC))
+    for selection in (Full(), SELECTIONS["window"]):
+        plain, ours = (drafter(e, target, selection, 400).runner for e in (torch_backend(), STATIC))
         ids = random_ids(300)
         for each in (plain, ours):
             each.prefill(ids[:50])
@@ -166,9 +161,9 @@ def test_feeds_of_any_length_equal_torchs():
 def test_texts_read_together_are_read_as_alone():
     """What writes training texts feeds several readers of one model at a time."""
     target = tiny_model(seed=10)
-    for view in (None, VIEWS["window"]):
+    for selection in (Full(), SELECTIONS["window"]):
         ids = [random_ids(80), random_ids(95)]
-        made = [[e.drafter(target, 120, 120, 41, None, view) for _ in ids] for e in (STATIC, torch_backend())]
+        made = [[drafter(e, target, selection, 120).runner for _ in ids] for e in (STATIC, torch_backend())]
         logits = []
         for pair in made:
             for reader, text in zip(pair, ids):
@@ -196,9 +191,9 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
     """2,500 draws: the joint law of the first two tokens is the target's, from its own plain logits."""
     target, drafter = (tiny_model(vocab=5, layers=1, seed=seed) for seed in (1, 2))
     prompt = [1, 2, 3]
-    plain, _ = readers(torch_backend(), target, None, None, 20)
+    plain = torch_backend().target(target, CacheSize(0, 20, 20))
     joint = law_of_two(sampling, plain, prompt, 5)
-    run = speculator(STATIC, target, drafter, None, prompt, 8, sampling)
+    run = speculator(STATIC, target, drafter, Full(), prompt, 8, sampling)
     counts, accepted = torch.zeros(5, 5), 0
     for _ in range(2500):
         while len(run.new_tokens) < 2:
@@ -214,7 +209,7 @@ def test_sampled_pairs_follow_the_targets_law(sampling):
 
 def test_a_seed_repeats_sampled_text():
     (target, drafter), prompt = similar(), random_ids(30)
-    texts = [write(STATIC, target, drafter, None, prompt, 50, sampling=Sampling(1.0), seed=s)[0] for s in (4, 4, 5)]
+    texts = [write(STATIC, target, drafter, Full(), prompt, 50, sampling=Sampling(1.0), seed=s)[0] for s in (4, 4, 5)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -279,7 +274,7 @@ def test_a_round_looks_at_nothing_and_makes_the_same_tensors_whatever_the_text(k
     for module in (program_module, caches):
         monkeypatch.setattr(module, "ops_for", lambda _device: ops)
     (target, drafter), prompt = similar(), random_ids(100)
-    run = speculator(STATIC, target, drafter, VIEWS[kind], prompt, 300, sampling)
+    run = speculator(STATIC, target, drafter, SELECTIONS[kind], prompt, 300, sampling)
     run.round(4)
     program, _ = run._whole._rounds[4]
     traces, accepted, places = [], set(), [t.data_ptr() for t in (program.result, program.logits, program.uniform)]
@@ -289,7 +284,7 @@ def test_a_round_looks_at_nothing_and_makes_the_same_tensors_whatever_the_text(k
             program()
         traces.append(mode.shapes)
         accepted.add(int(program.result[-2]))
-        run._whole._known = None  # what the device did behind the host's back
+        run._whole._device_text = None  # what the device did behind the host's back
         run.round(4)
     assert all(trace == traces[0] for trace in traces) and len(traces[0]) > 100
     assert len(accepted) > 1, "rounds that all went the same way prove little"
@@ -327,12 +322,14 @@ def moved(model, dtype):
 
 @pytest.mark.gpu
 @on_device
-@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("kind", SELECTIONS)
 def test_graphs_write_what_torch_writes_in_fp32(kind):
     pair = [moved(m, torch.float32) for m in similar(**WIDE)]
     for length in (90, 1000) if "chunk" in kind else (1, 70, 1000):
         prompt = random_ids(length)
-        got, want = (write(e, *pair, VIEWS[kind], prompt, 80, (4, 6, 1, 0, 0, 0, 5)) for e in (STATIC, torch_backend()))
+        got, want = (
+            write(e, *pair, SELECTIONS[kind], prompt, 80, (4, 6, 1, 0, 0, 0, 5)) for e in (STATIC, torch_backend())
+        )
         assert got == want
 
 
@@ -344,9 +341,9 @@ def test_graphs_write_what_plain_decoding_writes_in_low_precision(kind, dtype):
     """By the tie rule; and feeds are as near to fp32 as torch's own."""
     target, drafter = similar(**WIDE)
     pair, prompt = [moved(m, dtype) for m in (target, drafter)], random_ids(500)
-    text, rounds, _, _ = write(STATIC, *pair, VIEWS[kind], prompt, 80)
+    text, rounds, _, _ = write(STATIC, *pair, SELECTIONS[kind], prompt, 80)
     assert sum(accepted for _, accepted in rounds) > 1
-    judge, _ = readers(torch_backend(), pair[0], None, None, 600)
+    judge = torch_backend().target(pair[0], CacheSize(0, 600, 600))
     judge.prefill(prompt[:-1])
     assert teacher_force(judge, prompt, text).equal
 
@@ -357,8 +354,8 @@ def test_graphs_write_what_plain_decoding_writes_in_low_precision(kind, dtype):
 def test_graphs_sample_by_the_law(sampling):
     """First tokens of 3,000 short texts, and a seed that repeats."""
     target, drafter = (moved(m, torch.float32) for m in similar(**WIDE, noise=0.5))
-    run = speculator(STATIC, target, drafter, None, [1, 2, 3], 8, sampling)
-    plain, _ = readers(torch_backend(), target, None, None, 20)
+    run = speculator(STATIC, target, drafter, Full(), [1, 2, 3], 8, sampling)
+    plain = torch_backend().target(target, CacheSize(0, 20, 20))
     plain.prefill([1, 2])
     law, counts = sampling.distribution(plain.feed([3], 1))[0].cpu(), torch.zeros(41)
     for _ in range(3000):
@@ -368,7 +365,7 @@ def test_graphs_sample_by_the_law(sampling):
         run.target.rollback(2)
         run.drafter.rollback(2)
     assert counts[law == 0].sum() == 0 and fits(counts[law > 0], law[law > 0])
-    texts = [write(STATIC, target, drafter, None, [1, 2, 3], 40, sampling=sampling, seed=s)[0] for s in (4, 4, 5)]
+    texts = [write(STATIC, target, drafter, Full(), [1, 2, 3], 40, sampling=sampling, seed=s)[0] for s in (4, 4, 5)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -376,7 +373,7 @@ def test_graphs_sample_by_the_law(sampling):
 @on_device
 def test_a_graph_is_made_once_and_its_times_add_up():
     pair = [moved(m, torch.bfloat16) for m in similar(**WIDE)]
-    run = speculator(STATIC, *pair, VIEWS["window"], random_ids(300), 200)
+    run = speculator(STATIC, *pair, SELECTIONS["window"], random_ids(300), 200)
     steps = [run.round(4) for _ in range(20)]
     assert len(run._whole._rounds) == 1
     for step in steps:
@@ -388,12 +385,14 @@ def test_a_graph_is_made_once_and_its_times_add_up():
 def test_a_device_holds_what_was_planned():
     shape = WIDE | {"layers": 4, "hidden": 512, "inner": 1024, "heads": 8, "kv_heads": 8}
     target, drafter = (moved(tiny_model(**shape), torch.bfloat16) for _ in range(2))
-    prompt, capacity = 8000, 8100
-    plan = decode_plan(target.config, drafter.config, 2, prompt - 1, capacity, 8, VIEWS["window"])
+    prompt, selection = 8000, Window(52, gamma=9)
+    size = CacheSize(prompt - 1, 8100, 8100)
+    plan = decode_plan(target.config, drafter.config, 2, size, selection)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run = Speculator(*readers(STATIC, target, drafter, VIEWS["window"], capacity), GREEDY, 0, "cuda")
+    drafting = STATIC.drafter(drafter, selection, size, target.config.vocab_size)
+    run = Speculator(STATIC.target(target, size), drafting, GREEDY, 0, "cuda")
     run.prefill(random_ids(prompt))
     run.round(8)
     grown = torch.cuda.max_memory_allocated() - before
@@ -408,7 +407,7 @@ def test_non_finite_weights_are_an_error_on_both_sides(sampling):
     model, broken = tiny_model(seed=0), tiny_model(seed=0)
     broken.layers[1].down[3, 5] = torch.nan
     for pair in ((broken, model), (model, broken)):
-        run = speculator(STATIC, *pair, None, [1, 2, 3], 20, sampling)
+        run = speculator(STATIC, *pair, Full(), [1, 2, 3], 20, sampling)
         with pytest.raises(NonFiniteError, match="target" if pair[0] is broken else "drafter"):
             run.round(2)
         assert run.ids == [1, 2, 3]
@@ -416,13 +415,13 @@ def test_non_finite_weights_are_an_error_on_both_sides(sampling):
 
 def test_a_draft_longer_than_the_cache_was_planned_for_is_refused():
     model = tiny_model(seed=0)
-    run = speculator(STATIC, model, model, plan_view(40, "window", "rebased", 4, 90), [1] * 90, 20)
+    run = speculator(STATIC, model, model, Window(40, gamma=4), [1] * 90, 20)
     with pytest.raises(RuntimeError, match="draft of 5 tokens"):
         run.round(5)
     with pytest.raises(RuntimeError, match="cannot hold"):
-        speculator(STATIC, model, None, None, [1] * 8, 2).target.feed([1] * 20, 1)
+        speculator(STATIC, model, None, Full(), [1] * 8, 2).target.feed([1] * 20, 1)
 
 
 def test_triton_is_refused_where_there_is_no_gpu():
     with pytest.raises(UserError, match="--engine triton cannot run here \\(cpu device\\)"):
-        pick_backend("triton", [tiny_model()], print)
+        pick_backend("triton", [tiny_model()], SILENT)

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from bdcli.backends.select import pick_backend
-from bdcli.config.decode import SELECTIONS, DecodeOptions
-from bdcli.decode.session import Pair, gamma_max_of, make_speculator
+from bdcli.base.progress import SILENT
+from bdcli.cache.selection import SELECTIONS
+from bdcli.config.decode import DecodeOptions
+from bdcli.decode.pair import Pair
+from bdcli.decode.session import Session
 from bdcli.model.checkpoint import POCKET, eos_tokens
 from bdcli.speculation.baseline import warm_up
 
@@ -41,16 +44,17 @@ def wanted(prompt: tuple[int, ...], new: int) -> list[int]:
 def check(pocket, prompt, case, new=NEW, runner="auto"):
     target, drafter, tokenizer = pocket
     options = DecodeOptions(**case, max_new_tokens=new, dtype="float32", device="cpu")
-    runs = pick_backend(runner, [target, drafter], print)
+    runs = pick_backend(runner, [target, drafter], SILENT)
     pair = Pair(target, drafter, tokenizer, eos_tokens(POCKET / "target"), ("pocket", "pocket"), runs)
-    engine = make_speculator(pair, options, len(prompt))
+    session = Session(pair, options)
+    engine = session.speculator(len(prompt))
     engine.prefill(list(prompt))
-    controller = warm_up(engine, options.gamma, gamma_max_of(options))
+    controller = warm_up(engine, options.gamma, session.selection.gamma_max)
     steps = list(engine.rounds(new, pair.eos, controller))
     assert engine.new_tokens == wanted(tuple(prompt), new)
     assert sum(step.drafted for step in steps) > 0
     if case["budget"] is not None and case["select"] != "official":
-        assert engine.drafter.cache.peak_entries <= case["budget"]
+        assert engine.drafter.peak_entries <= case["budget"]
 
 
 @pytest.mark.parametrize("case", CROSS, ids=name)

@@ -7,11 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdcli.backends.select import static_backend
+from bdcli.base.devices import RUNTIME_BYTES
 from bdcli.base.errors import UserError
 from bdcli.bench.shapes import parse_shape
-from bdcli.cache.view import View, plan_view
-from bdcli.decode.memory import RUNTIME, decode_plan, weight_count
+from bdcli.cache.selection import CacheSize, Chunk, Full, Official, Window
+from bdcli.cache.view import plan_view
+from bdcli.decode.memory import decode_plan
 from bdcli.model.rope import RopeTable
+from bdcli.model.sizes import weight_count
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
 from bdcli.train.distill.memory import distill_memory
@@ -57,35 +60,32 @@ def test_weights_are_counted(shape):
     assert 4 * weight_count(model.config) == model.weight_bytes
 
 
-VIEWS = {
-    "full": (None, None),
-    "official": (None, 256),
-    "window": (View(256, 4, 0, 9, True), None),
-    "chunk": (View(256, 4, 64, 9, True), None),
-    "chunk absolute": (View(256, 4, 64, 9, False), None),
+SELECTIONS = {
+    "full": Full(),
+    "official": Official(256),
+    "window": Window(256),
+    "chunk": Chunk(256),
+    "chunk absolute": Chunk(256, "absolute"),
 }
 
 
-@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("kind", SELECTIONS)
 def test_a_run_holds_what_was_planned(kind):
-    view, official = VIEWS[kind]
+    selection = SELECTIONS[kind]
     shape = {"dim": 16, "heads": 4, "kv_heads": 2, "hidden": 64, "inner": 160}
     target, drafter = tiny_model(layers=3, **shape), tiny_model(layers=2, **shape)
-    prompt, new, gamma = 2600, 40, 8
+    prompt, new, gamma = 2600, 40, selection.gamma_max
     capacity = prompt + new + gamma + 2
-    plan = decode_plan(target.config, drafter.config, 4, prompt - 1, capacity, gamma, view, official)
+    size = CacheSize(prompt - 1, capacity, capacity)
+    plan = decode_plan(target.config, drafter.config, 4, size, selection)
     ids = torch.randint(41, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     with Peak() as peak:
-        readers = (
-            STATIC.target(target, capacity, capacity),
-            STATIC.drafter(drafter, capacity, capacity, 41, official, view),
-        )
-        run = Speculator(*readers, Sampling(), 0)
+        run = Speculator(STATIC.target(target, size), STATIC.drafter(drafter, selection, size, 41), Sampling(), 0)
         run.prefill(ids)
         read, peak.most = peak.most, peak.alive
         held = peak.alive
         run.round(gamma)
-    kv = [r.cache.kv_bytes for r in readers]
+    kv = [run.target.cache.kv_bytes, run.drafter.kv_bytes]
     assert kv == [plan.target_kv, plan.drafter_kv]
     assert held <= sum(kv) + plan.tables + 10_000  # a table of the ring
     assert 0.6 * plan.prefill < read - sum(kv) - plan.tables < 1.05 * plan.prefill
@@ -97,7 +97,7 @@ def test_a_run_holds_what_was_planned(kind):
 
 def test_too_little_memory_is_said_with_the_numbers():
     c = tiny_model().config
-    plan = decode_plan(c, c, 2, 1000, 1100, 8)
+    plan = decode_plan(c, c, 2, CacheSize(1000, 1100, 1100), Full(8))
     plan.check(plan.peak)
     with pytest.raises(UserError, match=r"peak .* but 0\.0 MB are free"):
         plan.check(1)
@@ -142,4 +142,4 @@ def test_a_7b_target_at_16k_fits_an_80_gb_card():
     target, drafter = parse_shape("llama2-7b+68m")
     views = [None, *(plan_view(b, "window", "rebased", None, 16384) for b in (256, 2048, 1024))]
     plan = distill_memory(target, drafter, 16384, views, (), 2, 2**25 // 32000)
-    assert 14e9 < sum(plan.values()) + KEPT_TARGETS_BYTES + RUNTIME < 60e9
+    assert 14e9 < sum(plan.values()) + KEPT_TARGETS_BYTES + RUNTIME_BYTES < 60e9

@@ -1,7 +1,6 @@
 """The engine: exact whatever the drafter, stops inside a block, honest failure on NaN, the law of sampling."""
 
 import itertools
-import random
 
 import pytest
 import torch
@@ -10,9 +9,11 @@ from bdcli.base.errors import NonFiniteError
 from bdcli.cache.full import FullCache
 from bdcli.speculation import speculator as speculate
 from bdcli.speculation.baseline import warm_up
-from bdcli.speculation.draft_length import AutoGamma, FixedGamma, RoundCosts
+from bdcli.speculation.draft_length import AutoGamma, FixedGamma
+from bdcli.speculation.drafter import ModelDrafter
+from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling, Verdict, draw, verify_greedy, verify_sampled
-from bdcli.speculation.speculator import Runner, Speculator
+from bdcli.speculation.speculator import Speculator
 from tests.support.models import tiny_model
 from tests.support.statistics import p_value
 
@@ -20,14 +21,16 @@ V = 5
 CPU = torch.Generator().manual_seed(0)
 
 
-class TableRunner:
-    """An order-2 model: the next token's logits depend on the last two. Same interface as a Runner."""
+class TableRunner(Runner):
+    """An order-2 model: the next token's logits depend on the last two."""
+
+    length = 0
 
     def __init__(self, logits):
         self.table = logits  # [V, V, V]
-        self.ids, self.length, self.vocab = [], 0, V
+        self.ids, self.vocab = [], V
 
-    def prefill(self, tokens, _progress=None):
+    def prefill(self, tokens, _on_block=None):
         self.ids, self.length = list(tokens), len(tokens)
 
     def feed(self, tokens, rows):
@@ -43,8 +46,9 @@ class TableRunner:
     def feed_together(cls, runners, tokens, rows):
         return [runner.feed(*work) for runner, *work in zip(runners, tokens, rows)]
 
-    draft, exclusive, whole_rounds = Runner.draft, Runner.exclusive, Runner.whole_rounds
-    draft_together = classmethod(Runner.draft_together.__func__)
+
+def table_drafter(logits):
+    return ModelDrafter(TableRunner(logits))
 
 
 def table(seed, sharpness=2.0):
@@ -52,7 +56,7 @@ def table(seed, sharpness=2.0):
 
 
 def generate(target, drafter, sampling, seed, new=3, gamma=2, eos=frozenset(), prompt=(1, 2)):
-    engine = Speculator(TableRunner(target), None if drafter is None else TableRunner(drafter), sampling, seed)
+    engine = Speculator(TableRunner(target), None if drafter is None else table_drafter(drafter), sampling, seed)
     engine.prefill(list(prompt))
     steps = list(engine.rounds(new, eos, FixedGamma(gamma)))
     return engine, steps
@@ -90,7 +94,7 @@ def joint_law(target, sampling, prompt=(1, 2)):
 
 def law_p_value(target, drafter, sampling):
     """Chi-square p-value of the triples the engine emits against the target's joint law; rare cells are pooled."""
-    engine = Speculator(TableRunner(target), TableRunner(drafter), sampling, seed=7)
+    engine = Speculator(TableRunner(target), table_drafter(drafter), sampling, seed=7)
     counts = dict.fromkeys(itertools.product(range(V), repeat=3), 0)
     controller = FixedGamma(2)
     for _ in range(DRAWS):
@@ -185,7 +189,7 @@ def test_non_finite_logits_stop_the_run(broken, value, temperature):
 
 def test_an_interrupted_round_leaves_only_accepted_tokens():
     target = table(1)
-    engine = Speculator(TableRunner(target), TableRunner(target), Sampling(), 0)
+    engine = Speculator(TableRunner(target), table_drafter(target), Sampling(), 0)
     engine.prefill([1, 2])
     engine.round(2)
     kept = list(engine.ids)
@@ -239,69 +243,13 @@ def test_the_drafters_vocabulary_is_cut_or_padded_to_the_targets():
 # -- γ chosen online
 
 
-def run_auto(accept, draft_s, verify_s, rounds=200, limit=8, first_s=0.0):
-    """Drive AutoGamma with fixed costs and a drafter that gets its first accept(round) proposals right."""
-
-    def cost(gamma):
-        return first_s * (gamma > 0) + draft_s * gamma + verify_s(gamma + 1)
-
-    auto, chosen = AutoGamma(limit, {g: cost(g) for g in (0, 1, limit)}), []
-    for i in range(rounds):
-        gamma = auto.choose()
-        chosen.append(gamma)
-        auto.observe(gamma, min(gamma, accept(i)), cost(gamma))
-    return chosen
-
-
-def test_auto_gamma_drafts_long_when_drafts_are_cheap_and_good():
-    assert set(run_auto(lambda _: 8, 0.001, lambda _: 0.1)[20:]) == {8}
-
-
-def test_auto_gamma_knows_that_the_first_draft_token_costs_most():
-    """Seconds over γ would make longer drafts look as dear, a token, as the short ones tried first."""
-    rng = random.Random(0)
-    passes = [next(n for n in range(99) if rng.random() > 0.7) for _ in range(600)]  # runs of hits, 7 of 10 go on
-    rate = {g: (1 - 0.7 ** (g + 1)) / 0.3 / (0.4 + 0.05 * g + 1.7 + 0.2 * g) for g in range(1, 9)}
-    chosen = run_auto(lambda i: passes[i], 0.05, lambda rows: 1.5 + 0.2 * rows, rounds=600, first_s=0.4)
-    assert max(rate, key=rate.get) == 4
-    assert sum(rate.get(g, 0) for g in chosen[100:]) / 500 > 0.98 * rate[4]
-
-
-@pytest.mark.parametrize("dear", [1, 3, 5, 8, 16])
-def test_auto_gamma_is_not_misled_for_long_by_one_bad_moment(dear):
-    """A γ that looked twice as dear as it is may cost a few percent, no more."""
-    rng, chosen = random.Random(dear), []
-    cost = {g: 2.5 + 0.3 * g for g in range(17)}
-    rate = {g: (1 - 0.8 ** (g + 1)) / 0.2 / cost[g] for g in cost}
-    auto = AutoGamma(16, {g: cost[g] * (2 if g == dear else 1) for g in (0, 1, 3, 5, 7, 8, 9, 12, 16)})
-    for _ in range(400):
-        chosen.append(auto.choose())
-        passed = next(n for n in range(99) if rng.random() > 0.8)
-        stall = 4 if rng.random() < 0.03 else 1
-        auto.observe(chosen[-1], min(chosen[-1], passed), stall * rng.uniform(0.95, 1.1) * cost[chosen[-1]])
-    assert sum(rate[g] for g in chosen[50:]) / 350 > 0.95 * max(rate.values())
-
-
-def test_costs_of_rounds_follow_the_machine_and_what_a_length_shows_of_itself():
-    costs = RoundCosts({0: 2.0, 1: 9.0, 3: 3.0, 5: 4.0, 9: 8.0})
-    assert [costs.of(g) for g in (0, 1, 2, 3, 4, 7, 11)] == pytest.approx([2, 3, 3, 3, 3.5, 6, 10]), "1 was a stall"
-    for _ in range(200):
-        costs.add(5, 8.0)  # the machine is half as fast
-    assert [costs.of(g) for g in (0, 3, 5, 9)] == pytest.approx([4, 6, 8, 16], rel=0.01)
-    costs.add(5, 800.0)
-    assert costs.of(5) == pytest.approx(8, rel=0.05), "one stall counts for little"
-    for n in range(400):
-        costs.add((3, 5, 9)[n % 3], (6.0, 8.0, 8.0)[n % 3])  # nine cost as much as five, not twice it
-    assert costs.of(9) < 0.85 * 2 * costs.of(5) and costs.of(3) == pytest.approx(6, rel=0.2)
-
-
 @pytest.mark.parametrize("gamma", [None, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nothing_of_a_warm_up_stays(gamma, temperature):
     texts = []
     for warm in (False, True):
         target = table(3)
-        engine = Speculator(TableRunner(target), TableRunner(DRAFTERS["half"](target)), Sampling(temperature), 5)
+        engine = Speculator(TableRunner(target), table_drafter(DRAFTERS["half"](target)), Sampling(temperature), 5)
         engine.prefill([1, 2])
         if warm:
             controller = warm_up(engine, gamma, 6)
@@ -311,23 +259,10 @@ def test_nothing_of_a_warm_up_stays(gamma, temperature):
     assert texts[0] == texts[1]
 
 
-def test_auto_gamma_stops_when_drafting_does_not_pay_and_tries_again():
-    chosen = run_auto(lambda i: 0 if i < 150 else 8, 0.02, lambda _: 0.05, rounds=700)
-    early = chosen[20:150]
-    assert early.count(0) > 0.75 * len(early), "drafting costs and gains nothing"
-    assert any(early), "but it is tried again"
-    assert min(chosen[-50:]) > 0, "and comes back when it pays"
-
-
-def test_auto_gamma_keeps_drafts_short_when_rows_are_dear():
-    chosen = run_auto(lambda i: i % 2, 0.001, lambda rows: 0.01 * rows)
-    assert max(chosen[20:]) <= 2
-
-
 def test_auto_gamma_is_lossless():
     target = table(3)
     plain, _ = generate(target, None, Sampling(), 0, new=80, gamma=0)
-    engine = Speculator(TableRunner(target), TableRunner(DRAFTERS["half"](target)), Sampling(), 0)
+    engine = Speculator(TableRunner(target), table_drafter(DRAFTERS["half"](target)), Sampling(), 0)
     engine.prefill([1, 2])
     steps = list(engine.rounds(80, frozenset(), AutoGamma(6, {0: 1e-4, 1: 1.2e-4, 6: 3e-4})))
     assert engine.new_tokens == plain.new_tokens and sum(s.drafted for s in steps) > 0
