@@ -1,1 +1,1 @@
-"""Ground of the house: errors, interrupts, files, devices, provenance, statistics, and the console."""
+"""What every package uses: errors, interrupts, files, devices, provenance, statistics, and the console."""

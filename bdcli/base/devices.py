@@ -43,7 +43,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def product_dtype(kind: str) -> torch.dtype:
     """bf16 where a device of that type multiplies large matrices of it faster than of fp32, else fp32.
 
-    On a CPU that takes more than bf16 instructions: Intel's vector ones alone take 1.8 times as long as fp32 (LOG.md).
+    On a CPU that takes more than bf16 instructions: Intel's vector ones alone take 1.8 times as long as fp32
+    (docs/log/2026-11-25-fp32-no-tiles.md).
     """
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -58,7 +59,7 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _capabilities() -> dict:
-    """What torch knows of the CPU; older ones tell nothing."""
+    """What torch knows of the CPU; older versions report nothing."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 

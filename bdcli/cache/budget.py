@@ -1,4 +1,4 @@
-"""The drafter's KV cache with a hard bound: sinks, chosen chunks, a ring of recents (the law: `bdcli.cache.view`)."""
+"""The drafter's KV cache with a hard bound: sinks, chosen chunks and a ring of recent keys (`bdcli.cache.view`)."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class BudgetCache(BaseCache):
     # -- one forward
 
     def reserve(self, start: int, rows: int) -> None:
-        """Refuse rows that the cache has no room for, or whose view a rollback has destroyed."""
+        """Refuse rows beyond the capacity, or whose view a rollback has destroyed."""
         if start + rows > self.capacity:
             raise RuntimeError(f"positions up to {start + rows} exceed the {self.capacity} planned")
         if self._written - start > self.view.gamma_max + 1 and self._prompt is None:

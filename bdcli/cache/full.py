@@ -47,7 +47,7 @@ class FullCache(BaseCache):
         return self.keys.shape[2]
 
     def reserve(self, start: int, rows: int) -> None:
-        """Refuse rows that the cache has no room for."""
+        """Refuse rows beyond the capacity."""
         stop = start + rows - self.shift
         if stop > self.slots:
             raise RuntimeError(f"cache of {self.slots} entries cannot hold {stop}")

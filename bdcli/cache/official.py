@@ -24,9 +24,9 @@ class OfficialCache(FullCache):
         # one layer's full keys live at a time; `keys[layer]` is resolved by write and read through _layer
         self.keys = self._zeros(1, self.kv_heads, tokens, self.head_dim).expand(self.layers, -1, -1, -1)
         self.values = self._zeros(1, self.kv_heads, tokens, self.head_dim).expand(self.layers, -1, -1, -1)
-        room = self.kept + self.capacity - tokens
-        self._kept_keys = self._zeros(self.layers, self.kv_heads, room, self.head_dim)
-        self._kept_values = self._zeros(self.layers, self.kv_heads, room, self.head_dim)
+        slots = self.kept + self.capacity - tokens
+        self._kept_keys = self._zeros(self.layers, self.kv_heads, slots, self.head_dim)
+        self._kept_values = self._zeros(self.layers, self.kv_heads, slots, self.head_dim)
 
     def end_layer(self, layer: int) -> None:
         if not self.kept:

@@ -56,7 +56,7 @@ class Full:
         return FULL
 
     def entries(self, size: CacheSize) -> int:
-        """Entries per layer and KV head that the cache has room for."""
+        """Entries per layer and KV head that the cache can hold."""
         return size.capacity
 
     def cache(self, kinds: CacheKinds, model: Model, size: CacheSize) -> BaseCache:

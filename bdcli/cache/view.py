@@ -1,7 +1,7 @@
 """What a query may see. Decode caches and training masks both follow these rules.
 
-Under a budget a view is  sinks | chosen chunks | the last `window` keys, the query's own among them. What the budget
-leaves over, γmax + 1 entries, is room for a draft tail, so that a rejected tail never overwrites a key still in view.
+Under a budget a view is  sinks | chosen chunks | the last `window` keys, the query's own among them. The rest of the
+budget, γmax + 1 entries, is kept free for a draft tail, so that a rejected tail never overwrites a key still in view.
 Whatever the phase of the round or the draft length, the query at position t sees exactly:
 
     positions 0..sinks-1  ∪  the chosen positions  ∪  t-window+1..t          window = B - sinks - chosen - γmax - 1

@@ -86,7 +86,7 @@ def _block(c: ModelConfig, rows: int) -> int:
 def _reading_all(c: ModelConfig, tokens: int) -> int:
     """Numbers alive while a prompt is read with full attention: residual stream, a layer's queries and outputs."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    waiting = (q + kv) + 3 * q if c.layers > 1 else 0  # rotated blocks, then joined, attended, and laid out anew
+    waiting = (q + kv) + 3 * q if c.layers > 1 else 0  # rotated blocks, joined, attended, copied
     return tokens * (c.hidden_size + waiting) + _block(c, min(tokens, PREFILL_BLOCK))
 
 

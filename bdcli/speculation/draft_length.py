@@ -7,7 +7,7 @@ from typing import Protocol
 
 RETRY_FIRST, RETRY_LAST = 32, 512  # tokens without drafting before the next try; doubles after each failed one
 TRIAL_ROUNDS = 4
-DECAY = 0.95  # of what earlier rounds told, a round
+DECAY = 0.95  # weight of earlier rounds, per round
 PRIOR = 7.0, 10.0  # proposals passed and tried before the first round
 STALL = 1.5  # a round counts for at most so many times what it was expected to take
 OWN_WEIGHT = 16.0  # rounds of a γ that say as much of its cost as those before the first round

@@ -1,4 +1,4 @@
-"""Budgeted draft attention: few query rows over the drafter's cache in place, under the view law of `bdcli.cache.view`.
+"""Budgeted draft attention: few query rows over the drafter's cache in place, under a view of `bdcli.cache.view`.
 
 Cache layout: keys and values [N, Hkv, slots, D], D contiguous. Slots 0..sinks-1 hold the sinks; then the chosen
 chunks, either compacted behind them or anywhere in the buffer by an index list; from `ring_start` on the ring, where

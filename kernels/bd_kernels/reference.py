@@ -1,4 +1,4 @@
-"""The law: each operation written as plainly as it can be said. Slow on purpose; fast paths are tested against it."""
+"""The reference: each operation written as plainly as possible. Slow on purpose; fast paths are tested against it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def budget_attention(
     rebased: bool,
     rotate: Rotate,
 ) -> Tensor:
-    """Output [D] of one query head under the view law.
+    """Output [D] of one query head under a view.
 
     q [D] at position t, k and v [n, D] of its KV head for positions 0..n-1, all unrotated. With `rebased`, a sink or
     chosen key stands at its rank in text order within the view, and the query at its own rank when it looks at them;

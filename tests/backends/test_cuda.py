@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bdcli.backends.cuda import caches
 from bdcli.backends.cuda import program as program_module
 from bdcli.backends.cuda.ops import ops_for
-from bdcli.backends.cuda.program import Law
+from bdcli.backends.cuda.program import SamplingTensors
 from bdcli.backends.select import pick_backend, static_backend, torch_backend
 from bdcli.base.errors import NonFiniteError, UserError
 from bdcli.base.progress import SILENT
@@ -182,7 +182,7 @@ def test_the_law_on_the_device_is_that_of_sampling(law):
     logits = 3 * torch.randn(6, 41, generator=FRESH)
     logits[:, 30:] = -torch.inf
     sampling = Sampling(*law)
-    got = Law.of(sampling, 41, torch.device("cpu")).distribution(logits)
+    got = SamplingTensors.of(sampling, 41, torch.device("cpu")).distribution(logits)
     torch.testing.assert_close(got, sampling.distribution(logits))
 
 

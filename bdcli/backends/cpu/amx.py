@@ -1,9 +1,9 @@
-"""The two products of `micro` on the processor's matrix tiles (Intel AMX), for up to 16 rows at a time.
+"""The two products of `products` on the processor's matrix tiles (Intel AMX), for up to 16 rows at a time.
 
 A tile is up to 16 rows of 64 bytes; one instruction multiplies tiles of 16 × 32 and 32 × 16 bf16 numbers into 16 × 16
 floats. Rows of floats keep their precision as two bf16 numbers, x = high + low, each multiplied in turn. Sixteen rows
-cost little more than one, and as in `micro` a row's result never depends on the others. Asking for memory ahead, as
-`micro` does, was tried and only took time: the processor sees what comes.
+cost little more than one, and as in `products` a row's result never depends on the others. Asking for memory ahead, as
+`products` does, was tried and only took time: the processor sees what comes.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def shape_tiles(config):
 
 @machine_code(types.void)
 def end_tiles():
-    """Tells the system that this thread's tiles need not be kept any more."""
+    """Release this thread's tile state."""
     _end()
 
 

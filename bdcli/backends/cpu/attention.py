@@ -51,7 +51,7 @@ def put_range(at, first, stop):
 
 @njit(error_model="numpy")
 def unseen_ranges(model, table, start, rows):
-    """Slot ranges that each row may not see, UNSEEN_RANGES of them a row (`bdcli.cache.view` has the law)."""
+    """Slot ranges that each row may not see, UNSEEN_RANGES of them a row (the rules: `bdcli.cache.view`)."""
     ring, ring_at = field(model, tables.RING), field(model, tables.RING_AT)
     end = field(model, tables.SLOTS)
     for r in range(rows):

@@ -18,7 +18,8 @@ from bdcli.cache.selection import CacheKinds
 from bdcli.cache.view import View
 from bdcli.model.llama import Model
 
-PANEL, ROOM = 16, 32  # slots of a panel of keys; slots are allocated in whole tiles of values
+PANEL = 16  # slots of a panel of keys
+SLOT_MULTIPLE = 32  # slots are allocated in whole tiles of values
 
 
 def round_up(count: int, to: int = PANEL) -> int:
@@ -40,7 +41,7 @@ def value_panels(values: Tensor) -> Tensor:
 
 
 class _Panels:
-    """Storage in panels for `slots` entries (a multiple of ROOM) per layer and KV head, and its geometry.
+    """Storage in panels for `slots` entries (a multiple of SLOT_MULTIPLE) per layer and KV head, and its geometry.
 
     `geometry` maps fields of `tables` to what compiled code needs to know.
     """
@@ -78,7 +79,7 @@ class PanelFullCache(_Panels, FullCache):
     """The target's cache: during prefill one layer's rows live beside the panels."""
 
     def _allocate(self, slots: int) -> None:
-        self._allocate_panels(round_up(slots, ROOM))
+        self._allocate_panels(round_up(slots, SLOT_MULTIPLE))
 
     def begin_prefill(self, tokens: int) -> None:
         super().begin_prefill(tokens)
@@ -115,7 +116,7 @@ class PanelOfficialCache(_Panels, OfficialCache):
 
     def end_prefill(self) -> None:
         super().end_prefill()
-        self._allocate_panels(round_up(self.keys.shape[2], ROOM))
+        self._allocate_panels(round_up(self.keys.shape[2], SLOT_MULTIPLE))
         self._fill(slice(None), 0, self.keys, self.values)
         self.geometry[tables.SHIFT] = self.shift
         del self.keys, self.values
@@ -126,8 +127,8 @@ class PanelBudgetCache(_Panels, BudgetCache):
 
     def __init__(self, model: Model, capacity: int, view: View, total_length: int | None = None):
         super().__init__(model, capacity, view, total_length)
-        self._ring_at = round_up(view.prefix, ROOM)
-        self._allocate_panels(self._ring_at + round_up(view.ring, ROOM))
+        self._ring_at = round_up(view.prefix, SLOT_MULTIPLE)
+        self._allocate_panels(self._ring_at + round_up(view.ring, SLOT_MULTIPLE))
         self.geometry |= {
             tables.RING: view.ring,
             tables.WINDOW: view.window,

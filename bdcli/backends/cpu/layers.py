@@ -1,8 +1,8 @@
 """What happens to rows of floats between attentions: linear layers, norms, rotations, embeddings, the gated MLP.
 
-A *packed* row is laid out as the product that reads it wants it: for `micro.rows_dot` and bf16 weights each 32 floats
-are the 16 even ones, then the 16 odd ones, for its dot products bf16 in order; for `tiles.tile_rows` see
-`tiles.pack_tiles`. Strides are bytes.
+A *packed* row has the layout that its product reads: for `products.rows_dot` and bf16 weights each 32 floats are the 16
+even ones, then the 16 odd ones, for its dot products bf16 in order; for `amx.tile_rows` see `amx.pack_tiles`. Strides
+are bytes.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def begin_round(shared, threads):
 
 @njit(types.void(types.int64, types.int64), nogil=True, cache=True)
 def serve(shared, thread):
-    """The life of a pool thread: every round of the pool it joins the step, until told to stop."""
+    """Body of a pool thread: it joins every step of the pool until STOP is set."""
     me, seen = shared + SHARED + SLEEPER * thread, 0
     while True:
         await_round(shared, me, seen)
@@ -70,7 +70,7 @@ def serve(shared, thread):
 
 @njit(types.void(types.int64, types.int64, types.int64, types.int64), nogil=True, cache=True)
 def step(shared, model, call, threads):
-    """`step.run` on all threads; returns when every one of them has left it."""
+    """`forward.run` on all threads; returns when every one of them has left it."""
     if threads == 1:
         run(model, call, 0)
         return
@@ -95,7 +95,7 @@ def _live(shared: int, thread: int, processor: int | None) -> None:
 
 
 class Pool:
-    """Threads for `step`; `run(model, call)` takes addresses of the tables of `layout`."""
+    """Threads for `step`; `run(model, call)` takes addresses of the tables of `bdcli.backends.cpu.tables`."""
 
     def __init__(self, threads: int):
         self.threads = threads

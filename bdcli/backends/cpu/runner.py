@@ -25,7 +25,7 @@ from bdcli.model.llama import Layer, Model
 from bdcli.model.rope import RopeTable
 from bdcli.speculation.runner import Runner
 
-MUCH = 1024  # tokens of a prompt that leave something to give back
+TRIM_TOKENS = 1024  # a longer prompt leaves memory to give back
 VERIFY_ROWS = 9  # read at once where products are chosen, beside one row
 VECTORS = {  # fields of a layer that are few numbers and kept as floats
     tables.ATTENTION_NORM: "attention_norm",
@@ -56,7 +56,7 @@ class CompiledRunner(Runner):
 
     @property
     def exact(self) -> bool:
-        return True  # bit for bit, in every dtype (`micro`)
+        return True  # bit for bit, in every dtype (`products`)
 
     # -- tables
 
@@ -108,19 +108,19 @@ class CompiledRunner(Runner):
         c, cache = self.model.config, self.cache
         if self.model.dtype is not torch.bfloat16 or c.vocab_size < amx.TILE_ROWS or not amx.available():
             return 0
-        room = min(VERIFY_ROWS, cache.max_rows, cache.capacity - cache.length)
+        rows = min(VERIFY_ROWS, cache.max_rows, cache.capacity - cache.length)
         sizes = c.hidden_size, c.intermediate_size, c.layers, c.heads, c.kv_heads, c.head_dim, c.vocab_size
         slots = 1 << min(cache.slots, cache.length).bit_length()
-        shape = f"{'x'.join(map(str, sizes))}, {slots} slots, {room} rows, {self._pool.threads} threads"
-        logits = torch.empty(room, c.vocab_size)
+        shape = f"{'x'.join(map(str, sizes))}, {slots} slots, {rows} rows, {self._pool.threads} threads"
+        logits = torch.empty(rows, c.vocab_size)
 
-        def step(bits: int, rows: int) -> None:
+        def step(bits: int, count: int) -> None:
             self._table[tables.TILED] = bits
-            self._set_up([0] * rows, 0)
-            self._call[tables.LOGIT_ROWS], self._call[tables.LOGITS] = rows, logits.data_ptr()
+            self._set_up([0] * count, 0)
+            self._call[tables.LOGIT_ROWS], self._call[tables.LOGITS] = count, logits.data_ptr()
             self._pool.run(self._table.ctypes.data, self._call.ctypes.data)
 
-        return tiled(shape, (1, room), step)
+        return tiled(shape, (1, rows), step)
 
     def _layer_fields(self, i: int, layer: Layer) -> dict[int, int]:
         cache = self.cache
@@ -174,7 +174,7 @@ class CompiledRunner(Runner):
         super().prefill(tokens, progress)
         self._build()
         del self.cache.rope  # compiled steps have tables of their own
-        if len(tokens) >= MUCH:
+        if len(tokens) >= TRIM_TOKENS:
             give_back()
 
     def exclusive(self) -> AbstractContextManager:

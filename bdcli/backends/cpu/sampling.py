@@ -1,9 +1,9 @@
 """From a drafter's logits to its next token, in compiled code: the argmax, or a draw from the serving distribution.
 
 Draws use Philox 4x32-10 (Salmon et al. 2011), a counter-based generator: number `counter` of stream `seed`, the same
-on every machine and whatever the number of threads. A proposal may follow any law as long as verification is told that
-very law, so top-k and top-p are cut at a threshold found by bisection instead of by sorting the vocabulary; ties at the
-threshold are all kept.
+on every machine and whatever the number of threads. A proposal may follow any distribution as long as verification
+uses the same one, so top-k and top-p are cut at a threshold found by bisection instead of by sorting the vocabulary;
+ties at the threshold are all kept.
 """
 
 from __future__ import annotations

@@ -295,5 +295,5 @@ def publish(b, at, x):
 
 @compiled(_none)
 def pause(b):
-    """Tell the processor that this is a waiting loop."""
+    """Hint to the processor that this is a waiting loop."""
     call(b, "llvm.x86.sse2.pause", ir.VoidType())

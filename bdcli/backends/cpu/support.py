@@ -41,7 +41,9 @@ def processor_features() -> set[str]:
 
 
 def dots_pay() -> bool:
-    """Whether the processor's own dot product of bf16 pairs is the faster one: on AMD it is, on Intel not (LOG.md).
+    """Whether the processor's own dot product of bf16 pairs is the faster one: on AMD it is, on Intel not.
+
+    Measured in docs/log/2026-11-26-zen4-dot.md.
 
     What the processor is decides, never a measurement: these products round otherwise, and text should not depend on
     how busy a machine was.

@@ -12,7 +12,7 @@ from bdcli.backends.cpu.simd import get_f32, get_i64
 # The model, its cache's geometry, then LAYER_FIELDS for each layer. EPS and SCALE are floats in their field's low half.
 MODEL_FIELDS = 24
 (
-    KIND,  # micro.FLOATS, micro.PAIRS or micro.DOTS
+    KIND,  # products.FLOATS, products.PAIRS or products.DOTS
     HIDDEN,
     INNER,
     LAYERS,
@@ -61,7 +61,7 @@ CALL_FIELDS = 30
 (
     ROWS,  # tokens of the first forward
     START,  # position of the first
-    TOKENS,  # int64 [ROWS], then room for what is drafted
+    TOKENS,  # int64 [ROWS], then space for what is drafted
     LOGIT_ROWS,  # the last so many rows get logits
     LOGITS,  # float [LOGIT_ROWS, stride VOCAB]
     DRAFT,  # tokens to draft; 0 is a plain forward
@@ -88,7 +88,7 @@ CALL_FIELDS = 30
     SCORES,  # offset of float [16, BLOCK]
     SOFT,  # offset of bf16 [16, 2, BLOCK]: the weights of attention, for tiles high and low parts
     CORNER,  # offset of float [16, max(48, D)]: what tiles leave before it goes where it belongs
-    TILE_CONFIG,  # address of `tiles.tile_configs`
+    TILE_CONFIG,  # address of `amx.tile_configs`
 ) = range(CALL_FIELDS)
 
 QKV_TILES, OUT_TILES, GATE_UP_TILES, DOWN_TILES, HEAD_TILES, ATTENTION_TILES = BY_TILES = 1, 2, 4, 8, 16, 32

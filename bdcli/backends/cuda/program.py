@@ -30,7 +30,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Law:
+class SamplingTensors:
     """Sampling parameters as tensors [1]; top_k is the vocabulary where it is off, `truncated` False where both are.
 
     (A graph can hold no copy from the host, and torch makes one of a Python number in `where`: there are none here.)
@@ -42,7 +42,7 @@ class Law:
     truncated: bool
 
     @classmethod
-    def of(cls, sampling: Sampling, vocab: int, device: torch.device) -> Law:
+    def of(cls, sampling: Sampling, vocab: int, device: torch.device) -> SamplingTensors:
         values = (sampling.temperature, min(sampling.top_k or vocab, vocab), sampling.top_p)
         return cls(*(torch.tensor([x], device=device) for x in values), bool(sampling.top_k or sampling.top_p < 1))
 
@@ -106,9 +106,9 @@ class RoundProgram:
     logits [γ + 1, V] are the target's. uniform [N, 2γ + 1]: numbers in [0, 1) for γ draws and γ + 1 verdicts.
     """
 
-    def __init__(self, target, drafter, text: Text, law: Law | None, gamma: int):
+    def __init__(self, target, drafter, text: Text, sampling: SamplingTensors | None, gamma: int):
         device = target.model.device
-        self.target, self.drafter, self.text, self.law, self.gamma = target, drafter, text, law, gamma
+        self.target, self.drafter, self.text, self.sampling, self.gamma = target, drafter, text, sampling, gamma
         self.result = torch.zeros(gamma + 3, dtype=torch.long, device=device)
         self.logits = torch.zeros(gamma + 1, target.vocab, device=device)
         self.uniform = torch.zeros(1, 2 * gamma + 1, device=device)
@@ -125,10 +125,10 @@ class RoundProgram:
         before = length - 1
         tokens = torch.cat((ids[0].index_select(0, before), draft[0]))
         self.logits.copy_(logits(self.target, forward(self.target, tokens, before)))
-        if self.law is None:
+        if self.sampling is None:
             tokens, accepted = self._ops.accept_greedy(draft, self.logits[None], ids, length)
         else:
-            p = self.law.distribution(self.logits)[None]
+            p = self.sampling.distribution(self.logits)[None]
             uniform = self.uniform[:, self.gamma :]
             tokens, accepted = self._ops.accept_sampled(draft, p if q is None else q, p, uniform, ids, length)
         if self.gamma:
@@ -140,7 +140,7 @@ class RoundProgram:
         """Draft [N, γ], what each token was drawn from [N, γ, V] or None, and [1] whether all choices were sound.
 
         The first step reads two rows: after a full acceptance the drafter lacks two tokens, else one, and then the
-        second row is nothing that anybody sees; the next step writes its place anew.
+        second row is nothing that anybody sees; the next step overwrites it.
         """
         if self.gamma == 0:
             return self._nothing, None, torch.zeros_like(self.text.length)
@@ -150,13 +150,13 @@ class RoundProgram:
         draft, drawn_from, sound = [], [], []
         for i in range(self.gamma):
             guess = logits(self.drafter, x).contiguous()
-            if self.law is None:
+            if self.sampling is None:
                 token, fine = self._ops.accept_greedy(self._nothing, guess[None])
             else:
-                q = self.law.distribution(guess)
+                q = self.sampling.distribution(guess)
                 drawn_from.append(q)
                 token, fine = self._ops.accept_sampled(self._nothing, q[None], q[None], self.uniform[:, i : i + 1])
-            draft.append(token[0].clamp(min=0))  # -1 where logits were broken; `sound` tells
+            draft.append(token[0].clamp(min=0))  # -1 where logits were broken; see `sound`
             sound.append(fine)
             if i < self.gamma - 1:
                 x = forward(self.drafter, draft[-1], length + i)

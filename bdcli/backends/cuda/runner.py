@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bdcli.backends.cuda.graph import capture, new_pool
-from bdcli.backends.cuda.program import Feed, Law, RoundProgram, Text
+from bdcli.backends.cuda.program import Feed, RoundProgram, SamplingTensors, Text
 from bdcli.model.llama import Model
 from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling, non_finite
@@ -59,7 +59,7 @@ class StaticRunner(Runner):
         return feed.logits
 
     def claim(self, start: int, rows: int) -> None:
-        """Rows that a program is about to append from position `start` on: refused where there is no room."""
+        """Rows that a program is about to append from position `start` on: refused beyond the capacity."""
         self.cache.reserve(start, rows)
         self.cache.record(start + rows)
 
@@ -83,7 +83,7 @@ class GraphRounds:
             torch.zeros(1, target.cache.capacity, dtype=torch.long, device=device),
             *(torch.zeros(1, dtype=torch.long, device=device) for _ in range(2)),
         )
-        self._law = None if sampling.greedy else Law.of(sampling, target.vocab, device)
+        self._sampling = None if sampling.greedy else SamplingTensors.of(sampling, target.vocab, device)
         self._device_text: tuple[int, int, list[int]] | None = None  # length, held and last tokens that the device has
         self._rounds: dict[int, tuple[RoundProgram, Callable[[], None]]] = {}
         self._pool = new_pool(device)
@@ -115,7 +115,7 @@ class GraphRounds:
         return step.logits, step.seconds
 
     def _ready(self, ids: list[int], gamma: int) -> None:
-        """The drafter lacks at most two tokens, and there is room for what it will read."""
+        """The drafter lacks at most two tokens, and its cache can hold what it will read."""
         drafter, kept = self.drafter, len(ids)
         if gamma > drafter.cache.max_rows - 2:
             raise RuntimeError(f"a draft of {gamma} tokens, but this cache takes {drafter.cache.max_rows - 2}")
@@ -126,13 +126,13 @@ class GraphRounds:
         self.target.claim(kept - 1, gamma + 1)
         if gamma not in self._rounds:
             self._update_text(kept, tail, gamma)
-            program = RoundProgram(self.target, self.drafter, self.text, self._law, gamma)
+            program = RoundProgram(self.target, self.drafter, self.text, self._sampling, gamma)
             self._rounds[gamma] = program, capture(program, self.target.model.device, self._pool)
             self._device_text = None  # the capture has run it once
         program, run = self._rounds[gamma]
         self._update_text(kept, tail, gamma)
         began = time.perf_counter()
-        if self._law is not None:
+        if self._sampling is not None:
             program.uniform.uniform_(generator=generator)
         run()
         *tokens, accepted, sound = program.result.tolist()  # waits for the round: the one copy to the host
