@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -27,6 +28,14 @@ LAYERS = (
     "cli",
 )
 MAX_MODULES = 18  # of a package folder
+MAX_LINES, MAX_TEST_LINES = 350, 450  # of a file
+MAX_FUNCTION_LINES, MAX_PARAMETERS = 60, 8  # of a function
+
+# Functions that may be larger, and why. Typer commands are left out by their annotations: an option is a parameter.
+LARGER = {
+    "bdcli/backends/cpu/": "compiled code: structs cannot be passed between machine functions, and calls cost",
+    "kernels/bd_kernels/": "Triton kernels take a pointer, a stride and a size for each tensor",
+}
 
 
 def sources(folder: str) -> list[Path]:
@@ -66,6 +75,48 @@ def test_no_module_is_left_at_the_top():
 def test_folders_hold_few_modules():
     for folder in {path.parent for path in sources("bdcli")}:
         assert len([p for p in folder.glob("*.py") if p.name != "__init__.py"]) <= MAX_MODULES, folder
+
+
+def product_files() -> list[Path]:
+    return [path for folder in ("bdcli", "kernels", "scripts") for path in sources(folder)]
+
+
+def test_files_stay_small():
+    for path in product_files():
+        assert len(path.read_text("utf-8").splitlines()) <= MAX_LINES, path
+    for path in sources("tests"):
+        assert len(path.read_text("utf-8").splitlines()) <= MAX_TEST_LINES, path
+
+
+def is_command(function: ast.FunctionDef) -> bool:
+    """Typer's commands have annotated options."""
+    return any("typer." in ast.unparse(a.annotation) for a in function.args.args if a.annotation is not None)
+
+
+def test_functions_stay_small():
+    for path in product_files():
+        name = str(path.relative_to(ROOT))
+        if any(name.startswith(place) for place in LARGER):
+            continue
+        for function in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or is_command(function):
+                continue
+            a = function.args
+            parameters = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+            count = len(parameters) - (parameters[:1] in (["self"], ["cls"])) + bool(a.vararg) + bool(a.kwarg)
+            lines = function.end_lineno - function.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES and count <= MAX_PARAMETERS, f"{name}:{function.lineno} {function.name}"
+
+
+def test_views_and_drafters_answer_for_themselves():
+    """Nothing asks which kind of view, selection or drafter it has; only their own modules may."""
+    asked = re.compile(r"isinstance\([^)]*\b(View|FullView|OfficialView|Full|Window|Chunk|Official|Selection)\b")
+    for path in product_files():
+        if path.parent.name == "cache" and path.stem in ("view", "selection"):
+            continue
+        text = path.read_text("utf-8")
+        assert not asked.search(text), path
+        assert not re.search(r"hasattr\([^)]*(drafter|cache|runner)", text), path
 
 
 def test_an_installed_package_is_whole():

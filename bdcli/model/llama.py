@@ -6,7 +6,7 @@ Weights have the names and layouts of Hugging Face checkpoints on disk (`bdcli.m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,10 +109,11 @@ class Model:
         return F.linear(x, self.head).float()
 
     @torch.inference_mode()
-    def prefill(self, tokens: list[int], cache: Cache, progress=None) -> None:
+    def prefill(self, tokens: list[int], cache: Cache, on_block: Callable[[int, int], None] | None = None) -> None:
         """Fill an empty cache with `tokens`, layer by layer, so that at most one layer's full keys need to live.
 
-        No logits are made, so the last layer stops at its keys and values. `progress(done, total)` counts blocks.
+        No logits are made, so the last layer stops at its keys and values. `on_block(done, total)` counts blocks
+        of layers.
         """
         spans = [(a, min(a + PREFILL_BLOCK, len(tokens))) for a in range(0, len(tokens), PREFILL_BLOCK)]
         total, done = len(spans) * len(self.layers), 0
@@ -130,8 +131,8 @@ class Model:
                 elif not last:
                     x[a:b] = self.mix(layer, x[a:b], cache.read(i, plan, q))
                 done += 1
-                if progress:
-                    progress(done, total)
+                if on_block:
+                    on_block(done, total)
             if waiting:
                 attended = cache.read_prompt(i, torch.cat(waiting))
                 for a, b in spans:

@@ -6,7 +6,7 @@ Prefill stays torch's, whose GEMMs are fast; decoding and drafting read the mode
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
@@ -170,8 +170,8 @@ class CompiledRunner(Runner):
 
     # -- steps
 
-    def prefill(self, tokens: list[int], progress=None) -> None:
-        super().prefill(tokens, progress)
+    def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None:
+        super().prefill(tokens, on_block)
         self._build()
         del self.cache.rope  # compiled steps have tables of their own
         if len(tokens) >= TRIM_TOKENS:
