@@ -27,7 +27,8 @@ import typer
 from bdcli.bench import paper
 from bdcli.config.bench import PEER_METHODS
 from bdcli.results.plots import plot
-from bdcli.results.store import Run, Store
+from bdcli.results.schema import Run
+from bdcli.results.store import Store
 from bdcli.results.tables import checked, losses, markdown, refused, side_by_side
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from bdcli.bench.published import PUBLISHED
 from bdcli.config.bench import Arm
 from bdcli.results.cells import best
-from bdcli.results.store import Run
+from bdcli.results.schema import Run
 
 BUDGET = 2048
 GRIDS = {4096: range(5, 61, 5), 8192: range(5, 31, 5), 16384: range(5, 41, 5)}

@@ -31,7 +31,8 @@ from bdcli.model.checkpoint import fingerprint, resolve
 from bdcli.results.cells import cell_json, counted, seal, summarise
 from bdcli.results.gates import objections
 from bdcli.results.metrics import mark_loops, measure
-from bdcli.results.store import Prompt, Run, Store, running
+from bdcli.results.schema import Prompt, Run
+from bdcli.results.store import Store, running
 from bdcli.speculation.baseline import teacher_force
 
 OVERHEAD_TOKENS = 8192  # an arm's cost grows with the context, from about this many tokens' worth

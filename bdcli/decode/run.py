@@ -11,7 +11,8 @@ from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import DecodeOptions
 from bdcli.decode.result import DecodeResult
 from bdcli.decode.session import Session
-from bdcli.results.store import Figures, Prompt, Run, Store
+from bdcli.results.schema import Figures, Prompt, Run
+from bdcli.results.store import Store
 
 
 def decode_run(

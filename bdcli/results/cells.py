@@ -12,7 +12,7 @@ from statistics import mean, median, stdev
 
 from bdcli.base.files import digest
 from bdcli.base.statistics import bootstrap
-from bdcli.results.store import Prompt, Run
+from bdcli.results.schema import Prompt, Run
 
 Pair = tuple[Prompt, Prompt]  # an arm's prompt and AR's of the same ids
 

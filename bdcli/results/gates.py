@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from bdcli.config.bench import BUDGETED, PEER_METHODS
 from bdcli.results.cells import counted, paired, seal
 from bdcli.results.metrics import LOOP_GRAM
-from bdcli.results.store import Prompt, Run
+from bdcli.results.schema import Prompt, Run
 
 MIN_SAMPLES = 2  # below it there is no interval
 MAX_LOOPED = 0.9  # share of the tokens that can end a repeated 8-gram beyond which the figures describe a loop

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdcli.base.errors import UserError
 from bdcli.results.plots import plot
-from bdcli.results.store import Run
+from bdcli.results.schema import Run
 from bdcli.results.tables import COLUMNS, arranged, losses, refused, rows, side_by_side
 
 STYLE = """

@@ -9,7 +9,7 @@ from statistics import median
 from bdcli.base.errors import UserError
 from bdcli.config.bench import PEER_METHODS
 from bdcli.results.cells import best
-from bdcli.results.store import Evaluation, Run
+from bdcli.results.schema import Evaluation, Run
 from bdcli.results.tables import NEAR
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008

@@ -1,4 +1,4 @@
-"""Every run, in SQLite through SQLModel: one row a run, one row a prompt. No torch here.
+"""The store of all runs: SQLite through SQLModel. No torch here.
 
 A row is written when computing starts and completed when it ends. A run whose process is gone without completing its
 row (kill -9, power) is marked interrupted by whoever opens the store next.
@@ -14,157 +14,29 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 from platformdirs import user_data_path
-from sqlalchemy import JSON, String, event, inspect, text
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
-from sqlalchemy.schema import CreateIndex, CreateTable
-from sqlalchemy.types import TypeDecorator
-from sqlmodel import Field, Session, SQLModel, create_engine, select
+from sqlalchemy import Engine, StaticPool, event
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
+from sqlmodel import Session, create_engine, select
 
 from bdcli.base.errors import UserError
 from bdcli.base.provenance import git_revision, machine, versions
+from bdcli.results import migrations
+from bdcli.results.schema import Evaluation, Loss, Prompt, Run
 
 PATIENCE_S = 30  # how long one process waits for another that holds the store
-
-
-class NumberOrWord(TypeDecorator):
-    """A column like budget (512 or "full") and gamma (5 or "auto")."""
-
-    impl = String
-    cache_ok = True
-
-    def process_bind_param(self, value, dialect):  # noqa: ARG002
-        return None if value is None else str(value)
-
-    def process_result_value(self, value, dialect):  # noqa: ARG002
-        return int(value) if value is not None and value.isdigit() else value
-
-
-class Figures(SQLModel):
-    """Columns that a run and each of its prompts share. Rates are null where nothing was measured."""
-
-    context: int | None = Field(default=None, index=True, description="prompt tokens")
-    new_tokens: int | None = None
-    drafted: int | None = None
-    accepted: int | None = None
-    acceptance_rate: float | None = None
-    acceptance_rate_no_loops: float | None = None
-    mean_accepted_length: float | None = None
-    ttft_s: float | None = None
-    tokens_per_second: float | None = None
-    ar_tokens_per_second: float | None = None
-    speedup: float | None = None
-    loop_rate: float | None = None
-    max_drafter_entries: int | None = None
-    drafter_kv_bytes: int | None = None
-    target_kv_bytes: int | None = None
-    peak_memory_bytes: int | None = None
-    output_equal: bool | None = None
-    ties: int | None = None
-    finish_reason: str | None = None
-
-
-class Run(Figures, table=True):
-    run_id: str = Field(primary_key=True)
-    started_at: datetime
-    finished_at: datetime | None = None
-    command: str = Field(index=True)
-    status: str = Field(description="running | done | failed | interrupted")
-    error: str | None = None
-    method: str | None = None
-    dataset: str | None = None
-    prompts: int = 0
-    target: str | None = None
-    drafter: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    attention: str | None = Field(default=None, description="what ran the forwards: compiled or torch")
-    budget: int | str | None = Field(default=None, sa_type=NumberOrWord)
-    gamma: int | str | None = Field(default=None, sa_type=NumberOrWord)
-    select: str | None = None
-    positions: str | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    experiment: str | None = Field(default=None, index=True, description="key of a sweep, by which it goes on")
-    arm: str | None = Field(default=None, description="name of a bench cell's arm")
-    ar_run_id: str | None = Field(default=None, description="the AR cell that a bench cell is compared with")
-    acceptance_low: float | None = Field(default=None, description="95 % bootstrap interval over prompts")
-    acceptance_high: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    speedup_no_loops: float | None = None
-    ar_variation: float | None = Field(default=None, description="AR tok/s over prompts: standard deviation / mean")
-    valid: bool | None = Field(default=None, description="no gate of bench objects")
-    invalid_reason: str | None = None
-    seal: str | None = Field(default=None, description="digest of a bench cell's row and prompts when measured")
-    machine: str | None = None
-    host: str | None = None
-    pid: int | None = None
-    process_started: float | None = None
-    git_revision: str | None = None
-    versions: dict = Field(default_factory=dict, sa_type=JSON)
-    config: dict = Field(default_factory=dict, sa_type=JSON)
-
-
-class Prompt(Figures, table=True):
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(foreign_key="run.run_id", index=True)
-    index: int = 0
-    source: str
-    sha256: str
-    text: str = Field(description="what was generated")
-    tokens: list[int] = Field(default_factory=list, sa_type=JSON)
-    rounds: list[list[int | None]] = Field(
-        default_factory=list,
-        sa_type=JSON,
-        description="[tokens, drafted, accepted, microseconds, 1 if it begins in a loop] a round",
-    )
-    error: str | None = None
-
-
-class Evaluation(SQLModel, table=True):
-    """Acceptance of one context and budget at one step of a distil run, measured without a rollout."""
-
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(foreign_key="run.run_id", index=True)
-    step: int
-    dataset: str
-    context: int
-    budget: int | str = Field(sa_type=NumberOrWord)
-    gamma: int
-    acceptance_rate: float | None = None
-    acceptance_rate_no_loops: float | None = None
-    low: float | None = Field(default=None, description="95 % bootstrap interval over passages")
-    high: float | None = None
-    mean_accepted_length: float | None = None
-    passages: int = 0
-
-
-class Loss(SQLModel, table=True):
-    """Held-out loss of a pretrain run at one step and context, in nats a token."""
-
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(foreign_key="run.run_id", index=True)
-    step: int
-    tokens: int = Field(description="read in training so far")
-    context: int
-    windows: int
-    nll: float = Field(description="mean over the whole window")
-    tail_nll: float = Field(description="over its last tokens, given all of the context")
-    tail_nll_short: float = Field(description="over the same tokens, given only about the last 256")
 
 
 class Store:
     """Open with `Store(where)`; `where` is a path, a SQLAlchemy URL, or None for BDCLI_DB or the user's data folder.
 
-    Raises UserError when the store cannot be used. `readonly` needs no write permission and creates nothing.
+    A store of an older version is migrated first. Raises UserError when the store cannot be used, among others where a
+    newer version wrote it. `readonly` needs no write permission, creates nothing and migrates a copy in memory.
     """
 
     def __init__(self, where: str | None = None, readonly: bool = False):
@@ -179,11 +51,10 @@ class Store:
             place, self.path = "sqlite://", None  # nothing was ever stored: show an empty one, make no file
         with self._explained():
             self._engine = create_engine(self._url(place), json_serializer=_compact)
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", self._prepare_connection)
-        if not self.readonly:
-            with self._explained():
-                self._create()
+            if self._engine.dialect.name == "sqlite":
+                event.listen(self._engine, "connect", self._prepare_connection)
+            self._migrate(in_copy=readonly and self.path is not None)
+            if not self.readonly:
                 self._mark_interrupted()
 
     def _url(self, place: str) -> str:
@@ -208,27 +79,28 @@ class Store:
             _switch_to_wal(cursor)
         cursor.close()
 
-    def _create(self) -> None:
-        """Tables, and columns that a newer version added. Several processes may do this at once."""
-        for table in SQLModel.metadata.sorted_tables:
-            with self._engine.begin() as connection:
-                connection.execute(CreateTable(table, if_not_exists=True))
-            present = {column["name"] for column in inspect(self._engine).get_columns(table.name)}
-            for column in table.columns:
-                if column.name not in present:
-                    self._add_column(table.name, column)
-            with self._engine.begin() as connection:
-                for index in table.indexes:
-                    connection.execute(CreateIndex(index, if_not_exists=True))
+    def _migrate(self, in_copy: bool) -> None:
+        missing, unknown = migrations.pending(self._engine)
+        if unknown:
+            raise UserError(
+                f"store {self.name} was written by a newer bdcli (migration {unknown[0]!r})",
+                "Update bdcli, or use another: --db runs.db",
+            )
+        if missing and in_copy:
+            self._engine = self._in_memory()
+        migrations.apply(self._engine, missing)
 
-    def _add_column(self, table: str, column) -> None:
-        kind = column.type.compile(self._engine.dialect)
-        try:
-            with self._engine.begin() as connection:
-                connection.execute(text(f'ALTER TABLE "{table}" ADD COLUMN "{column.name}" {kind}'))
-        except OperationalError as error:
-            if "duplicate column" not in str(error):  # else another process was quicker
-                raise
+    def _in_memory(self) -> Engine:
+        """A copy of the file that a reader may change."""
+        engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=_compact)
+        options = "mode=ro&immutable=1" if self.readonly else "mode=ro"
+        with (
+            closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?{options}", uri=True)) as source,
+            engine.connect() as copy,
+        ):
+            source.backup(copy.connection.driver_connection)
+        self._engine.dispose()
+        return engine
 
     def _mark_interrupted(self) -> None:
         with Session(self._engine) as session:
@@ -274,7 +146,7 @@ class Store:
             session.commit()
 
     def update(self, run_id: str, **fields) -> None:
-        """Change columns of a row that goes on. Unknown keys are a programming error and raise."""
+        """Change columns of a row that is not complete yet. Unknown keys are a programming error and raise."""
         with self._explained(), Session(self._engine) as session:
             run = session.get(Run, run_id)
             _assign(run, fields)
@@ -282,7 +154,7 @@ class Store:
             session.commit()
 
     def reopen(self, run_id: str) -> None:
-        """An interrupted row goes on in this process."""
+        """Continue an interrupted row in this process."""
         self.update(run_id, status="running", finished_at=None, **_process())
 
     def put_prompt(self, prompt: Prompt) -> None:

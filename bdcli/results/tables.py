@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from bdcli.config.decode import parse_context
 from bdcli.results.cells import best
 from bdcli.results.gates import join_objections, seal_objections
-from bdcli.results.store import Evaluation, Loss, Run, Store
+from bdcli.results.schema import Evaluation, Loss, Run
+from bdcli.results.store import Store
 
 NEAR = 0.125  # `--ctx 8k` keeps contexts within this share of 8192
 

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 from bdcli.config.loader import as_dict
 from bdcli.decode.run import recorded
-from bdcli.results.store import Evaluation, Loss, Store
+from bdcli.results.schema import Evaluation, Loss
+from bdcli.results.store import Store
 from bdcli.train.acceptance import Cell
 from bdcli.train.distill.run import Distillation
 from bdcli.train.held_out import Measured

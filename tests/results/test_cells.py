@@ -13,7 +13,8 @@ from bdcli.results import tables as report
 from bdcli.results.cells import acceptance, seal, summarise
 from bdcli.results.page import write_page
 from bdcli.results.plots import plot
-from bdcli.results.store import Prompt, Run, Store
+from bdcli.results.schema import Prompt, Run
+from bdcli.results.store import Store
 
 EOS, LIMIT = 1, 8
 

@@ -13,7 +13,8 @@ import pytest
 
 from bdcli.base.errors import UserError
 from bdcli.results import plots
-from bdcli.results.store import Prompt, Run, Store
+from bdcli.results.schema import Prompt, Run
+from bdcli.results.store import Store
 from bdcli.results.tables import Filter
 
 
@@ -133,7 +134,7 @@ def test_formats_agree(tmp_path, cli):
         run_id = store.begin("decode", {}, context=4096)
         store.finish(run_id, "done", speedup=speedup, acceptance_rate=0.5, budget=512)
     as_json = cli("report", "--format", "json").json["runs"]
-    rows = list(csv.DictRunner(io.StringIO(cli("report", "--format", "csv").out)))
+    rows = list(csv.DictReader(io.StringIO(cli("report", "--format", "csv").out)))
     assert [r["speedup"] for r in as_json] == [2.0, 1.25] == [float(r["speedup"]) for r in rows]
     assert set(as_json[0]) == set(Run.model_fields) == set(rows[0])
     for form in ("markdown", "table"):
