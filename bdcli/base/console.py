@@ -8,12 +8,13 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import typer
 
 from bdcli.base.errors import INTERRUPTED, BdcliError
 from bdcli.base.interrupt import raise_interrupt
+from bdcli.base.progress import Progress
 
 QUIET_S = 60  # longest silence of a phase where no bar can be drawn
 
@@ -35,8 +36,8 @@ def as_typed(*more: str) -> str:
 
 
 def end_interrupted(*more: str, where: str = "") -> NoReturn:
-    """Say how to go on and leave: with this command line and the words of `more`."""
-    note(f"interrupted{where}; go on with: {as_typed(*more)}")
+    """Say how to continue and exit: with this command line and the words of `more`."""
+    note(f"interrupted{where}; continue with: {as_typed(*more)}")
     raise typer.Exit(INTERRUPTED)
 
 
@@ -63,27 +64,75 @@ def status_line(what: str):
         yield
 
 
-@contextlib.contextmanager
-def prefill_meter():
-    """Yields progress(who, done, total): a bar with an ETA on an interactive stderr, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+class ConsoleProgress(Progress):
+    """Bars with an ETA on an interactive stderr, elsewhere a line now and then, while it is entered.
 
-    columns = TextColumn("reading the prompt: {task.description}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, int] = {}
+    `lines` off: no lines. `transient`: the bars disappear at the end. `resumable`: Ctrl-C says how to resume and exits.
+    Subclasses in `bdcli.cli.output` show text and figures.
+    """
 
-        def progress(who: str, done: int, total: int) -> None:
-            if who not in tasks:
-                tasks[who] = bar.add_task(who, total=total)
-            bar.update(tasks[who], completed=done)
-            if done == total and who == "drafter":
-                bar.stop()  # text streams from here on
+    def __init__(self, *, lines: bool = True, transient: bool = False, resumable: bool = False):
+        self.interactive = sys.stderr.isatty()
+        self._lines, self._transient, self._resumable = lines, transient, resumable
+        self._live = self._bars = None
+        self._tasks: dict[str, int] = {}
+        self._printed: dict[str, tuple[int, float]] = {}  # tenth and moment of the last line of a phase
 
-        yield progress
+    def __enter__(self) -> Self:
+        if self.interactive:
+            self._open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if self._resumable and kind is not None and issubclass(kind, KeyboardInterrupt):
+            end_interrupted()
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def note(self, line: str) -> None:
+        note(line)
+
+    def advance(self, phase: str, done: float, total: float, detail: str = "") -> None:
+        """Also see the base class. A total of 1 is shown in percent."""
+        amount = f"{done:.0%}" if total == 1 else f"{done} of {total}"
+        if self._live is not None:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=total)
+            self._bars.update(self._tasks[phase], completed=done, amount=amount, detail=detail)
+        elif self._lines and not self.interactive:
+            tenth, now = int(10 * done // total), time.monotonic()
+            before = self._printed.setdefault(phase, (0, now))
+            if tenth > before[0] or now - before[1] > QUIET_S:
+                note(f"{phase}: {amount} {detail}")
+                self._printed[phase] = tenth, now
+
+    def show_above(self, drawing: object) -> None:
+        """Draw something of rich above the bars, in place of what was there."""
+        from rich.console import Group
+
+        if self._live is not None:
+            self._live.update(Group(drawing, self._bars))
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal that is drawn on."""
+        return self._live.console.width
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        texts = [TextColumn(f"{{task.{field}}}") for field in ("description", "fields[amount]", "fields[detail]")]
+        self._bars = Progress(texts[0], BarColumn(), texts[1], TimeRemainingColumn(), texts[2])
+        console = Console(stderr=True)
+        self._live = Live(self._bars, console=console, transient=self._transient, refresh_per_second=4)
+        self._live.start()
 
 
 @contextlib.contextmanager
@@ -231,33 +280,3 @@ def summary(result: dict) -> None:
         table.add_row(name, value)
     print()
     Console().print(table)
-
-
-@contextlib.contextmanager
-def sweep_meter(table, brief):
-    """Yields (arm(what, done, total), cells(runs)): a live table with a bar and an ETA on an interactive stderr.
-
-    Elsewhere a line after every prompt. `table(runs, width)` makes a rich table, `brief(runs)` a line.
-    """
-    if not sys.stderr.isatty():
-        progress: dict[str, object] = {"share": 0.0, "what": ""}
-
-        def arm(what: str, done: float, total: float, _detail: str = "") -> None:
-            progress.update(share=done / total, what=what)
-
-        yield arm, lambda runs: note(f"{progress['share']:.0%} done, {progress['what']}: {brief(runs)}")
-        return
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn(), TextColumn("{task.description}")
-    )
-    task = bar.add_task("", total=1.0)
-    with Live(bar, console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
-
-        def arm(what: str, done: float, total: float, _detail: str = "") -> None:
-            bar.update(task, completed=done / total, description=what)
-
-        yield arm, lambda runs: live.update(Group(table(runs, live.console.width), bar))

@@ -168,7 +168,7 @@ class Sweep:
         held = self._hold(prompt)
         for name in turned:
             label = f"{sample.dataset} {context}, prompt {sample.index + 1} of {len(self.samples[sample.dataset])}"
-            self.progress.advance(f"{label}: {name}", self._done, total)
+            self.progress.advance("bench", self._done, total, f"{label}: {name}")
             rows[name] = self._arm(name, cells[name], sample, prompt, held)
             self.store.put_prompt(rows[name])
             self._done += share
@@ -176,7 +176,7 @@ class Sweep:
                 break
         self._settle(rows, prompt, held)
         self._bring_up_to_date(cells)
-        self.progress.advance(sample.dataset, self._done, total)
+        self.progress.advance("bench", self._done, total, sample.dataset)
         self.progress.measured(self.runs())
 
     def _cell(self, dataset: str, context: int, name: str, arm: Arm) -> str:

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from bdcli.base.console import end_interrupted, note, status_line, sweep_meter
+from bdcli.base.console import end_interrupted, note, status_line
 from bdcli.base.errors import BdcliError, UserError
-from bdcli.base.progress import Progress
 from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.output import SweepProgress
 
 QUICK = ("samples=2", "max_new_tokens=32")
 
@@ -134,7 +134,7 @@ def _shape(
     with recorded(store, run_id):
         rounds = {"rounds": 3} if quick else {}
         found = shapes.measure(
-            pair, contexts, kind, where, options.engine, progress=_SweepProgress(), **chosen, **rounds
+            pair, contexts, kind, where, options.engine, progress=SweepProgress(), **chosen, **rounds
         )
     columns = {"device": str(where), "dtype": found["dtype"], "attention": found["engine"]}
     columns |= {"context": max(contexts), "peak_memory_bytes": found["peak_bytes"]}
@@ -154,25 +154,21 @@ def _protocol(name: str | None, recipe: Path | None) -> list[str]:
     return settings() if recipe is None else ["protocol=paper"]
 
 
-class _SweepProgress(Progress):
-    note = staticmethod(note)
-
-
 def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool) -> None:
     from bdcli.results.store import Store
-    from bdcli.results.tables import as_table, brief, print_table
+    from bdcli.results.tables import print_table
 
     store = Store(db)
     with status_line("loading torch and models"):
         from bdcli.bench.sweep import Sweep
 
-        progress = _SweepProgress()
+        progress = SweepProgress()
         sweep = Sweep(settings, store, progress, fresh)
     for line in sweep.plan():
         note(line)
     if dry_run:
         return
-    with sweep_meter(as_table, brief) as (progress.advance, progress.measured):
+    with progress:
         result = sweep.run()
     unfinished = result["status"] == "interrupted"
     if as_json:

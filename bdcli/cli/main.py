@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 
 from bdcli import __version__
-from bdcli.base.console import note, prefill_meter, status_line, summary, write
+from bdcli.base.console import note, status_line, summary
 from bdcli.base.errors import INTERRUPTED, BdcliError, UserError
 from bdcli.base.interrupt import raise_interrupt
-from bdcli.base.progress import Progress
 from bdcli.cli import train as training
 from bdcli.cli.bench import bench
 from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.output import DecodeProgress
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
 
 DEFAULT = DecodeOptions()
@@ -115,7 +115,7 @@ def decode(
     store = Store(db)
     with status_line("loading torch"):
         from bdcli.decode.run import decode_run
-    with _decode_progress(show_text=not as_json) as progress:
+    with DecodeProgress(show_text=not as_json) as progress:
         result = decode_run(store, options, prompt, text, progress=progress)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
@@ -257,27 +257,6 @@ app.command()(bench)
 app.command()(training.prepare)
 app.command()(training.pretrain)
 app.command()(training.distill)
-
-
-class _DecodeProgress(Progress):
-    note = staticmethod(note)
-
-    def __init__(self, meter, show_text: bool):
-        self._meter, self._show_text = meter, show_text
-
-    def advance(self, phase: str, done: float, total: float, detail: str = "") -> None:  # noqa: ARG002
-        if self._meter is not None:
-            self._meter(phase.rpartition(" ")[2], done, total)
-
-    def text(self, piece: str) -> None:
-        if self._show_text:
-            write(piece)
-
-
-@contextlib.contextmanager
-def _decode_progress(show_text: bool):
-    with prefill_meter() as meter:
-        yield _DecodeProgress(meter, show_text)
 
 
 def main() -> None:

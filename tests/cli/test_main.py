@@ -351,14 +351,14 @@ def test_sigterm_ends_a_background_run_as_ctrl_c_does(prompt):
     ],
     ids=["prepare", "bench"],
 )
-def test_an_interrupted_command_says_how_to_go_on(words, sign, tmp_path):
+def test_an_interrupted_command_says_how_to_continue(words, sign, tmp_path):
     """With all of its options, not with the recipe alone."""
     process = start(*words, cwd=tmp_path)
     assert any(sign in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"invalid" not in err and b"Traceback" not in err
-    assert f"go on with: bdcli {shlex.join(map(str, words))}\n".encode() in err
+    assert f"continue with: bdcli {shlex.join(map(str, words))}\n".encode() in err
     assert all("×" in row for row in out.decode().splitlines()[1:]), "no row of a cell that was not reached"
 
 

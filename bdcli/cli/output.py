@@ -1,0 +1,67 @@
+"""What a command shows: its progress on stderr, its result on stdout. Rich and the store's tables are imported late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bdcli.base.console import ConsoleProgress, note, write
+
+
+class DecodeProgress(ConsoleProgress):
+    """Bars while the prompt is read, then the text on stdout as it is generated."""
+
+    def __init__(self, show_text: bool = True):
+        super().__init__(lines=False, transient=True)
+        self._show_text = show_text
+
+    def text(self, piece: str) -> None:
+        self.close()
+        if self._show_text:
+            write(piece)
+
+
+class PretrainProgress(ConsoleProgress):
+    """Bars or lines of a training run, and its held-out losses."""
+
+    def __init__(self):
+        super().__init__(resumable=True)
+
+    def measured(self, rows: Sequence, **at: int) -> None:
+        for loss in rows:
+            gain = loss.tail_nll_short - loss.tail_nll
+            worth = f"long context is worth {gain:+.3f} nat"
+            note(f"{at['tokens']} tokens: held-out loss {loss.nll:.3f} at {loss.context}, {worth}")
+
+
+class DistillProgress(ConsoleProgress):
+    """Bars or lines of a training run, and unless `quiet` the mean of every acceptance grid."""
+
+    def __init__(self, quiet: bool = False):
+        super().__init__(resumable=True)
+        self._quiet = quiet
+
+    def measured(self, rows: Sequence, **at: int) -> None:
+        rates = [cell.score for cell in rows if cell.acceptance_rate is not None and cell.budget != "full"]
+        mean = sum(rates) / len(rates) if rates else float("nan")
+        if not self._quiet:
+            note(f"step {at['step']}: mean acceptance over budgets {mean:.1%}, outside loops")
+
+
+class SweepProgress(ConsoleProgress):
+    """A live table of the cells with one bar; elsewhere a line after every prompt."""
+
+    def __init__(self):
+        super().__init__(lines=False, transient=True)
+        self._share, self._detail = 0.0, ""
+
+    def advance(self, phase: str, done: float, total: float, detail: str = "") -> None:
+        self._share, self._detail = done / total, detail
+        super().advance(phase, self._share, 1, detail)
+
+    def measured(self, rows: Sequence, **_at: int) -> None:
+        from bdcli.results.tables import as_table, brief
+
+        if not self.interactive:
+            note(f"{self._share:.0%} done, {self._detail}: {brief(rows)}")
+        elif self._live is not None:
+            self.show_above(as_table(rows, self.width))
