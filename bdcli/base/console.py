@@ -248,35 +248,3 @@ def show_losses(result: dict) -> None:
     Console().print(table)
     print(f"run {result['run_id']}: {result['tokens']} tokens in {result['steps']} steps, {result['skipped']} skipped")
     print(f"model: {result['checkpoint']}")
-
-
-def summary(result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def show(key: str, pattern: str, unknown: str = "not measured") -> str:
-        return unknown if result[key] is None else pattern.format(result[key])
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    equal = {True: "yes", False: "NO", None: "not checked (--check)"}[result["output_equal"]]
-    view = f"{result['select']}, {result['positions']}"
-    for name, value in (
-        ("run", result["run_id"]),
-        ("context", f"{result['context']} tokens, {result['new_tokens']} new"),
-        ("budget", f"{result['budget']} ({view}), at most {result['max_drafter_entries']} entries held"),
-        ("gamma", str(result["gamma"])),
-        ("attention", f"{result['attention']} ({result['attention_detail']})"),
-        ("acceptance", f"{show('acceptance_rate', '{:.1%}', 'nothing drafted')} of {result['drafted']} drafted"),
-        ("outside loops", f"{show('acceptance_rate_no_loops', '{:.1%}')}, loop rate {show('loop_rate', '{:.1%}')}"),
-        ("mean length", f"{show('mean_accepted_length', '{:.2f}')} tokens per target forward"),
-        ("first token", show("ttft_s", "{:.2f} s")),
-        ("AR", show("ar_tokens_per_second", "{:.1f} tok/s")),
-        ("speculative", show("tokens_per_second", "{:.1f} tok/s")),
-        ("speedup", show("speedup", "{:.2f}×")),
-        ("equal to AR", equal + (f", {result['ties']} ties" if result["ties"] else "")),
-    ):
-        table.add_row(name, value)
-    print()
-    Console().print(table)

@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 
 from bdcli import __version__
-from bdcli.base.console import note, status_line, summary
+from bdcli.base.console import note, status_line
 from bdcli.base.errors import INTERRUPTED, BdcliError, UserError
 from bdcli.base.interrupt import raise_interrupt
 from bdcli.cli import train as training
 from bdcli.cli.bench import bench
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import DecodeProgress
+from bdcli.cli.output import DecodeProgress, summary
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
 
 DEFAULT = DecodeOptions()

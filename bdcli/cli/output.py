@@ -65,3 +65,42 @@ class SweepProgress(ConsoleProgress):
             note(f"{self._share:.0%} done, {self._detail}: {brief(rows)}")
         elif self._live is not None:
             self.show_above(as_table(rows, self.width))
+
+
+# The summary of a decode run: labels, and sentences around its figures.
+SUMMARY = {
+    "run": "{run_id}",
+    "context": "{context} tokens, {new_tokens} new",
+    "budget": "{budget} ({select}, {positions}), at most {max_drafter_entries} entries held",
+    "gamma": "{gamma}",
+    "attention": "{attention} ({attention_detail})",
+    "acceptance": "{acceptance_rate} of {drafted} drafted",
+    "outside loops": "{acceptance_rate_no_loops}, loop rate {loop_rate}",
+    "mean length": "{mean_accepted_length} tokens per target forward",
+    "first token": "{ttft_s}",
+    "AR": "{ar_tokens_per_second}",
+    "speculative": "{tokens_per_second}",
+    "speedup": "{speedup}",
+    "equal to AR": "{output_equal}",
+}
+
+
+def summary(result: dict) -> None:
+    """Figures of a decode run on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bdcli.results.figures import Figure, figures_of
+    from bdcli.results.schema import Run
+
+    figures = figures_of(Run)
+    sentences = {name: figures.get(name, Figure()).sentence(value) for name, value in result.items()}
+    if result["ties"]:
+        sentences["output_equal"] += f", {result['ties']} ties"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for label, pattern in SUMMARY.items():
+        table.add_row(label, pattern.format_map(sentences))
+    print()
+    Console().print(table)

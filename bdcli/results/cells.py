@@ -12,6 +12,7 @@ from statistics import mean, median, stdev
 
 from bdcli.base.files import digest
 from bdcli.base.statistics import bootstrap
+from bdcli.results.figures import figures_of
 from bdcli.results.schema import Prompt, Run
 
 Pair = tuple[Prompt, Prompt]  # an arm's prompt and AR's of the same ids
@@ -24,7 +25,6 @@ CELL_FIELDS = (
     "ar_variation", "speedup", "speedup_low", "speedup_high", "speedup_no_loops", "loop_rate", "output_equal", "ties",
     "max_drafter_entries", "drafter_kv_bytes", "target_kv_bytes", "peak_memory_bytes", "valid", "invalid_reason",
 )  # fmt: skip
-BYTES_AND_ENTRIES = ("max_drafter_entries", "drafter_kv_bytes", "target_kv_bytes", "peak_memory_bytes")  # worst prompt
 # Columns that change after a cell was measured, or that are no part of the measurement.
 UNSEALED = {"status", "error", "started_at", "finished_at", "pid", "process_started", "seal"}
 SEAL_DIGITS = 32
@@ -80,7 +80,7 @@ def summarise(rows: Sequence[Prompt], ar_rows: Sequence[Prompt]) -> dict:
         "loop_rate": sum(r.loop_rate * r.new_tokens for r in rows) / new,
         "output_equal": False if False in equal else None if None in equal else True,
         "ties": sum(ties) if ties else None,
-        **{name: _most(rows, name) for name in BYTES_AND_ENTRIES},
+        **{name: _largest(rows, name) for name, figure in figures_of(Prompt).items() if figure.largest},
     }
 
 
@@ -109,7 +109,7 @@ def acceptance(rows: Sequence[Prompt], clean: bool = False) -> float | None:
     return sum(r[2] for r in rounds) / drafted if drafted else None
 
 
-def _most(rows: Sequence[Prompt], name: str) -> int | None:
+def _largest(rows: Sequence[Prompt], name: str) -> int | None:
     return max((v for r in rows if (v := getattr(r, name)) is not None), default=None)
 
 

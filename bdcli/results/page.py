@@ -9,7 +9,7 @@ from pathlib import Path
 from bdcli.base.errors import UserError
 from bdcli.results.plots import plot
 from bdcli.results.schema import Run
-from bdcli.results.tables import COLUMNS, arranged, losses, refused, rows, side_by_side
+from bdcli.results.tables import HEADINGS, arranged, losses, refused, rows, side_by_side
 
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #1a1a1a; }
@@ -33,9 +33,9 @@ def write_page(runs: list[Run], path: Path) -> None:
         parts.append(_table(*side_by_side(bench)))
         parts += [_list("Where we are beaten", losses(bench)), _list("Refused", refused(bench))]
     shown = rows(arranged(runs))
-    keep = [i for i in range(len(COLUMNS)) if any(row[i] for row in shown)]
+    keep = [i for i in range(len(HEADINGS)) if any(row[i] for row in shown)]
     parts.append("<h2>All runs</h2>")
-    parts.append(_table([list(COLUMNS)[i] for i in keep], [[row[i] for i in keep] for row in shown]))
+    parts.append(_table([HEADINGS[i] for i in keep], [[row[i] for i in keep] for row in shown]))
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>BudgetDraft runs</title><style>{STYLE}</style>"
     try:
         path.write_text(page + "\n".join(parts) + "</html>\n", "utf-8")

@@ -8,8 +8,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sqlmodel import SQLModel
+
 from bdcli.config.decode import parse_context
 from bdcli.results.cells import best
+from bdcli.results.figures import figures_of
 from bdcli.results.gates import join_objections, seal_objections
 from bdcli.results.schema import Evaluation, Loss, Run
 from bdcli.results.store import Store
@@ -45,9 +48,6 @@ def _context_fits(context: int | None, wanted: str) -> bool:
     return abs(context - tokens) <= NEAR * tokens if wanted.strip().lower().endswith("k") else context == tokens
 
 
-JOINED = ("ar_tokens_per_second", "ar_variation", "speedup", "speedup_low", "speedup_high", "speedup_no_loops")
-
-
 def checked(runs: list[Run], store: Store) -> list[Run]:
     """The runs, bench cells among them held against their baseline and their seal; what fails loses its speedup.
 
@@ -70,8 +70,9 @@ def checked(runs: list[Run], store: Store) -> list[Run]:
 
 
 def _unjoin(run: Run) -> None:
-    for name in JOINED:
-        setattr(run, name, None)
+    for name, figure in figures_of(Run).items():
+        if figure.against_ar:
+            setattr(run, name, None)
 
 
 def refused(runs: list[Run]) -> list[str]:
@@ -100,76 +101,66 @@ def best_cells(runs: list[Run]) -> list[Run]:
     return best(runs, lambda r: (r.experiment, r.dataset, r.context, r.method, r.budget, r.drafter))
 
 
-def _number(digits: int) -> Callable[[object], str]:
-    return lambda value: "" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _plain(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def _yes_no(value: bool | None) -> str:
-    return {True: "yes", False: "NO", None: ""}[value]
-
-
-def _short(value: str | None) -> str:
-    return "" if value is None else value.rstrip("/").rsplit("/", 1)[-1]
-
-
 def _interval(run: Run) -> str:
     return "" if run.speedup_low is None else f"{run.speedup_low:.2f}–{run.speedup_high:.2f}"
 
 
-def _mb(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:.0f} MB"
-
-
-# What a reader wants first. A field is a column of the store, or "" for a function of the whole row.
-COLUMNS: dict[str, tuple[str, Callable]] = {
-    "dataset": ("dataset", _short),
-    "ctx": ("context", _plain),
-    "arm": ("", lambda run: run.arm or run.method or ""),
-    "budget": ("budget", _plain),
-    "γ": ("gamma", _plain),
-    "acceptance": ("acceptance_rate", _percent),
-    "outside loops": ("acceptance_rate_no_loops", _percent),
-    "mean length": ("mean_accepted_length", _number(2)),
-    "tok/s": ("tokens_per_second", _number(1)),
-    "AR tok/s": ("ar_tokens_per_second", _number(1)),
-    "AR varies": ("ar_variation", _percent),
-    "speedup": ("speedup", lambda value: "" if value is None else f"{value:.2f}×"),
-    "95 %": ("", _interval),
-    "memory": ("peak_memory_bytes", _mb),
-    "loops": ("loop_rate", _percent),
-    "equal": ("output_equal", _yes_no),
-    "valid": ("valid", _yes_no),
-    "entries": ("max_drafter_entries", _plain),
-    "select": ("select", _plain),
-    "dtype": ("dtype", _plain),
-    "target": ("target", _short),
-    "new": ("new_tokens", _plain),
-    "status": ("status", _plain),
-    "run": ("run_id", _plain),
-}
-LEFT = ("dataset", "arm", "select", "dtype", "target", "status", "run")
+# Columns of the report's table in their order, most wanted first; headings and formats are the schema's.
+COLUMNS = (
+    "dataset",
+    "context",
+    "arm",
+    "budget",
+    "gamma",
+    "acceptance_rate",
+    "acceptance_rate_no_loops",
+    "mean_accepted_length",
+    "tokens_per_second",
+    "ar_tokens_per_second",
+    "ar_variation",
+    "speedup",
+    "speedup_low",
+    "peak_memory_bytes",
+    "loop_rate",
+    "output_equal",
+    "valid",
+    "max_drafter_entries",
+    "select",
+    "dtype",
+    "target",
+    "new_tokens",
+    "status",
+    "run_id",
+)
+FIGURES = figures_of(Run)
+HEADINGS = [FIGURES[name].heading for name in COLUMNS]
+# Cells that are more than their column's value.
+WHOLE_ROW: dict[str, Callable[[Run], str]] = {"arm": lambda run: run.arm or run.method or "", "speedup_low": _interval}
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
-    """Cells of `COLUMNS` for each run."""
-    return [[show(getattr(run, field) if field else run) for field, show in COLUMNS.values()] for run in runs]
+    """Cells under `HEADINGS` for each run."""
+    return [[_cell(run, name) for name in COLUMNS] for run in runs]
+
+
+def _cell(run: Run, name: str) -> str:
+    return WHOLE_ROW[name](run) if name in WHOLE_ROW else FIGURES[name].cell(getattr(run, name))
 
 
 def as_json(runs: list[Run]) -> str:
-    return json.dumps({"runs": [run.model_dump(mode="json") for run in runs]}, indent=2, ensure_ascii=False)
+    """Every column of the store, unformatted."""
+    return json.dumps({"runs": _records(runs)}, indent=2, ensure_ascii=False)
 
 
 def as_csv(runs: list[Run]) -> str:
     """Every column of the store, unformatted."""
-    return _csv(list(Run.model_fields), [run.model_dump(mode="json") for run in runs])
+    return _csv(list(Run.model_fields), _records(runs))
+
+
+def _records(found: list[SQLModel]) -> list[dict]:
+    """Rows as JSON values, by column, in the order of the schema."""
+    raw = [row.model_dump(mode="json") for row in found]
+    return [{name: values[name] for name in type(row).model_fields} for row, values in zip(found, raw)]
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
@@ -178,7 +169,7 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 
 def as_markdown(runs: list[Run]) -> str:
-    return markdown(list(COLUMNS), rows(arranged(runs)))
+    return markdown(HEADINGS, rows(arranged(runs)))
 
 
 def _csv(names: list[str], records: list[dict]) -> str:
@@ -191,24 +182,27 @@ def _csv(names: list[str], records: list[dict]) -> str:
 
 
 # Which columns a narrow terminal keeps, most wanted first; the others follow in their order.
-WANTED = ("arm", "ctx", "budget", "speedup", "tok/s", "acceptance", "γ", "dataset", "95 %", "valid", "run", "status")
+PRIORITY = (
+    "arm", "context", "budget", "speedup", "tokens_per_second", "acceptance_rate", "gamma", "dataset", "speedup_low",
+    "valid", "run_id", "status",
+)  # fmt: skip
 
 
 def as_table(runs: list[Run], width: int | None = None):
     """A rich table; columns in which no run has anything are left out, and those that do not fit into `width`."""
     from rich.table import Table
 
-    cells, names = rows(runs), list(COLUMNS)
+    cells = rows(runs)
     table = Table(header_style="bold", box=None, pad_edge=False)
-    keep = [i for i in range(len(names)) if any(row[i] for row in cells)]
-    room, fit = width or 10**6, []
-    for i in sorted(keep, key=lambda i: WANTED.index(names[i]) if names[i] in WANTED else len(WANTED) + i):
-        room -= max(len(names[i]), *(len(row[i]) for row in cells)) + 2
-        if room >= 0:
-            fit.append(i)
-    keep = sorted(fit)
+    filled = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
+    left, keep = width or 10**6, []
+    for i in sorted(filled, key=lambda i: PRIORITY.index(COLUMNS[i]) if COLUMNS[i] in PRIORITY else len(PRIORITY) + i):
+        left -= max(len(HEADINGS[i]), *(len(row[i]) for row in cells)) + 2
+        if left >= 0:
+            keep.append(i)
+    keep.sort()
     for i in keep:
-        table.add_column(names[i], justify="left" if names[i] in LEFT else "right", no_wrap=True)
+        table.add_column(HEADINGS[i], justify="left" if FIGURES[COLUMNS[i]].form.left else "right", no_wrap=True)
     for row in cells:
         table.add_row(*(row[i] for i in keep))
     return table
@@ -278,7 +272,9 @@ def curve_rows(evaluations: list[Evaluation]) -> list[list[str]]:
     lines = [["dataset", "context", "budget", *(f"step {step}" for step in steps)]]
     for key in dict.fromkeys((e.dataset, e.context, e.budget) for e in evaluations):
         found = [cells.get((*key, step)) for step in steps]
-        lines.append([*map(str, key), *(_percent(e.acceptance_rate if e else None) for e in found)])
+        lines.append(
+            [*map(str, key), *(FIGURES["acceptance_rate"].cell(e.acceptance_rate if e else None) for e in found)]
+        )
     return lines
 
 
@@ -298,7 +294,7 @@ def held_out(found: list[Loss], form: str) -> str:
 
 
 def _measurements(name: str, kind: type, found: list, rows: list[list[str]], form: str) -> str:
-    raw = [x.model_dump(mode="json") for x in found]
+    raw = _records(found)
     if form == "json":
         return json.dumps({name: raw}, indent=2, ensure_ascii=False)
     if form == "csv":
