@@ -9,9 +9,8 @@ from pathlib import Path
 from bdcli.base.files import digest
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import DecodeOptions
-from bdcli.decode.result import DecodeResult
 from bdcli.decode.session import Session
-from bdcli.results.schema import Figures, Prompt, Run
+from bdcli.results.schema import Prompt
 from bdcli.results.store import Store
 
 
@@ -38,24 +37,19 @@ def decode_run(
     with recorded(store, run_id):
         result = session.decode(ids, progress)
     status, error = result.status, None
-    if result.output_equal is False:
+    if result.figures.output_equal is False:
         status, error = "failed", "the text differs from plain decoding"
-    columns = {name: value for name, value in result.as_dict().items() if name in Run.model_fields and name != "status"}
-    store.finish(run_id, status, [_prompt_row(run_id, source, text, result)], error, **columns)
-    return {"run_id": run_id, **result.as_dict()}
-
-
-def _prompt_row(run_id: str, source: str, text: str, result: DecodeResult) -> Prompt:
-    figures = {name: getattr(result, name) for name in Figures.model_fields}
-    return Prompt(
+    row = Prompt(
         run_id=run_id,
         source=source,
         sha256=digest(text.encode()),
         text=result.text,
         tokens=result.tokens,
         rounds=result.rounds,
-        **figures,
+        **result.figures.model_dump(),
     )
+    store.finish(run_id, status, [row], error, **result.columns())
+    return {"run_id": run_id, **result.as_dict()}
 
 
 @contextmanager
