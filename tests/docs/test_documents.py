@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.util
 import re
-import sys
 
 import pytest
 import typer
@@ -153,7 +152,6 @@ def test_every_page_can_be_reached_from_readme():
 def script(monkeypatch):
     """Loads a script by name."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     return importlib.import_module
 
 
