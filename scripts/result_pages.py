@@ -101,7 +101,7 @@ def results_page(main: list[Run], repeats: list[Run]) -> str:
         "\n".join(f"* {line}" for line in losses(main)) or "Nowhere in this matrix.",
         *_repeats(repeats),
     ]
-    return _page(parts)
+    return as_page(parts)
 
 
 def _tolerance(main: list[Run]) -> str:
@@ -181,7 +181,7 @@ def cells_page(main: list[Run]) -> str:
         markdown(list(columns), _rows(columns, main)),
         _refused(main),
     ]
-    return _page(parts)
+    return as_page(parts)
 
 
 def memory_page(main: list[Run]) -> str:
@@ -204,7 +204,7 @@ def memory_page(main: list[Run]) -> str:
         "decoding.",
         markdown(list(columns), _rows(columns, main)),
     ]
-    return _page(parts)
+    return as_page(parts)
 
 
 def _rows(columns: Columns, main: list[Run]) -> list[list[str]]:
@@ -230,7 +230,7 @@ def paper_page(published: list[Run]) -> str:
         "[bdcli bench](cli/measure.md#bdcli-bench) measures as it did.",
     ]
     if not published:
-        return _page([*head, "Nothing is measured yet."])
+        return as_page([*head, "Nothing is measured yet."])
     run = published[0]
     about = (
         f"Greedy, {run.config['max_new_tokens']} new tokens, the first prompt a warm-up, and for every cell the "
@@ -238,7 +238,7 @@ def paper_page(published: list[Run]) -> str:
         f"table. {run.prompts} prompts a cell counted here, 9 there; commit {run.git_revision}, with the pair that "
         "shipped then."
     )
-    return _page([*head, about, "\n".join(paper.lines(published)), "Draft lengths tried:", _grids(published)])
+    return as_page([*head, about, "\n".join(paper.lines(published)), "Draft lengths tried:", _grids(published)])
 
 
 def _grids(published: list[Run]) -> str:
@@ -271,7 +271,8 @@ def fastest(runs: list[Run]) -> Run:
     return max(runs, key=lambda r: r.tokens_per_second)
 
 
-def _page(parts: list[str]) -> str:
+def as_page(parts: list[str]) -> str:
+    """A page of headings, tables and paragraphs of any length."""
     return "\n\n".join(_wrapped(part) for part in parts if part) + "\n"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from claims_page import claims_page, read_archive
 from result_pages import pages, readme_table
 
 from bdcli.base.files import write_file
@@ -32,7 +33,7 @@ from bdcli.results.tables import checked
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-DB, PICTURE = DOCS / "results.db.gz", DOCS / "results.svg"
+DB, CLAIMS, PICTURE = DOCS / "results.db.gz", DOCS / "claims.tar.gz", DOCS / "results.svg"
 WORK = ROOT / "runs" / "results.db"
 BEGIN, END = "<!-- table: scripts/results.py render -->", "<!-- end of table -->"
 REPEATED = ("bd-512",)  # measured three times, at the shortest context
@@ -129,7 +130,7 @@ def load() -> tuple[list[Run], list[Run], list[Run]]:
 def render() -> None:
     """Write the pages, README's table and the picture."""
     found = load()
-    for name, text in pages(*found).items():
+    for name, text in (pages(*found) | {"claims.md": claims_page(*read_archive(CLAIMS))}).items():
         write_file(DOCS / name, text)
     head, rest = README.read_text("utf-8").split(BEGIN)
     write_file(README, head + BEGIN + "\n" + readme_table(found[0]) + "\n" + END + rest.split(END)[1])

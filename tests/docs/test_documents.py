@@ -169,6 +169,12 @@ def test_readme_and_results_equal_the_store(script):
     assert results.DB.stat().st_size < 600_000
 
 
+def test_claims_equal_the_archive(script):
+    results = script("results")
+    page = results.claims_page(*results.read_archive(results.CLAIMS))
+    assert text_of(results.DOCS / "claims.md") == page
+
+
 def test_reference_of_commands_and_recipes_equals_the_program(script):
     pages = script("cli_reference").pages()
     written = {p for folder in ("docs/cli", "docs/recipes") for p in (ROOT / folder).glob("*.md")}
