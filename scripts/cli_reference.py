@@ -7,7 +7,9 @@ Commands, options and their meanings come from typer's objects, settings of reci
 
 from __future__ import annotations
 
+import ast
 import enum
+import json
 import textwrap
 import types
 import typing
@@ -133,17 +135,19 @@ def recipe_page(title: str, commands: str, schemas: dict[str, type]) -> str:
                 if group != section:
                     section = group
                     lines += ["", f"## {group}", ""]
-            lines.append(item(f"`{name}` = {default_text(default)}", meaning))
+            lines.append(item(f"`{name}`{default_text(default)}", meaning))
     return "\n".join(lines) + "\n"
 
 
 def default_text(default: str) -> str:
-    return default if default == "required" else f"`{shorter(default)}`"
-
-
-def shorter(default: str) -> str:
-    """Without the dataclass names that a default of nested settings would print."""
-    return default if len(default) <= WIDTH - 40 else "..."
+    """` = value` as a recipe would give it; nothing where the default is nested settings."""
+    if default == "required":
+        return ", required"
+    try:
+        value = ast.literal_eval(default)
+    except (ValueError, SyntaxError):  # a bare word, or nested settings
+        return "" if "(" in default else f" = `{default}`"
+    return f" = `{json.dumps(value)}`"
 
 
 def item(head: str, text: str) -> str:
