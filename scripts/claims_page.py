@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from claims import Text, Worth, acceptance, by_document, clean_tokens, fall, gained, percent
-from result_pages import as_page
+from bdcli.bench.claims import (
+    Text,
+    Worth,
+    acceptance,
+    by_document,
+    clean_tokens,
+    mean_worth,
+    measure_fall,
+    read_measurement,
+    select,
+)
+from result_pages import as_page, rate
 
 from bdcli.base.statistics import bootstrap
 from bdcli.results.tables import markdown
@@ -22,11 +32,9 @@ SMALL, LARGE, FULL = 256, 2048, "full"
 
 def read_archive(path: Path) -> tuple[list[Text], list[Worth]]:
     """The texts and the losses that `scripts/claims.py` measured, kept in a tar."""
-    with tarfile.open(path) as archive:
-        head, *lines = archive.extractfile("prompts.jsonl").read().decode().splitlines()
-        found = json.loads(archive.extractfile("worth.json").read())
-    worth = found.get(json.loads(head)["key"], {})
-    return [Text(**json.loads(line)) for line in lines], [Worth(**w) for rows in worth.values() for w in rows]
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+        return read_measurement(Path(folder))
 
 
 def claims_page(texts: Sequence[Text], worth: Sequence[Worth]) -> str:
@@ -57,8 +65,7 @@ def claims_page(texts: Sequence[Text], worth: Sequence[Worth]) -> str:
 
 def _change(texts: Sequence[Text], first: dict, second: dict, temperature: float) -> tuple[str, str]:
     """By how many points `second` accepts more than `first`, and the lower bound of that."""
-    mine = [t for t in texts if t.temperature == temperature]
-    found = fall(mine, "", first, second, None)
+    found = measure_fall(select(texts, temperature=temperature), "", first, second, None)
     return f"{-100 * found.value:+.1f}", f"{-100 * found.upper:+.1f}"
 
 
@@ -110,10 +117,10 @@ def _worth(worth: Sequence[Worth]) -> list[str]:
     rows = []
     for name in dict.fromkeys(w.dataset for w in worth):
         mine = [w for w in worth if w.dataset == name]
-        documents = list(by_document(mine).values())
-        lower = bootstrap(documents, gained, tail=0.05)[0]
+        documents = by_document(mine)
+        lower = bootstrap(documents, mean_worth, tail=0.05)[0]
         losses = f"{fmean(w.loss for w in mine):.3f}", f"{fmean(w.short_loss for w in mine):.3f}"
-        rows.append([NAMES[name], str(len(mine)), *losses, f"{gained(documents):.3f}", f"{lower:.3f}"])
+        rows.append([NAMES[name], str(len(mine)), *losses, f"{mean_worth(documents):.3f}", f"{lower:.3f}"])
     return [
         "## The target uses its context",
         f"The target's loss over the ends of prompts of {worth[0].context} tokens, in nats a token, with all of the "
@@ -152,6 +159,6 @@ def _cells(texts: Sequence[Text]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for dataset, temperature, drafter, budget in sorted(keys, key=str):
         of = {"dataset": dataset, "temperature": temperature, "drafter": drafter, "budget": budget}
-        rates = [percent(acceptance(texts, **of, context=c)) for c in contexts]
+        rates = [rate(acceptance(texts, **of, context=c)) for c in contexts]
         rows.append([NAMES[dataset], f"{temperature:g}", DRAFTERS[drafter], str(budget), *rates])
     return head, rows

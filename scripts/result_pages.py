@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from bdcli.bench import paper
 from bdcli.config.bench import PEER_METHODS
-from bdcli.results.store import Run
+from bdcli.results.schema import Run
 from bdcli.results.tables import losses, markdown, refused, side_by_side
 
 WIDTH = 120  # characters of a line of prose
@@ -171,8 +171,8 @@ def cells_page(main: list[Run]) -> str:
     columns: Columns = {
         "context": _context,
         "arm": lambda r: r.arm,
-        "acceptance": lambda r: _rate(r.acceptance_rate),
-        "clean": lambda r: _rate(r.acceptance_rate_no_loops),
+        "acceptance": lambda r: rate(r.acceptance_rate),
+        "clean": lambda r: rate(r.acceptance_rate_no_loops),
         "loops": lambda r: f"{r.loop_rate:.0%}",
         "mean length": lambda r: f"{r.mean_accepted_length:.2f}",
         "tok/s": lambda r: f"{r.tokens_per_second:.1f}",
@@ -318,5 +318,6 @@ def _drafter_kv(run: Run) -> str:
     return "" if not run.drafter_kv_bytes else f"{run.drafter_kv_bytes / 1e6:.2f} MB"
 
 
-def _rate(value: float | None) -> str:
+def rate(value: float | None) -> str:
+    """A share as a percentage; empty where there is none."""
     return "" if value is None else f"{value:.1%}"
