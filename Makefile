@@ -30,7 +30,8 @@ test-gpu: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 
-# Measures RESULTS.md and README's table and picture anew, and goes on after a stop: make results BOOKS=folder-of-txt-files
+# Measures again what docs/results*.md, README's table and the picture show; resumes after a stop:
+# make results BOOKS=folder-of-txt-files
 results: $(VENV)/.installed
 	$(BIN)/python scripts/results.py measure --books $(BOOKS) $(RESULTS_OPTIONS)
 
