@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdcli.cache.view import CHUNK_KEYS
-
 SCORING_QUERIES = 16  # last prompt queries whose mean scores the chunks
 
 
@@ -34,13 +32,13 @@ def prompt_chunks(rope, view, queries: Tensor, keys: Tensor, raw_keys: Tensor) -
     queries [m, H, D]: the prompt's last, rotated as they will look at chosen chunks; keys [n, Hkv, D] rotated at their
     positions, raw_keys unrotated. With rebased positions each chunk is scored as if it stood amid the chosen ones.
     """
-    end = keys.shape[0] - view.window
-    first = view.sinks + (end - view.sinks) % CHUNK_KEYS  # whole chunks, aligned to where the window starts
+    end, size = keys.shape[0] - view.window, view.chunk_keys
+    first = view.sinks + (end - view.sinks) % size  # whole chunks, aligned to where the window starts
     candidates = keys[first:end]
     if view.rebased:
-        rank = torch.arange(CHUNK_KEYS, device=keys.device) + view.sinks + (view.chosen - CHUNK_KEYS) // 2
-        candidates = rope.rotate(raw_keys[first:end], rope.rows(rank.repeat((end - first) // CHUNK_KEYS)))
-    return choose_chunks(chunk_scores(queries, candidates, CHUNK_KEYS), view.chosen // CHUNK_KEYS, CHUNK_KEYS) + first
+        rank = torch.arange(size, device=keys.device) + view.sinks + (view.chosen - size) // 2
+        candidates = rope.rotate(raw_keys[first:end], rope.rows(rank.repeat((end - first) // size)))
+    return choose_chunks(chunk_scores(queries, candidates, size), view.chosen // size, size) + first
 
 
 def official_chunks(keys: Tensor, budget: int, chunk: int) -> Tensor:

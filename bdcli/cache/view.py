@@ -36,6 +36,8 @@ class View:
     gamma_max: int
     rebased: bool
 
+    chunk_keys = CHUNK_KEYS
+
     @property
     def window(self) -> int:
         return self.budget - self.sinks - self.chosen - self.gamma_max - 1

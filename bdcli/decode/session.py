@@ -8,12 +8,13 @@ Callers show what `progress` is handed and store the result; nothing here prints
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
+import psutil
 import torch
 
-from bdcli.base.devices import free_memory
+from bdcli.base.devices import free_memory, peak_memory
 from bdcli.base.errors import UserError
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
@@ -22,9 +23,9 @@ from bdcli.config.decode import DecodeOptions
 from bdcli.data.prompts import encode, fit
 from bdcli.decode.memory import DecodePlan, decode_plan
 from bdcli.decode.pair import Pair, load_pair
-from bdcli.decode.result import DecodeResult, decode_result
+from bdcli.decode.result import DecodeResult
 from bdcli.model.text import StopText, TextStream
-from bdcli.results.metrics import RoundFigures
+from bdcli.results.metrics import RoundFigures, mark_loops, measure
 from bdcli.speculation.baseline import Baseline, warm_up
 from bdcli.speculation.drafter import ModelDrafter
 from bdcli.speculation.runner import Runner
@@ -108,7 +109,26 @@ class Session:
             plan.check(free_memory(device) + plan.weights)
         generation = Generation(self, prompt, progress)
         generation.run()
-        return decode_result(self, generation)
+        return generation.result()
+
+    def settings(self) -> dict[str, object]:
+        """What the run was resolved to, by column of the store."""
+        pair, o, selection = self.pair, self.options, self.selection
+        return {
+            "target": pair.names[0],
+            "drafter": pair.names[1],
+            "device": str(pair.target.device),
+            "dtype": str(pair.target.dtype).removeprefix("torch."),
+            "attention": pair.backend.name,
+            "budget": selection.budget or "full",
+            "gamma": o.gamma or "auto",
+            "select": selection.label,
+            "positions": selection.positions,
+            "temperature": o.temperature,
+            "top_k": o.top_k,
+            "top_p": o.top_p,
+            "seed": o.seed,
+        }
 
 
 class Generation:
@@ -157,3 +177,37 @@ class Generation:
         if piece:
             self.pieces.append(piece)
             self.progress.text(piece)
+
+    def result(self) -> DecodeResult:
+        """Figures of the text, once it has ended."""
+        from bdcli.results.schema import Figures
+
+        pair, drafter, baseline = self.session.pair, self.speculator.drafter, self.baseline
+        measured = measure(self.prompt, self.tokens, self.rounds)
+        ar = baseline.tokens_per_second
+        figures = Figures(
+            context=len(self.prompt),
+            finish_reason=self.finish_reason,
+            ttft_s=self.ttft_s,
+            ar_tokens_per_second=ar,
+            speedup=measured.tokens_per_second / ar if ar and measured.tokens_per_second else None,
+            max_drafter_entries=drafter.peak_entries,
+            drafter_kv_bytes=drafter.kv_bytes,
+            target_kv_bytes=self.speculator.target.cache.kv_bytes,
+            peak_memory_bytes=peak_memory(pair.target.device),
+            output_equal=baseline.output_equal,
+            ties=baseline.ties,
+            **asdict(measured),
+        )
+        return DecodeResult(
+            status=self.status,
+            settings=self.session.settings(),
+            figures=figures,
+            tokens=self.tokens,
+            text="".join(self.pieces),
+            rounds=[r.row() for r in mark_loops(self.prompt, self.tokens, self.rounds)],
+            attention_detail=pair.backend.detail,
+            weight_bytes=pair.target.weight_bytes + pair.drafter.weight_bytes,
+            resident_bytes=psutil.Process().memory_info().rss,
+            logit_error=baseline.logit_error if baseline.steps and self.session.sampling.greedy else None,
+        )

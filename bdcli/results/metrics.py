@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bdcli.speculation.speculator import Round
+    from bdcli.speculation.rounds import Round
 
 LOOP_GRAM = 8
 LOOP_REACH = 1024

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bdcli.speculation.draft_length import AutoGamma, Controller, FixedGamma
+from bdcli.speculation.rounds import Round
 from bdcli.speculation.runner import Runner
-from bdcli.speculation.speculator import Round, Speculator
+from bdcli.speculation.speculator import Speculator
 
 SAMPLES = 10  # rounds replayed in a run by mode `sample`
 TIE_FACTOR = 4.0  # a differing argmax within this many low-precision logit errors is a tie

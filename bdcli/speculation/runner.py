@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from bdcli.cache.base import BaseCache
 from bdcli.model.llama import Model
+from bdcli.speculation.rounds import WholeRounds
 from bdcli.speculation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from bdcli.speculation.speculator import Round
 
 
 class Runner:
@@ -83,16 +80,3 @@ class Runner:
     def exclusive(self) -> AbstractContextManager:
         """Entered while rounds run: keeps the threads of others off the processors that this runner needs."""
         return nullcontext()
-
-
-class WholeRounds(Protocol):
-    """A target and a drafter that run a round without the host in between (`bdcli.backends.cuda`)."""
-
-    def play(self, ids: list[int], gamma: int) -> Round:
-        """One round after `ids`, not appended to them; the caches hold what it read and wait for the rollback."""
-
-    def rehearse(self, ids: list[int], gamma: int) -> float:
-        """Seconds of a `play` that does not count, the random state untouched."""
-
-    def plain(self, tokens: list[int]) -> tuple[Tensor, float]:
-        """`Speculator.one_row`."""

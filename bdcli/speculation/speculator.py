@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,30 +18,11 @@ from torch import Tensor
 from bdcli.base.progress import SILENT, Progress
 from bdcli.speculation.draft_length import Controller
 from bdcli.speculation.drafter import Draft, Drafter
+from bdcli.speculation.rounds import Round
 from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling, Verdict, best_tokens, check_finite, draw, verify_greedy, verify_sampled
 
 NO_DRAFT = Draft([], None)
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round. `logits` [drafted + 1, V] are the target's, for checks; they live until the next round.
-
-    device_s: seconds that the device worked on it, where a round is one piece of work on a device of its own.
-    """
-
-    tokens: list[int]
-    drafted: int
-    accepted: int
-    draft_s: float
-    verify_s: float
-    logits: Tensor = field(repr=False)
-    device_s: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self.draft_s + self.verify_s
 
 
 class Speculator:

@@ -11,9 +11,9 @@ from torch import Tensor
 from bdcli.backends.cuda.graph import capture, new_pool
 from bdcli.backends.cuda.program import Feed, RoundProgram, SamplingTensors, Text
 from bdcli.model.llama import Model
+from bdcli.speculation.rounds import Round
 from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling, non_finite
-from bdcli.speculation.speculator import Round
 
 FEED_ROWS = 32  # tokens of a piece when a cache catches up; pieces are powers of two, so that few graphs are made
 
