@@ -32,15 +32,16 @@ from bdcli.base.console import note, phases, run_script
 from bdcli.base.devices import product_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest, write_file
+from bdcli.base.progress import Progress
 from bdcli.base.statistics import bootstrap
 from bdcli.config.decode import DecodeOptions, parse_budget, parse_context
 from bdcli.data.samples import Sample, load_samples
 from bdcli.data.sources import split_source
-from bdcli.decode.session import Pair, drafter_runner, load_pair, target_runner
+from bdcli.decode.pair import Pair, load_pair
+from bdcli.decode.session import Session
 from bdcli.model.checkpoint import fingerprint, load_model, resolve
 from bdcli.results.metrics import RoundFigures, looped_tokens, mark_loops
 from bdcli.speculation.draft_length import FixedGamma
-from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
 from bdcli.train.held_out import SHORT, window_losses
 
@@ -105,6 +106,12 @@ class Settings:
     dtype: str
 
 
+class Notes(Progress):
+    """Shows notes alone."""
+
+    note = staticmethod(note)
+
+
 class Decoder:
     """The models, and the texts they write after a prompt."""
 
@@ -113,24 +120,25 @@ class Decoder:
         self.base = DecodeOptions(target=models["target"], dtype=settings.dtype, baseline="off")
         self.pairs: dict[str, Pair] = {}
         for role in [r for r in ("drafter", "naive") if r in models]:
-            self.pairs[role] = load_pair(DecodeOptions(**asdict(self.base) | {"drafter": models[role]}), note)
+            self.pairs[role] = load_pair(DecodeOptions(**asdict(self.base) | {"drafter": models[role]}), Notes())
         self.pair = self.pairs["drafter"]
 
     def texts(self, sample: Sample, context: int, arms: Sequence[Arm]) -> Iterator[Text]:
         """Texts of the arms after one prompt, which the target reads once."""
         s, prompt = self.s, sample.prompt(context)
         common = asdict(self.base) | {"max_new_tokens": s.new_tokens, "gamma": s.gamma}
-        held = target_runner(self.pair, DecodeOptions(**common), len(prompt), s.gamma)
-        held.prefill(prompt[:-1])
+        target = Session(self.pair, DecodeOptions(**common)).target(len(prompt), s.gamma)
+        target.prefill(prompt[:-1])
         for temperature, role, budget in arms:
             size = None if budget == "full" else budget
             options = DecodeOptions(**common | {"budget": size, "temperature": temperature})
-            held.rollback(len(prompt) - 1)
-            runner = drafter_runner(self.pairs[role], options, len(prompt))
-            engine = Speculator(held, runner, Sampling(temperature), sample.index, self.pair.target.device)
+            session = Session(self.pairs[role], options)
+            target.rollback(len(prompt) - 1)
+            drafter = session.drafter(len(prompt))
+            engine = Speculator(target, drafter, session.sampling, sample.index, self.pair.target.device)
             engine.prefill(prompt, target_ready=True)
-            steps = list(engine.rounds(s.new_tokens, self.pair.eos, FixedGamma(s.gamma)))
-            rounds = [RoundFigures(len(x.tokens), x.drafted, x.accepted, x.seconds) for x in steps]
+            done = engine.rounds(s.new_tokens, self.pair.eos, FixedGamma(s.gamma))
+            rounds = [RoundFigures.of(r) for r in done]
             clean = [r for r in mark_loops(prompt, engine.new_tokens, rounds) if not r.looped]
             looped = looped_tokens(prompt, engine.new_tokens)
             yield Text(

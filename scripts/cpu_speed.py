@@ -24,22 +24,32 @@ import typer
 
 from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.devices import DTYPES
+from bdcli.base.progress import Progress
 from bdcli.base.provenance import machine
 from bdcli.bench.peers import cache_argument
-from bdcli.cache.view import plan_view
+from bdcli.bench.shapes import fill_random
+from bdcli.cache.selection import CacheSize, Window
 from bdcli.model.checkpoint import POCKET, load_model
 from bdcli.model.llama import Model
+from bdcli.speculation.drafter import ModelDrafter
+from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Runner
 
 CPU = torch.device("cpu")
 ROWS = (2, 3, 5, 9, 16)
 BUDGETS = (256, 512, 1024, 2048)
 GAMMA = 8
+SPARE_TOKENS = 64  # of a cache, for the rows of a step
 LARGE = {
     "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
     "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 16896, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+class Notes(Progress):
+    """Prints notes."""
+
+    note = staticmethod(print)
 
 
 def milliseconds(step: Callable[[], object]) -> float:
@@ -71,18 +81,6 @@ def random_pair(folder: Path) -> tuple[Path, Path]:
     return folder / "target", folder / "drafter"
 
 
-def fill(runner: Runner, length: int) -> Runner:
-    """Random entries up to `length`, as if a prompt had been read."""
-    cache = runner.cache
-    for tensor in (
-        (cache.panel_keys, cache.panel_values) if hasattr(cache, "panel_keys") else (cache.keys, cache.values)
-    ):
-        tensor.normal_()
-    cache.length = length
-    cache.count(length)
-    return runner
-
-
 def plain(runner: Runner, rows: int) -> Callable[[], None]:
     """A forward over `rows` tokens, undone."""
     length = runner.length
@@ -95,13 +93,13 @@ def plain(runner: Runner, rows: int) -> Callable[[], None]:
     return step
 
 
-def drafting(runner: Runner, ids: list[int]) -> Callable[[], None]:
+def drafting(drafter: ModelDrafter, ids: list[int]) -> Callable[[], None]:
     """A draft of GAMMA tokens after `ids`, undone."""
 
     def step() -> None:
-        with runner.exclusive():
-            runner.draft(ids, GAMMA, Sampling(), None)
-        runner.rollback(len(ids) - 1)
+        with drafter.runner.exclusive():
+            drafter.draft(ids, GAMMA, Sampling(), None)
+        drafter.rollback(len(ids) - 1)
 
     return step
 
@@ -129,12 +127,18 @@ def kv_bytes(model: Model, entries: int) -> int:
     return 2 * c.layers * c.kv_heads * c.head_dim * entries * model.embedding.element_size()
 
 
+def cache_size(context: int) -> CacheSize:
+    """Of caches that hold `context` tokens and the few of a step."""
+    return CacheSize(context, context + SPARE_TOKENS, context + SPARE_TOKENS)
+
+
 def target_steps(folder: Path, context: int, dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], int, Runner]:
     """Milliseconds of the target's steps, ours and others'; its bytes a step; our runner."""
     model = load_model(folder, dtype, CPU)
-    ours = fill(pick_backend("compiled", [model], print).target(model, context + 64, context + 64), context)
+    size = cache_size(context)
+    ours = fill_random(pick_backend("compiled", [model], Notes()).target(model, size), context)
     other = load_model(folder, dtype, CPU)
-    eager = fill(torch_backend().target(other, context + 64, context + 64), context)
+    eager = fill_random(torch_backend().target(other, size), context)
     arms = {"AR": plain(ours, 1), **{f"verify {r}": plain(ours, r) for r in ROWS}, "torch AR": plain(eager, 1)}
     arms |= {
         f"transformers AR {str(d)[6:]}": hugging_face(folder, context, d)
@@ -148,11 +152,10 @@ def draft_steps(target: Runner, folder: Path, dtype: torch.dtype, rounds: int) -
     """Per budget: milliseconds of a draft token inside rounds, and the bytes it must move."""
     found = {}
     model = load_model(folder, dtype, CPU)
-    engine, ids = pick_backend("compiled", [model], print), [5] * (target.length + 1)
+    backend, ids = pick_backend("compiled", [model], Notes()), [5] * (target.length + 1)
     for budget in BUDGETS:
-        view = plan_view(budget, "window", "rebased", None, target.length)
-        size = target.length + 64
-        drafter = fill(engine.drafter(model, size, size, model.config.vocab_size, budget, view), target.length)
+        drafter = backend.drafter(model, Window(budget), cache_size(target.length), model.config.vocab_size)
+        fill_random(drafter.runner, target.length)
         draft, verify, taken = drafting(drafter, ids), plain(target, GAMMA + 1), []
         for _ in range(rounds + 1):
             verify()

@@ -32,9 +32,10 @@ from bdcli.backends.cuda.ops import ops_for
 from bdcli.backends.cuda.support import describe
 from bdcli.backends.select import Backend, static_backend, torch_backend
 from bdcli.base.devices import pick_device, pick_dtype
+from bdcli.base.progress import Progress
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.bench import shapes
-from bdcli.cache.view import plan_view
+from bdcli.cache.selection import CacheSize, Window
 from bdcli.data.prompts import stdlib_text
 from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
 from bdcli.speculation.baseline import teacher_force
@@ -45,6 +46,7 @@ from bdcli.speculation.speculator import Speculator
 ROOT = Path(__file__).parent.parent
 DEVICE_TESTS = ("kernels/test_device.py", "backends/test_cuda.py")
 PARTS = ("check", "attention", "engine")
+SPARE_TOKENS = 20  # of a cache, for the rows of a round
 HEADS, DIM = 32, 128  # of Llama-2-7B, whose target is the larger of the pair
 
 
@@ -71,6 +73,12 @@ TINY = Size((256, 512), 2, 2, 128, (1, 8), 2, 2, "tiny+tiny", (1, 7), (128, None
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+class Notes(Progress):
+    """Shows notes on stderr."""
+
+    note = staticmethod(say)
 
 
 def environment(device: torch.device) -> dict:
@@ -135,22 +143,25 @@ def texts(device: torch.device, size: Size, engine: Backend) -> Iterator[dict]:
             (text, accepted), (plain, _) = made
             equal, ties = text == plain, 0
             if not equal and dtype is not torch.float32:
-                capacity = length + size.new_tokens + 20
-                reader = torch_backend().target(models[0], capacity, capacity)
-                reader.prefill(ids[: length - 1])
-                rule = teacher_force(reader, ids[:length], text)
+                runner = torch_backend().target(models[0], _cache_size(length, size.new_tokens))
+                runner.prefill(ids[: length - 1])
+                rule = teacher_force(runner, ids[:length], text)
                 equal, ties = rule.equal, rule.ties
             yield {"dtype": str(dtype)[6:], "prompt": length, "equal": equal, "ties": ties, "accepted": accepted}
 
 
 def _write(engine: Backend, models: list, prompt: list[int], new: int, device: torch.device) -> tuple[list[int], int]:
-    target, drafter = models
-    capacity, view = len(prompt) + new + 20, plan_view(256, "window", "rebased", 5, len(prompt))
-    readers = engine.target(target, capacity, capacity), engine.drafter(drafter, capacity, capacity, 4096, 256, view)
-    run = Speculator(*readers, Sampling(), 0, device)
+    size, vocab = _cache_size(len(prompt), new), models[0].config.vocab_size
+    target, drafter = engine.target(models[0], size), engine.drafter(models[1], Window(256, gamma=5), size, vocab)
+    run = Speculator(target, drafter, Sampling(), 0, device)
     run.prefill(prompt)
-    accepted = sum(step.accepted for step in run.rounds(new, frozenset(), FixedGamma(5)))
+    accepted = sum(r.accepted for r in run.rounds(new, frozenset(), FixedGamma(5)))
     return run.new_tokens, accepted
+
+
+def _cache_size(prompt: int, new_tokens: int) -> CacheSize:
+    capacity = prompt + new_tokens + SPARE_TOKENS
+    return CacheSize(prompt, capacity, capacity)
 
 
 # -- fast: attention
@@ -171,7 +182,7 @@ def attention(device: torch.device, dtype: torch.dtype, size: Size) -> dict:
 
 def draft_kernel(device: torch.device, dtype: torch.dtype, size: Size, copied: float) -> Iterator[dict]:
     """One query row over a full budget, rotated in the kernel, alone and for a batch that fills the chip."""
-    view = plan_view(size.budget, "window", "rebased", None, 10 * size.budget)
+    view = Window(size.budget).view(10 * size.budget)
     table = torch.randn(20 * size.budget, DIM, device=device, dtype=dtype)
     for batch in (1, size.batch):
         q = torch.randn(batch, 1, size.heads, DIM, device=device, dtype=dtype)
@@ -246,7 +257,7 @@ def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: B
     """The pair's shapes in whole rounds and, at the first context, without the kernels between a layer's products."""
     pair, count = shapes.parse_shape(size.shape), size.rounds
     found = shapes.measure(
-        pair, size.contexts, dtype, device, gammas=size.gammas, budgets=size.budgets, rounds=count, say=say,
+        pair, size.contexts, dtype, device, gammas=size.gammas, budgets=size.budgets, rounds=count, progress=Notes(),
         engine=engine,
     )  # fmt: skip
     say("without the kernels between products")

@@ -28,7 +28,7 @@ def test_proposals_match_the_definition_while_the_text_grows():
         lookup = Lookup()
         lookup.prefill(ids[:-1])
         for _ in range(20):
-            assert lookup.propose(ids, 4) == by_definition(ids, 4)
+            assert lookup.draft(ids, 4).tokens == by_definition(ids, 4)
             ids += [rng.randrange(5) for _ in range(rng.randrange(1, 5))]
 
 

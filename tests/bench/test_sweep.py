@@ -19,11 +19,13 @@ from bdcli.bench.methods import METHODS, EngineMethod
 from bdcli.config.decode import DecodeOptions
 from bdcli.data.prompts import stdlib_text
 from bdcli.data.samples import load_samples
-from bdcli.decode.session import load_pair, target_runner
+from bdcli.decode.pair import load_pair
+from bdcli.decode.session import Session
 from bdcli.model.checkpoint import POCKET
 from bdcli.results.store import Store
 from bdcli.speculation import speculator as speculate
 from bdcli.speculation.baseline import teacher_force
+from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Verdict, best_tokens
 
 CONTRACT = {
@@ -165,18 +167,18 @@ def test_a_finished_experiment_is_shown_again_and_fresh_measures_anew(cli):
 
 def test_arms_rotate_and_share_the_targets_prefill(cli, monkeypatch):
     order, prefills = [], []
-    generate, prefill = EngineMethod.generate, speculate.Runner.prefill
+    generate, prefill = EngineMethod.generate, Runner.prefill
 
     def spy(self, prompt, held, seed):
         order.append(self.arm.method)
         return generate(self, prompt, held, seed)
 
-    def counting(self, tokens, progress=None):
+    def counting(self, tokens, on_block=None):
         prefills.append(len(self.model.layers))
-        return prefill(self, tokens, progress)
+        return prefill(self, tokens, on_block)
 
     monkeypatch.setattr(EngineMethod, "generate", spy)
-    monkeypatch.setattr(speculate.Runner, "prefill", counting)
+    monkeypatch.setattr(Runner, "prefill", counting)
     cli(*SMALL, "--methods", "ar,bd,full", "--budgets", 64, "--json")
     assert order == ["ar", "bd", "full", "bd", "full", "ar"]
     assert prefills.count(12) == 2 and prefills.count(2) == 4  # once a prompt; each drafting arm its drafter
@@ -217,7 +219,7 @@ def test_bfloat16_differences_are_judged_by_the_tie_rule(cli, text_ids):
     assert all(c["output_equal"] is True for c in found.values())
     options = DecodeOptions(dtype="bfloat16", max_new_tokens=24, engine="torch")
     pair, prompt = load_pair(options), text_ids[1000:1200]
-    runner = target_runner(pair, options, len(prompt), 8)
+    runner = Session(pair, options).target(len(prompt), 8)
     runner.prefill(prompt[:-1])
     text, fed = [], prompt[-1]
     for _ in range(24):
@@ -302,14 +304,14 @@ def edit(sql):
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
     """A store with one sweep over two contexts."""
-    from bdcli.bench.sweep import Sweep, Watcher
+    from bdcli.bench.sweep import Sweep
     from bdcli.config.bench import Arm, BenchRecipe
 
     place = tmp_path_factory.mktemp("honest") / "runs.db"
     store = Store(str(place))
     arms = {"bd-64-g3": Arm("bd", 64, 3)}
     recipe = BenchRecipe(contexts=(160, 200), samples=2, max_new_tokens=8, dtype="float32", arms=arms)
-    assert Sweep(recipe, store, Watcher()).run()["status"] == "done"
+    assert Sweep(recipe, store).run()["status"] == "done"
     store.close()
     return place
 
