@@ -27,7 +27,7 @@ from bdcli.base.devices import DTYPES
 from bdcli.base.progress import Progress
 from bdcli.base.provenance import machine
 from bdcli.bench.peers import cache_argument
-from bdcli.bench.shapes import fill_random
+from bdcli.bench.timing import fill_random
 from bdcli.cache.selection import CacheSize, Window
 from bdcli.model.checkpoint import POCKET, load_model
 from bdcli.model.llama import Model

@@ -35,6 +35,7 @@ from bdcli.base.devices import pick_device, pick_dtype
 from bdcli.base.progress import Progress
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.bench import shapes
+from bdcli.bench.timing import copy_speed, wait
 from bdcli.cache.selection import CacheSize, Window
 from bdcli.data.prompts import stdlib_text
 from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
@@ -100,10 +101,10 @@ def microseconds(call: Callable[[], object], device: torch.device, size: Size) -
 
     run, taken = capture(many, device, new_pool(device)), []
     for _ in range(size.rounds + 2):
-        shapes.wait(device)
+        wait(device)
         began = time.perf_counter()
         run()
-        shapes.wait(device)
+        wait(device)
         taken.append(1e6 * (time.perf_counter() - began) / size.calls)
     return statistics.median(taken[2:])
 
@@ -168,7 +169,7 @@ def _cache_size(prompt: int, new_tokens: int) -> CacheSize:
 
 
 def attention(device: torch.device, dtype: torch.dtype, size: Size) -> dict:
-    copied = shapes.copy_speed(device, 2**30 if device.type == "cuda" else 2**25)
+    copied = copy_speed(device, 2**30 if device.type == "cuda" else 2**25)
     one = torch.zeros(1, device=device)
     launch = microseconds(lambda: one.add_(1), device, dataclasses.replace(size, calls=10 * size.calls))
     say(f"copy {copied:.0f} GB/s, launch floor {launch:.2f} us")
@@ -255,11 +256,16 @@ def flex(q: Tensor, k: Tensor, v: Tensor, context: int) -> Callable[[], Tensor]:
 
 def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: Backend) -> dict:
     """The pair's shapes in whole rounds and, at the first context, without the kernels between a layer's products."""
-    pair, count = shapes.parse_shape(size.shape), size.rounds
-    found = shapes.measure(
-        pair, size.contexts, dtype, device, gammas=size.gammas, budgets=size.budgets, rounds=count, progress=Notes(),
-        engine=engine,
-    )  # fmt: skip
+    bench = shapes.ShapeBench(
+        shapes.parse_shape(size.shape),
+        size.contexts,
+        dtype,
+        device,
+        gammas=size.gammas,
+        budgets=size.budgets,
+        repeats=size.rounds,
+    )
+    found = bench.measure(engine, Notes())
     say("without the kernels between products")
     plain = ops_for("cpu")
     unfused = dataclasses.replace(
@@ -269,10 +275,10 @@ def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: B
         mock.patch.object(program, "ops_for", lambda _device: unfused),
         mock.patch.object(caches, "ops_for", lambda _device: unfused),
     ):
-        other = shapes.measure(
-            pair, size.contexts[:1], dtype, device, gammas=size.gammas[:1], budgets=size.budgets[:1], peers=False,
-            rounds=count, engine=engine,
-        )  # fmt: skip
+        small = dataclasses.replace(
+            bench, contexts=size.contexts[:1], gammas=size.gammas[:1], budgets=size.budgets[:1], peers=False
+        )
+        other = small.measure(engine)
     found["unfused_ar_ms"] = other["contexts"][0]["ar_ms"]
     return found
 

@@ -1,15 +1,13 @@
 """Speed of a real shape with random weights on any device: steps against the bytes they move, no download, no text.
 
-Time does not depend on what the weights and caches hold, so they hold random numbers. A step is timed as decoding does
-it, host included: a round of `Speculator`, then everything is rolled back. What a text would gain follows from the
-rounds' times and an accepted length, here those that the paper reports.
+A step is timed as decoding does it, host included: a round of `Speculator`, then everything is rolled back. What a text
+would gain follows from the times of rounds and an accepted length, here those that the paper reports.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,18 +15,17 @@ from bdcli.backends.select import Backend, pick_backend, torch_backend
 from bdcli.base.devices import free_memory
 from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
+from bdcli.bench.paper import PUBLISHED
 from bdcli.bench.peers import cache_argument, fill
-from bdcli.bench.published import PUBLISHED
+from bdcli.bench.timing import REPEATS, TOKEN, RoundStep, copy_speed, fill_random, median_ms, text_of
 from bdcli.cache.selection import CacheSize, Full, parse_selection
 from bdcli.cache.view import GAMMA_MAX
-from bdcli.decode.memory import decode_plan
+from bdcli.decode.memory import DecodePlan, decode_plan
 from bdcli.model.build import random_model
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.llama import Model
 from bdcli.model.sizes import gigabytes, kv_count
-from bdcli.speculation.drafter import Drafter
-from bdcli.speculation.runner import Runner
-from bdcli.speculation.sampling import Sampling
+from bdcli.speculation.drafter import ModelDrafter
 from bdcli.speculation.speculator import Speculator
 
 # vocabulary, hidden, MLP width, layers, heads, KV heads
@@ -42,13 +39,14 @@ SHAPES = {
 }
 GAMMAS = tuple(range(1, GAMMA_MAX + 1))
 BUDGETS = (256, 512, 1024, 2048, None)
-DRAFT = 5  # γ at which a draft token is timed, and at which the paper's acceptance rates are taken
-ROUNDS = 15
+DRAFT_TOKENS = 5  # γ at which a draft token is timed, and at which the paper's acceptance rates are taken
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # of the copy that shows a device's memory speed
+BISECTIONS = 50
 Shape = tuple[ModelConfig, ModelConfig]
 
 
 def parse_shape(text: str) -> Shape:
-    """(target, drafter) of `llama2-7b+68m`."""
+    """(target, drafter) of `llama2-7b+68m`. Raises UserError on unknown names."""
     names = text.split("+")
     if len(names) != 2 or any(name not in SHAPES for name in names):
         raise UserError(f"--shape {text}: must be TARGET+DRAFTER", f"Known: {', '.join(SHAPES)}")
@@ -59,226 +57,170 @@ def hugging_face(name: str) -> dict:
     """The shape as a config.json."""
     vocab, hidden, inner, layers, heads, kv_heads = SHAPES[name]
     return {
-        "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 131072, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+    }
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def copy_speed(device: torch.device, size: int = 2**30) -> float:
-    """GB/s of a copy of `size` bytes within the device, counted as read and written; the median of nine."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / median({"copy": lambda: target.copy_(source)}, device, 9)["copy"] / 1e6
-
-
-def median(arms: dict[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds of each arm; every round runs all of them once, after two that do not count.
-
-    An arm that returns a float has timed itself, in milliseconds.
-    """
-
-    def run(step: Callable[[], object]) -> float:
-        wait(device)
-        began = time.perf_counter()
-        own = step()
-        wait(device)
-        return own if isinstance(own, float) else 1e3 * (time.perf_counter() - began)
-
-    taken = [{name: run(step) for name, step in arms.items()} for _ in range(rounds + 2)][2:]
-    return {name: statistics.median(t[name] for t in taken) for name in arms}
-
-
-def fill_random(runner: Runner, length: int) -> Runner:
-    """Random entries up to `length`, as if a prompt had been read."""
-    cache = runner.cache
-    for tensor in cache.storage:
-        tensor.normal_()
-    cache.length = length
-    cache.record(length)
-    return runner
-
-
-def a_round(run: Speculator, gamma: int, taken: dict[int, list] | None = None) -> Callable[[], float]:
-    """A round of `gamma` after the text of `run`, undone; milliseconds. `taken` collects the steps."""
-    kept = len(run.ids)
-
-    def step() -> float:
-        done = run.round(gamma)
-        if taken is not None:
-            taken.setdefault(gamma, []).append(done)
-        del run.ids[kept:]
-        run.target.rollback(kept - 1)
-        if run.drafter is not None:
-            run.drafter.rollback(kept - 1)
-        return 1e3 * done.seconds
-
-    return step
-
-
-def began(target: Runner, drafter: Drafter | None, context: int) -> Speculator:
-    """A generation whose prompt of `context` tokens has been read."""
-    run = Speculator(target, drafter, Sampling(), 0, target.model.device)
-    run.ids, run.prompt_tokens = [5] * context, context
-    return run
-
-
-def _size(context: int) -> CacheSize:
+def _cache_size(context: int) -> CacheSize:
     capacity = context + GAMMA_MAX + 2
     return CacheSize(context, capacity, capacity)
 
 
-def measure(
-    shape: Shape,
-    contexts: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    wanted: str = "auto",
-    gammas: Sequence[int] = GAMMAS,
-    budgets: Sequence[int | None] = BUDGETS,
-    peers: bool = True,
-    rounds: int = ROUNDS,
-    progress: Progress = SILENT,
-    engine: Backend | None = None,
-) -> dict:
-    """Everything about one pair of shapes; the engine is `wanted`, or given outright."""
-    longest = max(contexts)
-    plan = decode_plan(*shape, dtype.itemsize, _size(longest), Full())
-    progress.note(plan.line())
-    if device.type == "cuda":
-        plan.check(free_memory(device))
-    models = [random_model(c, seed, dtype, device) for seed, c in enumerate(shape)]
-    engine = engine or pick_backend(wanted, models, progress)
-    copied = copy_speed(device, 2**30 if device.type == "cuda" else 2**27)
-    cells = []
-    for context in contexts:
-        progress.note(f"{context} tokens")
-        cells.append(_context(engine, models, context, gammas, budgets, copied, rounds))
-        if peers:
-            cells[-1]["peers_ms"] = _peers(models[0], context, rounds)
-    return {
-        "engine": engine.name,
-        "detail": engine.detail,
-        "dtype": str(dtype).removeprefix("torch."),
-        "copy_gb_s": copied,
-        "planned_peak_bytes": plan.peak,
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "contexts": cells,
-    }
+@dataclass(frozen=True)
+class ShapeBench:
+    """What is measured of a pair of shapes. Budget None is a full cache; rounds are timed at the first budget."""
+
+    shape: Shape
+    contexts: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+    gammas: Sequence[int] = GAMMAS
+    budgets: Sequence[int | None] = BUDGETS
+    peers: bool = True
+    repeats: int = REPEATS
+
+    def measure(self, engine: str | Backend = "auto", progress: Progress = SILENT) -> dict:
+        """All figures, as the JSON contract has them. `engine` is a name to pick a backend by, or a backend."""
+        plan = self.memory_plan()
+        progress.note(plan.line())
+        if self.device.type == "cuda":
+            plan.check(free_memory(self.device))
+        models = [random_model(c, seed, self.dtype, self.device) for seed, c in enumerate(self.shape)]
+        backend = engine if isinstance(engine, Backend) else pick_backend(engine, models, progress)
+        copy_gb_s = copy_speed(self.device, COPY_BYTES.get(self.device.type, COPY_BYTES["cpu"]))
+        cells = []
+        for context in self.contexts:
+            progress.note(f"{context} tokens")
+            cells.append(self._context(backend, models, context, copy_gb_s))
+            if self.peers:
+                cells[-1]["peers_ms"] = self._peers(models[0], context)
+        return {
+            "engine": backend.name,
+            "detail": backend.detail,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "copy_gb_s": copy_gb_s,
+            "planned_peak_bytes": plan.peak,
+            "peak_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
+            "contexts": cells,
+        }
+
+    def memory_plan(self) -> DecodePlan:
+        """What the longest context will hold."""
+        return decode_plan(*self.shape, self.dtype.itemsize, _cache_size(max(self.contexts)), Full())
+
+    def _context(self, backend: Backend, models: list[Model], context: int, copy_gb_s: float) -> dict:
+        """Steps at one context: AR, rounds of every γ at the first budget, draft tokens of every budget."""
+        runner = fill_random(backend.target(models[0], _cache_size(context)), context - 1)
+        texts = {b: text_of(runner, self._drafter(backend, models, b, context), context) for b in self.budgets}
+        ar = RoundStep(text_of(runner, None, context), 0)
+        rounds = {gamma: RoundStep(texts[self.budgets[0]], gamma) for gamma in self.gammas}
+        times = median_ms({"ar": ar} | {f"g{g}": step for g, step in rounds.items()}, self.device, self.repeats)
+        draft_ms = {b: self._draft_ms(text) for b, text in texts.items()}  # one at a time: each has graphs of its own
+        moved_bytes = models[0].weight_bytes + self.dtype.itemsize * kv_count(models[0].config, context)
+        rows = {g: _round_row(step, times[f"g{g}"], times["ar"]) for g, step in rounds.items()}
+        return {
+            "context": context,
+            "ar_ms": times["ar"],
+            "ar_bytes": moved_bytes,
+            "ar_share": _floor_ms(moved_bytes, copy_gb_s) / times["ar"],
+            "host_share": ar.host_share(),
+            "rounds_budget": self.budgets[0] or "full",
+            "rounds": rows,
+            "drafts": [self._draft_row(models[1], b, context, ms, copy_gb_s) for b, ms in draft_ms.items()],
+            "tokens_per_second": list(_projections(context, times["ar"], rows)),
+        }
+
+    def _drafter(self, backend: Backend, models: list[Model], budget: int | None, context: int) -> ModelDrafter:
+        vocab = models[0].config.vocab_size
+        drafter = backend.drafter(models[1], parse_selection(budget), _cache_size(context), vocab)
+        fill_random(drafter.runner, context - 1)
+        return drafter
+
+    def _draft_ms(self, text: Speculator) -> float:
+        """Milliseconds of a draft token inside rounds."""
+        step = RoundStep(text, DRAFT_TOKENS)
+        median_ms({"draft": step}, self.device, self.repeats)
+        return step.draft_ms() / DRAFT_TOKENS
+
+    def _draft_row(self, drafter: Model, budget: int | None, context: int, ms: float, copy_gb_s: float) -> dict:
+        entries = min(budget or context, context)
+        moved_bytes = drafter.weight_bytes + self.dtype.itemsize * kv_count(drafter.config, entries)
+        floor_ms = _floor_ms(moved_bytes, copy_gb_s)
+        return {
+            "budget": budget or "full",
+            "ms": ms,
+            "bytes": moved_bytes,
+            "floor_ms": floor_ms,
+            "share": floor_ms / ms,
+        }
+
+    def _peers(self, target: Model, context: int) -> dict[str, float]:
+        """Milliseconds of an AR step of others on the same shape: our own torch backend (SDPA), and transformers."""
+        eager = fill_random(torch_backend().target(target, _cache_size(context)), context - 1)
+        found = median_ms({"torch": RoundStep(text_of(eager, None, context), 0)}, self.device, self.repeats)
+        del eager
+        return found | median_ms({"transformers static": static_step(target, context)}, self.device, self.repeats)
 
 
-def _context(
-    engine: Backend,
-    models: list[Model],
-    context: int,
-    gammas: Sequence[int],
-    budgets: Sequence[int | None],
-    copied: float,
-    rounds: int,
-) -> dict:
-    """Steps at one context: AR, rounds of every γ at the first budget, draft tokens of every budget."""
-    (target, drafter), device, size = models, models[0].device, models[0].dtype.itemsize
-    held = fill_random(engine.target(target, _size(context)), context - 1)
-    runners = {}
-    for budget in budgets:
-        drafting = engine.drafter(drafter, parse_selection(budget), _size(context), target.config.vocab_size)
-        fill_random(drafting.runner, context - 1)
-        runners[budget] = began(held, drafting, context)
-    plain, taken = began(held, None, context), {}
-    arms = {"ar": a_round(plain, 0, taken)} | {f"g{g}": a_round(runners[budgets[0]], g, taken) for g in gammas}
-    times = median(arms, device, rounds)
-    drafts = {}
-    for budget, run in runners.items():  # one at a time: each has graphs of its own
-        steps: dict[int, list] = {}
-        median({"draft": a_round(run, DRAFT, steps)}, device, rounds)
-        drafts[budget] = 1e3 * statistics.median(s.draft_s for s in steps[DRAFT][2:]) / DRAFT
-    moved = target.weight_bytes + size * kv_count(target.config, context)
-    floor = moved / copied / 1e6
-    rows = {g: _round(times[f"g{g}"], taken[g][2:], times["ar"]) for g in gammas}
-    return {
-        "context": context,
-        "ar_ms": times["ar"],
-        "ar_bytes": moved,
-        "ar_share": floor / times["ar"],
-        "host_share": _host_share(taken[0][2:]),
-        "rounds_budget": budgets[0] or "full",
-        "rounds": rows,
-        "drafts": [_draft(drafter, b, context, drafts[b], copied, size) for b in budgets],
-        "tokens_per_second": list(_projected(context, times["ar"], rows)),
-    }
+def _floor_ms(moved_bytes: int, copy_gb_s: float) -> float:
+    """Milliseconds that moving these bytes takes at copy speed."""
+    return moved_bytes / copy_gb_s / 1e6
 
 
-def _round(ms: float, steps: list, ar_ms: float) -> dict:
-    verify = 1e3 * statistics.median(s.verify_s for s in steps)
-    return {"ms": ms, "verify_ms": verify, "verify_over_ar": verify / ar_ms, "host_share": _host_share(steps)}
+def _round_row(step: RoundStep, ms: float, ar_ms: float) -> dict:
+    verify_ms = step.verify_ms()
+    return {"ms": ms, "verify_ms": verify_ms, "verify_over_ar": verify_ms / ar_ms, "host_share": step.host_share()}
 
 
-def _host_share(steps: list) -> float | None:
-    """Share of a round's time in which the device was not at work."""
-    shares = [1 - s.device_s / s.seconds for s in steps if s.device_s is not None]
-    return statistics.median(shares) if shares else None
+def _projections(context: int, ar_ms: float, rows: dict[int, dict]) -> Iterator[dict]:
+    """Tokens/s at the acceptance rates that the paper reports for this context, at the γ that suits each best.
 
-
-def _draft(drafter: Model, budget: int | None, context: int, ms: float, copied: float, size: int) -> dict:
-    moved = drafter.weight_bytes + size * kv_count(drafter.config, min(budget or context, context))
-    floor = moved / copied / 1e6
-    return {"budget": budget or "full", "ms": ms, "bytes": moved, "floor_ms": floor, "share": floor / ms}
-
-
-def _projected(context: int, ar_ms: float, rows: dict[int, dict]) -> Iterator[dict]:
-    """Tokens/s at the acceptance rates that the paper reports for this context, at the γ that suits them best.
-
-    Each proposal is taken to pass by itself with the chance that gives the paper's rate at γ = DRAFT.
+    Each proposal is taken to pass by itself with the probability that gives the paper's rate at γ = DRAFT_TOKENS.
     """
     yield {"acceptance_rate": None, "gamma": 0, "tokens_per_second": 1e3 / ar_ms, "speedup": 1.0}
-    for data, rate in sorted({(d, r) for (d, c), (_, r) in PUBLISHED.items() if c == context}):
-        chance = chance_of(rate, DRAFT)
-        speeds = {g: 1e3 * _length(chance, g) / row["ms"] for g, row in rows.items()}
+    rates = {(data, figures.acceptance_rate) for (data, c), figures in PUBLISHED.items() if c == context}
+    for data, rate in sorted(rates):
+        probability = accept_probability(rate, DRAFT_TOKENS)
+        speeds = {g: 1e3 * accepted_length(probability, g) / row["ms"] for g, row in rows.items()}
         best = max(speeds, key=speeds.get)
         yield {
-            "dataset": data, "acceptance_rate": rate, "gamma": best, "mean_accepted_length": _length(chance, best),
-            "tokens_per_second": speeds[best], "speedup": speeds[best] * ar_ms / 1e3,
-        }  # fmt: skip
+            "dataset": data,
+            "acceptance_rate": rate,
+            "gamma": best,
+            "mean_accepted_length": accepted_length(probability, best),
+            "tokens_per_second": speeds[best],
+            "speedup": speeds[best] * ar_ms / 1e3,
+        }
 
 
-def _length(chance: float, gamma: int) -> float:
-    """Mean tokens of a round whose proposals pass one after another with `chance` each."""
-    return sum(chance**k for k in range(gamma + 1))
+def accepted_length(probability: float, gamma: int) -> float:
+    """Mean tokens of a round whose proposals pass one after another with `probability` each."""
+    return sum(probability**k for k in range(gamma + 1))
 
 
-def chance_of(rate: float, gamma: int) -> float:
-    """The chance of one proposal at which `rate` of γ are accepted, by bisection."""
+def accept_probability(rate: float, gamma: int) -> float:
+    """The probability of one proposal at which `rate` of γ are accepted, by bisection."""
     low, high = 0.0, 1.0
-    for _ in range(50):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if (_length(middle, gamma) - 1) / gamma < rate else (low, middle)
+        low, high = (middle, high) if (accepted_length(middle, gamma) - 1) / gamma < rate else (low, middle)
     return low
-
-
-def _peers(target: Model, context: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of an AR step of others on the same shape: our own eager engine (SDPA), and transformers."""
-    device = target.device
-    eager = fill_random(torch_backend().target(target, _size(context)), context - 1)
-    found = median({"torch": a_round(began(eager, None, context), 0)}, device, rounds)
-    del eager
-    return found | median({"transformers static": static_step(target, context)}, device, rounds)
 
 
 def static_step(target: Model, context: int) -> Callable[[], object]:
     """One AR step of transformers on its static cache, eager, as its users get it without compiling."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+    from transformers import LlamaForCausalLM, StaticCache
 
-    c = target.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
-        max_position_embeddings=c.max_position, tie_word_embeddings=c.tied_head,
-    )  # fmt: skip
+    config = _llama_config(target.config)
     before = torch.get_default_dtype()
     torch.set_default_dtype(target.dtype)
     try:
@@ -286,10 +228,10 @@ def static_step(target: Model, context: int) -> Callable[[], object]:
             model = LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-    cache = StaticCache(config=config, max_cache_len=context + 8 * ROUNDS)
+    cache = StaticCache(config=config, max_cache_len=context + 8 * REPEATS)
     with torch.inference_mode():
-        fill(model, [5] * (context - 1), cache)
-    token = torch.tensor([[5]], device=target.device)
+        fill(model, [TOKEN] * (context - 1), cache)
+    token = torch.tensor([[TOKEN]], device=target.device)
 
     @torch.inference_mode()
     def step() -> None:
@@ -298,9 +240,26 @@ def static_step(target: Model, context: int) -> Callable[[], object]:
     return step
 
 
+def _llama_config(c: ModelConfig):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_position,
+        tie_word_embeddings=c.tied_head,
+    )
+
+
 def lines(found: dict) -> Iterator[str]:
     """The result as a short table."""
-    yield f"{found['engine']} ({found['detail']}), {found['dtype']}; copy {found['copy_gb_s']:.0f} GB/s; " + (
+    yield (
+        f"{found['engine']} ({found['detail']}), {found['dtype']}; copy {found['copy_gb_s']:.0f} GB/s; "
         f"planned peak {gigabytes(found['planned_peak_bytes'])}"
     )
     for cell in found["contexts"]:
@@ -310,12 +269,10 @@ def lines(found: dict) -> Iterator[str]:
             yield f"  {name:20} {ms:9.3f} ms  {ms / cell['ar_ms']:.2f} × ours"
         for gamma, row in cell["rounds"].items():
             yield f"  γ {gamma:<2} round {row['ms']:9.3f} ms  verify {row['verify_over_ar']:.2f} × AR"
-        for d in cell["drafts"]:
-            yield f"  draft token {d['budget']!s:>5} {d['ms']:9.4f} ms  {d['share']:.0%} of copy speed"
-        for t in cell["tokens_per_second"]:
-            what = (
-                "AR"
-                if t["acceptance_rate"] is None
-                else f"{t['dataset']} at {t['acceptance_rate']:.0%}, γ {t['gamma']}"
-            )
-            yield f"  {what:28} {t['tokens_per_second']:8.1f} tok/s  {t['speedup']:.2f}×"
+        for draft in cell["drafts"]:
+            yield f"  draft token {draft['budget']!s:>5} {draft['ms']:9.4f} ms  {draft['share']:.0%} of copy speed"
+        for speed in cell["tokens_per_second"]:
+            what = "AR"
+            if speed["acceptance_rate"] is not None:
+                what = f"{speed['dataset']} at {speed['acceptance_rate']:.0%}, γ {speed['gamma']}"
+            yield f"  {what:28} {speed['tokens_per_second']:8.1f} tok/s  {speed['speedup']:.2f}×"

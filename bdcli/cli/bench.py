@@ -132,10 +132,9 @@ def _shape(
         kind = pick_dtype(options.dtype, where)
     run_id = store.begin("shape", given | chosen, target=name.split("+")[0], drafter=name.split("+")[1])
     with recorded(store, run_id):
-        rounds = {"rounds": 3} if quick else {}
-        found = shapes.measure(
-            pair, contexts, kind, where, options.engine, progress=SweepProgress(), **chosen, **rounds
-        )
+        repeats = {"repeats": 3} if quick else {}
+        measured = shapes.ShapeBench(pair, contexts, kind, where, **chosen, **repeats)
+        found = measured.measure(options.engine, SweepProgress())
     columns = {"device": str(where), "dtype": found["dtype"], "attention": found["engine"]}
     columns |= {"context": max(contexts), "peak_memory_bytes": found["peak_bytes"]}
     store.finish(run_id, "done", config=given | chosen | {"measured": found}, **columns)
