@@ -6,8 +6,9 @@ A document is cut at interior anchors, so that what would follow the prompt is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
@@ -28,48 +29,67 @@ class Sample:
 
     def prompt(self, context: int) -> list[int]:
         """Exactly `context` ids."""
-        room = context - len(self.start) - len(self.tail)
-        return [*self.start, *self.before[len(self.before) - room :], *self.tail]
+        first = len(self.before) - (context - len(self.start) - len(self.tail))
+        return [*self.start, *self.before[first:], *self.tail]
+
+
+class _Document(NamedTuple):
+    """A document long enough to be cut: its ids, and those of its question."""
+
+    name: str
+    ids: tuple[int, ...]
+    tail: tuple[int, ...]
 
 
 def ids_digest(ids: Sequence[int]) -> str:
+    """Digest of a prompt, by which the store recognises it."""
     return digest(list(ids))
 
 
 def load_samples(
-    tokenizer, dataset: str, sources: Sequence[str], count: int, longest: int, asked: bool = True
+    tokenizer, dataset: str, sources: Sequence[str], count: int, longest: int, questions: bool = True
 ) -> list[Sample]:
     """`count` samples of up to `longest` tokens; fewer when the documents are rows with a question each.
 
-    Without `asked` questions are left out and all documents are running text.
-
-    Documents too short are passed over. Raises UserError when none is long enough.
+    Without `questions` all documents are running text. Documents too short are left out. Raises UserError when none is
+    long enough.
     """
     start = tuple(encode(tokenizer, ""))
-    usable, short = [], 0
-    for name, text, question in _rows(dataset, sources):
-        ids, tail = _bare(tokenizer, text, start), _bare(tokenizer, question, start) if question and asked else ()
-        fits = len(start) + len(tail) < longest <= len(start) + len(ids) + len(tail)
-        short += not fits
-        if fits:
-            usable.append((name, ids, tail))
-        if len(usable) == count:
-            break
+    usable, short = _usable(tokenizer, start, _rows(dataset, sources, questions), count, longest)
     if not usable:
         raise UserError(
             f"no document of {dataset} ({', '.join(sources)}) has {longest} tokens; {short} are shorter",
             "Lower --ctx or name longer texts",
         )
     samples = []
-    for n in range(count):
-        (name, ids, tail), turn = usable[n % len(usable)], n // len(usable)
+    for index in range(count):
+        (name, ids, tail), turn = usable[index % len(usable)], index // len(usable)
         if tail and turn:
             break  # a question is asked once
-        of = (count - n % len(usable) + len(usable) - 1) // len(usable)  # samples cut from this document
-        least = longest - len(start) - len(tail)
-        end = len(ids) if tail else least + (len(ids) - least) * (turn + 1) // (of + 1)
-        samples.append(Sample(dataset, n, f"{name}@{end}", start, ids[end - least : end], tail))
+        length = longest - len(start) - len(tail)
+        end = len(ids)
+        if not tail:
+            cuts = (count - index % len(usable) + len(usable) - 1) // len(usable)  # samples of this document
+            end = length + (len(ids) - length) * (turn + 1) // (cuts + 1)
+        samples.append(Sample(dataset, index, f"{name}@{end}", start, ids[end - length : end], tail))
     return samples
+
+
+def _usable(
+    tokenizer, start: tuple[int, ...], rows: Iterable[tuple[str, str, str]], count: int, longest: int
+) -> tuple[list[_Document], int]:
+    """The first `count` documents that fill `longest` tokens with their whole question, and how many do not."""
+    usable, short = [], 0
+    for name, text, question in rows:
+        ids = _bare(tokenizer, text, start)
+        tail = _bare(tokenizer, question, start) if question else ()
+        if len(start) + len(tail) < longest <= len(start) + len(ids) + len(tail):
+            usable.append(_Document(name, ids, tail))
+        else:
+            short += 1
+        if len(usable) == count:
+            break
+    return usable, short
 
 
 def _bare(tokenizer, text: str, start: tuple[int, ...]) -> tuple[int, ...]:
@@ -78,10 +98,10 @@ def _bare(tokenizer, text: str, start: tuple[int, ...]) -> tuple[int, ...]:
     return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
-def _rows(dataset: str, sources: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+def _rows(dataset: str, sources: Sequence[str], questions: bool) -> Iterator[tuple[str, str, str]]:
     """(name, document, question or "") of every document; of stdlib what is held out of training."""
     instruction = INSTRUCTIONS.get(dataset, "")
     for source in sources:
         for d in documents(source):
             if d.held_out or source != "stdlib":
-                yield d.name, d.text, d.question or instruction
+                yield d.name, d.text, (d.question or instruction) if questions else ""
