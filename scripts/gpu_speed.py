@@ -5,8 +5,7 @@
     python scripts/gpu_speed.py --tiny                   # any machine: does the script run? Plain operations on a CPU
 
 Ceilings are measured here, never taken from a data sheet: a copy within the device, and the time that a kernel which
-does nothing adds to a CUDA graph. Small kernels are timed as many calls in one graph. The last table holds what was
-measured against what is wanted.
+does nothing adds to a CUDA graph. The last table compares what was measured with what is wanted.
 """
 
 from __future__ import annotations
@@ -15,19 +14,15 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from bdcli.backends.cuda import caches, program
-from bdcli.backends.cuda.graph import capture, new_pool
 from bdcli.backends.cuda.ops import ops_for
 from bdcli.backends.cuda.support import describe
 from bdcli.backends.select import Backend, static_backend, torch_backend
@@ -35,10 +30,11 @@ from bdcli.base.devices import pick_device, pick_dtype
 from bdcli.base.progress import Progress
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.bench import shapes
-from bdcli.bench.timing import copy_speed, wait
+from bdcli.bench.attention import AttentionBench
 from bdcli.cache.selection import CacheSize, Window
 from bdcli.data.prompts import stdlib_text
 from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
+from bdcli.model.llama import Model
 from bdcli.speculation.baseline import teacher_force
 from bdcli.speculation.draft_length import FixedGamma
 from bdcli.speculation.sampling import Sampling
@@ -48,20 +44,21 @@ ROOT = Path(__file__).parent.parent
 DEVICE_TESTS = ("kernels/test_device.py", "backends/test_cuda.py")
 PARTS = ("check", "attention", "engine")
 SPARE_TOKENS = 20  # of a cache, for the rows of a round
-HEADS, DIM = 32, 128  # of Llama-2-7B, whose target is the larger of the pair
+BUDGET, GAMMA = 256, 5  # of the texts that are compared
+TEXT_CHARACTERS = 200_000  # of the prompts' source
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much to do. `batch` sequences fill the chip; `calls` of a kernel make one graph."""
+    """How much to do: for `AttentionBench`, for `ShapeBench`, and texts of the pocket pair."""
 
     contexts: tuple[int, ...] = (4096, 8192, 16384)
     batch: int = 64
-    heads: int = HEADS
+    heads: int = 32  # of Llama-2-7B
     budget: int = 512
     rows: tuple[int, ...] = (1, 2, 4, 8, 16)
     calls: int = 20
-    rounds: int = 15
+    repeats: int = 15
     shape: str = "llama2-7b+68m"
     gammas: tuple[int, ...] = shapes.GAMMAS
     budgets: tuple[int | None, ...] = shapes.BUDGETS
@@ -69,17 +66,30 @@ class Size:
     new_tokens: int = 96
 
 
-TINY = Size((256, 512), 2, 2, 128, (1, 8), 2, 2, "tiny+tiny", (1, 7), (128, None), (200,), 12)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+TINY = Size(
+    contexts=(256, 512),
+    batch=2,
+    heads=2,
+    budget=128,
+    rows=(1, 8),
+    calls=2,
+    repeats=2,
+    shape="tiny+tiny",
+    gammas=(1, 7),
+    budgets=(128, None),
+    prompts=(200,),
+    new_tokens=12,
+)
 
 
 class Notes(Progress):
     """Shows notes on stderr."""
 
-    note = staticmethod(say)
+    def note(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+NOTES = Notes()
 
 
 def environment(device: torch.device) -> dict:
@@ -92,29 +102,12 @@ def environment(device: torch.device) -> dict:
     return found
 
 
-def microseconds(call: Callable[[], object], device: torch.device, size: Size) -> float:
-    """Of one call among many in one graph; the median of some replays."""
-
-    def many() -> None:
-        for _ in range(size.calls):
-            call()
-
-    run, taken = capture(many, device, new_pool(device)), []
-    for _ in range(size.rounds + 2):
-        wait(device)
-        began = time.perf_counter()
-        run()
-        wait(device)
-        taken.append(1e6 * (time.perf_counter() - began) / size.calls)
-    return statistics.median(taken[2:])
-
-
 # -- right
 
 
-def check(device: torch.device, size: Size, engine: Backend) -> dict:
+def check(device: torch.device, size: Size, backend: Backend) -> dict:
     """Kernels against references, the device tests of the suite where they are, and greedy text against torch's."""
-    found: dict = {"texts": [*texts(device, size, engine)]}
+    found: dict = {"texts": list(texts(device, size, backend))}
     if device.type != "cuda":
         return found
     from bd_kernels.self_check import checks
@@ -122,7 +115,7 @@ def check(device: torch.device, size: Size, engine: Backend) -> dict:
     found["self_check"] = {str(kind)[6:]: dict(checks(device, kind)) for kind in (torch.bfloat16, torch.float16)}
     files = [str(ROOT / "tests" / name) for name in DEVICE_TESTS if (ROOT / "tests" / name).exists()]
     if files:
-        say("device tests")
+        NOTES.note("device tests")
         several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *several, *files]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -130,131 +123,61 @@ def check(device: torch.device, size: Size, engine: Backend) -> dict:
     return found
 
 
-def texts(device: torch.device, size: Size, engine: Backend) -> Iterator[dict]:
+def texts(device: torch.device, size: Size, backend: Backend) -> Iterator[dict]:
     """Greedy text of the pocket pair in whole rounds against torch's own, by the rule of `TieRule` where they differ.
 
     In fp32 texts must simply be equal.
     """
-    ids = load_tokenizer(POCKET / "target")(stdlib_text()[:200_000], verbose=False)["input_ids"]
+    ids = load_tokenizer(POCKET / "target")(stdlib_text()[:TEXT_CHARACTERS], verbose=False)["input_ids"]
     for dtype in (torch.float32, pick_dtype("auto", device)) if device.type == "cuda" else (torch.float32,):
         models = [load_model(POCKET / role, dtype, device) for role in ("target", "drafter")]
         for length in size.prompts:
-            say(f"text after {length} tokens, {dtype}")
-            made = [_write(each, models, ids[:length], size.new_tokens, device) for each in (engine, torch_backend())]
-            (text, accepted), (plain, _) = made
+            NOTES.note(f"text after {length} tokens, {dtype}")
+            prompt, capacity = ids[:length], length + size.new_tokens + SPARE_TOKENS
+            cache_size = CacheSize(length, capacity, capacity)
+            text, accepted = generate(backend, models, cache_size, prompt, size.new_tokens)
+            plain, _ = generate(torch_backend(), models, cache_size, prompt, size.new_tokens)
             equal, ties = text == plain, 0
             if not equal and dtype is not torch.float32:
-                runner = torch_backend().target(models[0], _cache_size(length, size.new_tokens))
-                runner.prefill(ids[: length - 1])
-                rule = teacher_force(runner, ids[:length], text)
+                runner = torch_backend().target(models[0], cache_size)
+                runner.prefill(prompt[:-1])
+                rule = teacher_force(runner, prompt, text)
                 equal, ties = rule.equal, rule.ties
             yield {"dtype": str(dtype)[6:], "prompt": length, "equal": equal, "ties": ties, "accepted": accepted}
 
 
-def _write(engine: Backend, models: list, prompt: list[int], new: int, device: torch.device) -> tuple[list[int], int]:
-    size, vocab = _cache_size(len(prompt), new), models[0].config.vocab_size
-    target, drafter = engine.target(models[0], size), engine.drafter(models[1], Window(256, gamma=5), size, vocab)
-    run = Speculator(target, drafter, Sampling(), 0, device)
+def generate(
+    backend: Backend, models: list[Model], size: CacheSize, prompt: list[int], new_tokens: int
+) -> tuple[list[int], int]:
+    """Greedy text, and how many proposed tokens were accepted."""
+    target = backend.target(models[0], size)
+    drafter = backend.drafter(models[1], Window(BUDGET, gamma=GAMMA), size, models[0].config.vocab_size)
+    run = Speculator(target, drafter, Sampling(), 0, models[0].device)
     run.prefill(prompt)
-    accepted = sum(r.accepted for r in run.rounds(new, frozenset(), FixedGamma(5)))
+    accepted = sum(r.accepted for r in run.rounds(new_tokens, frozenset(), FixedGamma(GAMMA)))
     return run.new_tokens, accepted
 
 
-def _cache_size(prompt: int, new_tokens: int) -> CacheSize:
-    capacity = prompt + new_tokens + SPARE_TOKENS
-    return CacheSize(prompt, capacity, capacity)
-
-
-# -- fast: attention
+# -- fast
 
 
 def attention(device: torch.device, dtype: torch.dtype, size: Size) -> dict:
-    copied = copy_speed(device, 2**30 if device.type == "cuda" else 2**25)
-    one = torch.zeros(1, device=device)
-    launch = microseconds(lambda: one.add_(1), device, dataclasses.replace(size, calls=10 * size.calls))
-    say(f"copy {copied:.0f} GB/s, launch floor {launch:.2f} us")
-    return {
-        "copy_gb_s": copied,
-        "launch_us": launch,
-        "draft": [*draft_kernel(device, dtype, size, copied)],
-        "verify": [*verify_kernel(device, dtype, size, copied)],
-    }
+    """The attention kernels."""
+    bench = AttentionBench(
+        device,
+        dtype,
+        contexts=size.contexts,
+        rows=size.rows,
+        budget=size.budget,
+        batch=size.batch,
+        heads=size.heads,
+        calls=size.calls,
+        repeats=size.repeats,
+    )
+    return bench.measure(NOTES)
 
 
-def draft_kernel(device: torch.device, dtype: torch.dtype, size: Size, copied: float) -> Iterator[dict]:
-    """One query row over a full budget, rotated in the kernel, alone and for a batch that fills the chip."""
-    view = Window(size.budget).view(10 * size.budget)
-    table = torch.randn(20 * size.budget, DIM, device=device, dtype=dtype)
-    for batch in (1, size.batch):
-        q = torch.randn(batch, 1, size.heads, DIM, device=device, dtype=dtype)
-        k, v = (torch.randn(batch, size.heads, size.budget, DIM, device=device, dtype=dtype) for _ in range(2))
-        at = torch.full((batch,), 10 * size.budget, device=device)
-        us = microseconds(
-            lambda q=q, k=k, v=v, at=at: ops_for(device.type).draft_attention(
-                q, k, v, at, view.sinks, view.chosen, view.window, view.ring, rope=(table, table)
-            ),
-            device, size,
-        )  # fmt: skip
-        floor = (k.nbytes + v.nbytes + 2 * q.nbytes) / copied / 1e3
-        yield {"batch": batch, "heads": size.heads, "budget": size.budget, "us": us, "floor_us": floor}
-
-
-def verify_kernel(device: torch.device, dtype: torch.dtype, size: Size, copied: float) -> Iterator[dict]:
-    """New rows over one long cache, ours and others'; what another cannot do is written down as its error."""
-    for context in size.contexts:
-        k, v = (torch.randn(1, size.heads, context + 32, DIM, device=device, dtype=dtype) for _ in range(2))
-        for rows in size.rows:
-            q = torch.randn(1, rows, size.heads, DIM, device=device, dtype=dtype)
-            length = torch.tensor([context], device=device)
-            arms = {
-                "us": lambda q=q, k=k, v=v, n=length: ops_for(device.type).verify_attention(q, k, v, n),
-                "sdpa_us": sdpa(q, k, v, context),
-                "flex_us": flex(q, k, v, context),
-            }
-            found = {}
-            for name, call in arms.items():
-                try:
-                    found[name] = microseconds(call, device, size)
-                except Exception as error:
-                    if name == "us":
-                        raise
-                    found[name], found[name[:-3] + "_error"] = None, " ".join(str(error).split())[:200]
-            floor = 2 * size.heads * (context + rows) * DIM * k.element_size() / copied / 1e3
-            yield {"context": context, "rows": rows, "heads": size.heads, **found, "floor_us": floor}
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, context: int) -> Callable[[], Tensor]:
-    """torch's scaled-dot-product attention with the mask that rows after a context need."""
-    rows = q.shape[1]
-    k, v, queries = k[:, :, : context + rows], v[:, :, : context + rows], q.transpose(1, 2)
-    mask = torch.zeros(rows, context + rows, device=q.device, dtype=q.dtype)
-    mask[:, context:] = torch.full((rows, rows), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
-    mask = None if rows == 1 else mask
-    return lambda: torch.nn.functional.scaled_dot_product_attention(queries, k, v, attn_mask=mask)
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, context: int) -> Callable[[], Tensor]:
-    """FlexAttention, compiled where there is a GPU."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    rows, made = q.shape[1], {}
-    k, v, queries = k[:, :, : context + rows], v[:, :, : context + rows], q.transpose(1, 2)
-
-    def call() -> Tensor:
-        if not made:  # an error of its making is an error of this arm
-            made["mask"] = create_block_mask(
-                lambda _b, _h, row, key: key <= row + context, None, None, rows, context + rows, device=str(q.device)
-            )
-            made["run"] = torch.compile(flex_attention) if q.device.type == "cuda" else flex_attention
-        return made["run"](queries, k, v, block_mask=made["mask"])
-
-    return call
-
-
-# -- fast: the engine
-
-
-def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: Backend) -> dict:
+def rounds(device: torch.device, dtype: torch.dtype, size: Size, backend: Backend) -> dict:
     """The pair's shapes in whole rounds and, at the first context, without the kernels between a layer's products."""
     bench = shapes.ShapeBench(
         shapes.parse_shape(size.shape),
@@ -263,10 +186,10 @@ def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: B
         device,
         gammas=size.gammas,
         budgets=size.budgets,
-        repeats=size.rounds,
+        repeats=size.repeats,
     )
-    found = bench.measure(engine, Notes())
-    say("without the kernels between products")
+    found = bench.measure(backend, NOTES)
+    NOTES.note("without the kernels between products")
     plain = ops_for("cpu")
     unfused = dataclasses.replace(
         ops_for(device.type), add_norm=plain.add_norm, gate=plain.gate, rotate_store=plain.rotate_store
@@ -278,7 +201,7 @@ def whole_engine(device: torch.device, dtype: torch.dtype, size: Size, engine: B
         small = dataclasses.replace(
             bench, contexts=size.contexts[:1], gammas=size.gammas[:1], budgets=size.budgets[:1], peers=False
         )
-        other = small.measure(engine)
+        other = small.measure(backend)
     found["unfused_ar_ms"] = other["contexts"][0]["ar_ms"]
     return found
 
@@ -360,15 +283,15 @@ def main() -> int:
         size = dataclasses.replace(size, shape=options.shape)
     cuda = device.type == "cuda"
     dtype = pick_dtype("auto", device) if cuda else torch.float32
-    engine = static_backend("triton", describe(device)) if cuda else static_backend("plain", "no kernels: a CPU")
+    backend = static_backend("triton", describe(device)) if cuda else static_backend("plain", "no kernels: a CPU")
     found: dict = {"environment": environment(device)}
     work = {
-        "check": lambda: check(device, size, engine),
+        "check": lambda: check(device, size, backend),
         "attention": lambda: attention(device, dtype, size),
-        "engine": lambda: whole_engine(device, dtype, size, engine),
+        "engine": lambda: rounds(device, dtype, size, backend),
     }
     for part in parts:
-        say(part)
+        NOTES.note(part)
         found[part] = work[part]()
         found["verdicts"] = [dict(zip(("what", "measured", "wanted", "holds"), row)) for row in verdicts(found)]
         options.out.write_text(json.dumps(found, indent=1))  # what is known so far survives what comes

@@ -40,7 +40,6 @@ SHAPES = {
 GAMMAS = tuple(range(1, GAMMA_MAX + 1))
 BUDGETS = (256, 512, 1024, 2048, None)
 DRAFT_TOKENS = 5  # γ at which a draft token is timed, and at which the paper's acceptance rates are taken
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # of the copy that shows a device's memory speed
 BISECTIONS = 50
 Shape = tuple[ModelConfig, ModelConfig]
 
@@ -96,7 +95,7 @@ class ShapeBench:
             plan.check(free_memory(self.device))
         models = [random_model(c, seed, self.dtype, self.device) for seed, c in enumerate(self.shape)]
         backend = engine if isinstance(engine, Backend) else pick_backend(engine, models, progress)
-        copy_gb_s = copy_speed(self.device, COPY_BYTES.get(self.device.type, COPY_BYTES["cpu"]))
+        copy_gb_s = copy_speed(self.device)
         cells = []
         for context in self.contexts:
             progress.note(f"{context} tokens")

@@ -19,6 +19,7 @@ from bdcli.speculation.speculator import Round, Speculator
 
 REPEATS = 15  # timed calls of a step
 WARM_UP_CALLS = 2  # calls before them that do not count
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # of the copy that shows the speed of a device's memory
 TOKEN = 5  # of every text, an id that all vocabularies have
 
 
@@ -45,8 +46,9 @@ def median_ms(steps: dict[str, Callable[[], object]], device: torch.device, repe
     return {name: statistics.median(turn[name] for turn in turns[WARM_UP_CALLS:]) for name in steps}
 
 
-def copy_speed(device: torch.device, size_bytes: int = 2**30) -> float:
+def copy_speed(device: torch.device) -> float:
     """GB/s of a copy within the device, counted as read and written; the median of nine."""
+    size_bytes = COPY_BYTES["cuda" if device.type == "cuda" else "cpu"]
     source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size_bytes / median_ms({"copy": lambda: target.copy_(source)}, device, 9)["copy"] / 1e6
