@@ -4,7 +4,7 @@
     python scripts/cpu_speed.py --dtype float32 --contexts 4096 --shapes pocket
 
 First the ceiling: bytes that a step must move (weights and KV entries) over the measured speed of a stream from memory.
-Then each step as a multiple of it, arms taken in turn, medians. Caches hold random numbers: speed does not depend on
+Then each step as a multiple of it, steps taken in turn, medians. Caches hold random numbers: speed does not depend on
 them, and nothing has to be read first. Draft tokens are timed inside rounds, each after a verification that has swept
 the target's cache through memory. The last line is JSON.
 """
@@ -31,19 +31,29 @@ from bdcli.bench.timing import fill_random
 from bdcli.cache.selection import CacheSize, Window
 from bdcli.model.checkpoint import POCKET, load_model
 from bdcli.model.llama import Model
+from bdcli.model.sizes import kv_count
 from bdcli.speculation.drafter import ModelDrafter
 from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling
 
 CPU = torch.device("cpu")
-ROWS = (2, 3, 5, 9, 16)
+VERIFIED_ROWS = (2, 3, 5, 9, 16)
 BUDGETS = (256, 512, 1024, 2048)
 GAMMA = 8
 SPARE_TOKENS = 64  # of a cache, for the rows of a step
-LARGE = {
-    "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 16896, "tie_word_embeddings": True,
-}  # fmt: skip
+STREAM_NUMBERS = 128 * 2**20  # fp32
+AR_SHARE = 0.6  # of stream speed, that an AR step is expected to reach
+SETTLE_S = 0.01  # torch's threads spin for some milliseconds after the step before
+SHAPE_125M = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 16896,
+    "tie_word_embeddings": True,
+}
 
 
 class Notes(Progress):
@@ -53,22 +63,22 @@ class Notes(Progress):
 
 
 def milliseconds(step: Callable[[], object]) -> float:
-    time.sleep(0.01)  # torch's threads spin for some milliseconds after the arm before
-    began = time.perf_counter()
+    time.sleep(SETTLE_S)
+    started = time.perf_counter()
     step()
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * (time.perf_counter() - started)
 
 
-def in_turn(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each arm; every round runs all of them once, after one that does not count."""
-    taken = [{name: milliseconds(step) for name, step in arms.items()} for _ in range(rounds + 1)][1:]
-    return {name: statistics.median(t[name] for t in taken) for name in arms}
+def median_ms(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each step; every round runs all of them once, after one that does not count."""
+    turns = [{name: milliseconds(step) for name, step in steps.items()} for _ in range(rounds + 1)][1:]
+    return {name: statistics.median(turn[name] for turn in turns) for name in steps}
 
 
-def stream() -> float:
+def stream_speed() -> float:
     """GB/s: a sum over 512 MB on all threads, the median of nine."""
-    data = torch.ones(128 * 2**20)
-    return data.nbytes / in_turn({"sum": data.sum}, 9)["sum"] / 1e6
+    data = torch.ones(STREAM_NUMBERS)
+    return data.nbytes / median_ms({"sum": data.sum}, 9)["sum"] / 1e6
 
 
 def random_pair(folder: Path) -> tuple[Path, Path]:
@@ -76,12 +86,12 @@ def random_pair(folder: Path) -> tuple[Path, Path]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     for name, layers in (("target", 12), ("drafter", 2)):
-        model = LlamaForCausalLM(LlamaConfig(**LARGE | {"num_hidden_layers": layers})).to(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE_125M | {"num_hidden_layers": layers})).to(torch.bfloat16)
         model.save_pretrained(folder / name)
     return folder / "target", folder / "drafter"
 
 
-def plain(runner: Runner, rows: int) -> Callable[[], None]:
+def forward_step(runner: Runner, rows: int) -> Callable[[], None]:
     """A forward over `rows` tokens, undone."""
     length = runner.length
 
@@ -93,7 +103,7 @@ def plain(runner: Runner, rows: int) -> Callable[[], None]:
     return step
 
 
-def drafting(drafter: ModelDrafter, ids: list[int]) -> Callable[[], None]:
+def draft_step(drafter: ModelDrafter, ids: list[int]) -> Callable[[], None]:
     """A draft of GAMMA tokens after `ids`, undone."""
 
     def step() -> None:
@@ -122,9 +132,9 @@ def hugging_face(folder: Path, length: int, dtype: torch.dtype) -> Callable[[], 
     return step
 
 
-def kv_bytes(model: Model, entries: int) -> int:
-    c = model.config
-    return 2 * c.layers * c.kv_heads * c.head_dim * entries * model.embedding.element_size()
+def moved_bytes(model: Model, entries: int) -> int:
+    """What a step reads: weights, and `entries` of each layer's cache."""
+    return model.weight_bytes + kv_count(model.config, entries) * model.dtype.itemsize
 
 
 def cache_size(context: int) -> CacheSize:
@@ -139,13 +149,14 @@ def target_steps(folder: Path, context: int, dtype: torch.dtype, rounds: int) ->
     ours = fill_random(pick_backend("compiled", [model], Notes()).target(model, size), context)
     other = load_model(folder, dtype, CPU)
     eager = fill_random(torch_backend().target(other, size), context)
-    arms = {"AR": plain(ours, 1), **{f"verify {r}": plain(ours, r) for r in ROWS}, "torch AR": plain(eager, 1)}
-    arms |= {
+    steps = {"AR": forward_step(ours, 1)} | {f"verify {r}": forward_step(ours, r) for r in VERIFIED_ROWS}
+    steps["torch AR"] = forward_step(eager, 1)
+    steps |= {
         f"transformers AR {str(d)[6:]}": hugging_face(folder, context, d)
         for d in DTYPES.values()
         if d.itemsize != 2 or d is torch.bfloat16
     }
-    return in_turn(arms, rounds), model.weight_bytes + kv_bytes(model, context), ours
+    return median_ms(steps, rounds), moved_bytes(model, context), ours
 
 
 def draft_steps(target: Runner, folder: Path, dtype: torch.dtype, rounds: int) -> dict[int, tuple[float, int]]:
@@ -156,48 +167,56 @@ def draft_steps(target: Runner, folder: Path, dtype: torch.dtype, rounds: int) -
     for budget in BUDGETS:
         drafter = backend.drafter(model, Window(budget), cache_size(target.length), model.config.vocab_size)
         fill_random(drafter.runner, target.length)
-        draft, verify, taken = drafting(drafter, ids), plain(target, GAMMA + 1), []
+        draft, verify, times = draft_step(drafter, ids), forward_step(target, GAMMA + 1), []
         for _ in range(rounds + 1):
             verify()
-            began = time.perf_counter()
+            started = time.perf_counter()
             draft()
-            taken.append(1e3 * (time.perf_counter() - began) / GAMMA)
-        found[budget] = statistics.median(taken[1:]), model.weight_bytes + kv_bytes(model, budget)
+            times.append(1e3 * (time.perf_counter() - started) / GAMMA)
+        found[budget] = statistics.median(times[1:]), moved_bytes(model, budget)
     return found
 
 
-def show(name: str, ms: float, floor: float, note: str = "") -> None:
-    print(f"  {name:24} {ms:8.3f} ms  floor {floor:7.3f}  {floor / ms:5.0%} of stream speed  {note}")
+def show(name: str, ms: float, floor_ms: float, note: str = "") -> None:
+    print(f"  {name:24} {ms:8.3f} ms  floor {floor_ms:7.3f}  {floor_ms / ms:5.0%} of stream speed  {note}")
+
+
+def comparison(name: str, ms: float, ar_ms: float, floor_ms: float) -> str:
+    """What a step of the target is compared with."""
+    if name.startswith("verify"):
+        return f"{ms / max(ar_ms, floor_ms / AR_SHARE):.2f} × max(AR, floor / {AR_SHARE})"
+    return f"{ms / ar_ms:.2f} × ours" if " AR" in name else ""
+
+
+def measure(folders: tuple[Path, Path], context: int, dtype: torch.dtype, bandwidth: float, rounds: int) -> dict:
+    """Steps of a pair at one context, shown as they come. `bandwidth` in GB/s."""
+    steps, target_bytes, target = target_steps(folders[0], context, dtype, rounds)
+    floor_ms = target_bytes / bandwidth / 1e6
+    for name, ms in steps.items():
+        show(name, ms, floor_ms, comparison(name, ms, steps["AR"], floor_ms))
+    draft_ms, draft_floor_ms = {}, {}
+    for budget, (ms, draft_bytes) in draft_steps(target, folders[1], dtype, rounds).items():
+        draft_ms[budget], draft_floor_ms[budget] = ms, draft_bytes / bandwidth / 1e6
+        note = f"{ms / draft_floor_ms[budget]:.2f} × floor, {ms / steps['AR']:.1%} of an AR step"
+        show(f"draft token {budget}", ms, draft_floor_ms[budget], note)
+    return {"floor_ms": floor_ms, "steps_ms": steps, "draft_ms": draft_ms, "draft_floor_ms": draft_floor_ms}
 
 
 def main(
     shapes: Annotated[str, typer.Option(help="pocket and 125m, by comma.")] = "pocket,125m",
     contexts: Annotated[str, typer.Option(help="Tokens in the target's cache.")] = "4096,8192,16384",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    rounds: Annotated[int, typer.Option(help="Timed rounds of each arm.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each step.")] = 9,
 ) -> None:
-    kind, found = DTYPES[dtype], []
-    bandwidth = stream()
+    found, bandwidth = [], stream_speed()
     print(f"{machine()}; {dtype}; stream from memory {bandwidth:.1f} GB/s on {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as temporary:
         for shape in shapes.split(","):
             folders = (POCKET / "target", POCKET / "drafter") if shape == "pocket" else random_pair(Path(temporary))
             for context in map(int, contexts.split(",")):
                 print(f"{shape} at {context} tokens")
-                steps, moved, ours = target_steps(folders[0], context, kind, rounds)
-                floor = moved / bandwidth / 1e6
-                bound = max(steps["AR"], floor / 0.6)
-                for name, ms in steps.items():
-                    note = f"{ms / bound:.2f} × max(AR, floor / 0.6)" if name.startswith("verify") else ""
-                    note = f"{ms / steps['AR']:.2f} × ours" if name.endswith("32") or " AR" in name else note
-                    show(name, ms, floor, note)
-                drafts = draft_steps(ours, folders[1], kind, rounds)
-                for budget, (ms, size) in drafts.items():
-                    share = f"{ms * bandwidth * 1e6 / size:.2f} × floor, {ms / steps['AR']:.1%} of an AR step"
-                    show(f"draft token {budget}", ms, size / bandwidth / 1e6, share)
-                found.append({"shape": shape, "context": context, "dtype": dtype, "bandwidth_gb_s": bandwidth,
-                              "floor_ms": floor, "steps_ms": steps, "draft_ms": {b: d[0] for b, d in drafts.items()},
-                              "draft_floor_ms": {b: d[1] / bandwidth / 1e6 for b, d in drafts.items()}})  # fmt: skip
+                head = {"shape": shape, "context": context, "dtype": dtype, "bandwidth_gb_s": bandwidth}
+                found.append(head | measure(folders, context, DTYPES[dtype], bandwidth, rounds))
     print(json.dumps(found))
 
 
