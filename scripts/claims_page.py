@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from result_pages import as_page, rate
+
+from bdcli.base.statistics import bootstrap
 from bdcli.bench.claims import (
     Text,
     Worth,
@@ -19,9 +22,6 @@ from bdcli.bench.claims import (
     read_measurement,
     select,
 )
-from result_pages import as_page, rate
-
-from bdcli.base.statistics import bootstrap
 from bdcli.results.tables import markdown
 
 NAMES = {"books": "books", "qmsum": "meetings (QMSum)", "lwm": "NarrativeQA"}

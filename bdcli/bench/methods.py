@@ -1,4 +1,4 @@
-"""Ways to write on from a prompt, one small class each, in one table. To measure another tool, add a class to it.
+"""Ways to continue a prompt, one small class each, in one table. To measure another tool, add a class to it.
 
 A method is made once for an arm and then run on every prompt: `prepare` reads the prompt where that is the method's own
 affair, `generate` writes. The engine's methods differ in their drafter alone and share the target's cache.
@@ -18,7 +18,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.bench import peers
 from bdcli.bench.lookup import Lookup
-from bdcli.bench.outcome import Held, Method, Outcome
+from bdcli.bench.outcome import Method, Outcome, PreparedTarget
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.config.decode import DecodeOptions
 from bdcli.decode.pair import Pair, load_pair
@@ -103,8 +103,8 @@ class EngineMethod(Method):
         selection = self.session.selection
         return {"select": selection.label, "positions": selection.positions}
 
-    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:
-        target, o = held.target, self.session.options
+    def generate(self, prompt: list[int], prepared: PreparedTarget, seed: int) -> Outcome:
+        target, o = prepared.target, self.session.options
         drafter = self.drafter(len(prompt))
         engine = Speculator(target, drafter, self.session.sampling, seed, target.model.device)
         target.rollback(len(prompt) - 1)
@@ -117,7 +117,7 @@ class EngineMethod(Method):
         return Outcome(
             tokens=engine.new_tokens,
             rounds=rounds,
-            ttft_s=held.prefill_s + prefill_s + rounds[0].seconds,
+            ttft_s=prepared.prefill_s + prefill_s + rounds[0].seconds,
             finish_reason=engine.finish_reason,
             entries=drafter.peak_entries if drafter is not None else None,
             drafter_kv_bytes=drafter.kv_bytes if drafter is not None else 0,

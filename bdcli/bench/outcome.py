@@ -16,7 +16,7 @@ from bdcli.speculation.speculator import Runner
 
 
 @dataclass(frozen=True)
-class Held:
+class PreparedTarget:
     """The target with the prompt read but for its last token, and the seconds that took; shared by all arms."""
 
     target: Runner
@@ -41,7 +41,7 @@ class Method:
     """One arm's way to write. `peer`: not our engine, so its text may differ from AR's without being a fault."""
 
     peer = False
-    gamma_max = 0  # longest draft, for which the shared target needs room
+    gamma_max = 0  # longest draft, which the cache of the shared target must hold
 
     def __init__(self, models, arm: Arm):
         raise NotImplementedError
@@ -53,7 +53,7 @@ class Method:
     def prepare(self, prompt: list[int]) -> None:
         """Read the prompt, where the method cannot share the engine's target. Not timed, not counted as memory."""
 
-    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:
+    def generate(self, prompt: list[int], prepared: PreparedTarget, seed: int) -> Outcome:
         raise NotImplementedError
 
 

@@ -2,7 +2,7 @@
 
 Greedy, 256 new tokens, 10 prompts of which the first warms up, and for every cell the γ of a grid (and the budget) that
 was fastest. The grids depend on the context. The default protocol of `bench` is the more honest one: γ is chosen while
-decoding, all prompts count, and loops are told apart; this one is for comparing with what was published.
+decoding, all prompts count, and loops are reported apart; this one is for comparing with what was published.
 """
 
 from __future__ import annotations

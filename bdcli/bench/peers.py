@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from bdcli.bench.outcome import Held, Method, Outcome
+from bdcli.bench.outcome import Method, Outcome, PreparedTarget
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.model.checkpoint import resolve
 from bdcli.results.metrics import RoundFigures
@@ -144,7 +144,7 @@ class HfMethod(Method):
     def weights(self) -> int:
         return _bytes(self.hf.target.parameters())
 
-    def generate(self, prompt: list[int], held: Held, seed: int) -> Outcome:  # noqa: ARG002
+    def generate(self, prompt: list[int], prepared: PreparedTarget, seed: int) -> Outcome:  # noqa: ARG002
         return self._write(prompt, seed, self.recipe.max_new_tokens)
 
     def _write(self, prompt: list[int], seed: int, limit: int) -> Outcome:
@@ -203,7 +203,7 @@ def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[RoundFig
 
 
 class HfAutoregressive(HfMethod):
-    """Plain `generate`, with the dynamic cache that it makes unless told otherwise."""
+    """Plain `generate`, with the dynamic cache that it makes by default."""
 
 
 class HfStatic(HfMethod):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -57,18 +57,19 @@ def bench(
         str | None, typer.Option(help="Speed of a pair of shapes with random weights instead: llama2-7b+68m, ...")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two prompts, 32 tokens: does everything run?")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what is stored already.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is stored already.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     db: DbOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure arms side by side on the same prompts; an interrupted sweep goes on where it stopped."""
+    """Measure arms side by side on the same prompts; an interrupted sweep continues where it stopped."""
     if shape is not None:
         given = {"recipe": recipe, "--prompts": prompts, "--datasets": datasets, "--methods": methods, "--arms": arms}
         if any(value is not None for value in given.values()):
             named = next(name for name, value in given.items() if value is not None)
             raise UserError(f"--shape measures random weights and takes no {named}", "Leave one of them out")
-        _shape(shape, ctx, dtype, device, engine, budgets, gamma, quick, db, as_json)
+        flags = _ShapeFlags(shape, ctx, dtype, device, engine, budgets, gamma, quick)
+        _measure_shape(flags, db, dry_run, as_json)
         return
     from bdcli.config.bench import BenchRecipe
     from bdcli.config.loader import load_recipe
@@ -94,52 +95,57 @@ def bench(
     _measure(settings, db, fresh, dry_run, as_json)
 
 
-def _shape(
-    name: str,
-    ctx: str | None,
-    dtype: str | None,
-    device: str | None,
-    engine: str | None,
-    budgets: str | None,
-    gamma: str | None,
-    quick: bool,
-    db: str | None,
-    as_json: bool,
-) -> None:
+class _ShapeFlags(NamedTuple):
+    """What `--shape` measures, as it was typed."""
+
+    name: str
+    ctx: str | None
+    dtype: str | None
+    device: str | None
+    engine: str | None
+    budgets: str | None
+    gamma: str | None
+    quick: bool
+
+
+def _measure_shape(flags: _ShapeFlags, db: str | None, dry_run: bool, as_json: bool) -> None:
     """Measure a pair of shapes and store the result as one run."""
     from bdcli.config.decode import DecodeOptions, parse_budget, parse_context, parse_gamma
     from bdcli.results.store import Store
 
-    options = DecodeOptions(dtype=dtype or "auto", device=device or "auto", engine=engine or "auto")
-    contexts = [parse_context(c) for c in _words(ctx or "4k,8k,16k")]
-    given = {"shape": name, "contexts": contexts} | {
+    options = DecodeOptions(dtype=flags.dtype or "auto", device=flags.device or "auto", engine=flags.engine or "auto")
+    contexts = [parse_context(c) for c in _words(flags.ctx or "4k,8k,16k")]
+    given = {"shape": flags.name, "contexts": contexts} | {
         key: getattr(options, key) for key in ("dtype", "device", "engine")
     }
     chosen = {}
-    if budgets is not None:
-        chosen["budgets"] = [parse_budget(b) for b in _words(budgets)]
-    if gamma is not None:
-        chosen["gammas"] = [parse_gamma(g) for g in _words(gamma)]
+    if flags.budgets is not None:
+        chosen["budgets"] = [parse_budget(b) for b in _words(flags.budgets)]
+    if flags.gamma is not None:
+        chosen["gammas"] = [parse_gamma(g) for g in _words(flags.gamma)]
         if None in chosen["gammas"]:
             raise UserError("--gamma auto has no meaning for --shape", "Give numbers: 1,3,7")
-    store = Store(db)
+    store = Store(db, preview=dry_run)
     with status_line("loading torch"):
         from bdcli.base.devices import pick_device, pick_dtype
         from bdcli.bench import shapes
         from bdcli.decode.run import recorded
 
-        pair, where = shapes.parse_shape(name), pick_device(options.device)
-        kind = pick_dtype(options.dtype, where)
-    run_id = store.begin("shape", given | chosen, target=name.split("+")[0], drafter=name.split("+")[1])
+        pair, device = shapes.parse_shape(flags.name), pick_device(options.device)
+        dtype = pick_dtype(options.dtype, device)
+    bench = shapes.ShapeBench(pair, contexts, dtype, device, **chosen, **({"repeats": 3} if flags.quick else {}))
+    if dry_run:
+        note(f"{flags.name} at {', '.join(map(str, contexts))} tokens on {device}, {str(dtype).removeprefix('torch.')}")
+        return
+    target, drafter = flags.name.split("+")
+    run_id = store.begin("shape", given | chosen, target=target, drafter=drafter)
     with recorded(store, run_id):
-        repeats = {"repeats": 3} if quick else {}
-        measured = shapes.ShapeBench(pair, contexts, kind, where, **chosen, **repeats)
-        found = measured.measure(options.engine, SweepProgress())
-    columns = {"device": str(where), "dtype": found["dtype"], "attention": found["engine"]}
+        found = bench.measure(options.engine, SweepProgress())
+    columns = {"device": str(device), "dtype": found["dtype"], "attention": found["engine"]}
     columns |= {"context": max(contexts), "peak_memory_bytes": found["peak_bytes"]}
     store.finish(run_id, "done", config=given | chosen | {"measured": found}, **columns)
     if as_json:
-        typer.echo(json.dumps({"run_id": run_id, "shape": name} | found))
+        typer.echo(json.dumps({"run_id": run_id, "shape": flags.name} | found))
     else:
         typer.echo("\n".join(shapes.lines(found)))
 
@@ -157,13 +163,13 @@ def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool
     from bdcli.results.store import Store
     from bdcli.results.tables import print_table
 
-    store = Store(db)
+    store = Store(db, preview=dry_run)
     with status_line("loading torch and models"):
         from bdcli.bench.sweep import Sweep
 
         progress = SweepProgress()
         sweep = Sweep(settings, store, progress, fresh)
-    for line in sweep.plan():
+    for line in sweep.experiment.plan():
         note(line)
     if dry_run:
         return
@@ -173,11 +179,11 @@ def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        print_table([r for r in sweep.runs() if r.tokens_per_second or not unfinished])
+        print_table([r for r in sweep.experiment.runs() if r.tokens_per_second or not unfinished])
         if settings.protocol == "paper":
             from bdcli.bench.paper import lines
 
-            typer.echo("\n" + "\n".join(lines(sweep.runs())))
+            typer.echo("\n" + "\n".join(lines(sweep.experiment.runs())))
     if unfinished:
         end_interrupted()
     for cell in result["cells"]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
+from bdcli.config.optimizer import setting
 
 ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
 PEER_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
@@ -15,48 +16,44 @@ DRAFTING = ("bd", "full", "window", "chunk", "official", "lookup", "hf-assisted"
 NAIVE = "naive"
 
 
-def _setting(default, meaning: str):
-    return field(default=default, metadata={"help": meaning})
-
-
 @dataclass(frozen=True)
 class Arm:
-    method: Literal[ENGINE_METHODS + PEER_METHODS] = _setting(
+    method: Literal[ENGINE_METHODS + PEER_METHODS] = setting(
         "bd",
         "ar; bd: the drafter under a budget; full: with its full cache; window, chunk: the undistilled drafter read "
         "sparsely; official: the paper's selection; lookup: n-grams of the text; hf-ar, hf-static, hf-assisted, "
         "hf-lookup: the same weights in transformers",
     )
-    budget: int | Literal["full"] | None = _setting(None, "KV entries of the drafter; bd also takes full")
-    gamma: int | Literal["auto"] = _setting("auto", "tokens drafted per round")
-    select: Literal["window", "chunk"] = _setting("window", "what a bd drafter keeps of the prompt")
-    positions: Literal["rebased", "absolute"] = _setting("rebased", "places of kept keys")
-    drafter: str | None = _setting(None, "another drafter: folder, hub name, pocket, or naive")
-    contexts: tuple[int, ...] = _setting((), "only at these contexts; empty is all")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(None, "of a peer (hf-) alone, not the recipe's")
+    budget: int | Literal["full"] | None = setting(None, "KV entries of the drafter; bd also takes full")
+    gamma: int | Literal["auto"] = setting("auto", "tokens drafted per round")
+    select: Literal["window", "chunk"] = setting("window", "what a bd drafter keeps of the prompt")
+    positions: Literal["rebased", "absolute"] = setting("rebased", "places of kept keys")
+    drafter: str | None = setting(None, "another drafter: folder, hub name, pocket, or naive")
+    contexts: tuple[int, ...] = setting((), "only at these contexts; empty is all")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of a peer (hf-) alone, not the recipe's")
 
 
 @dataclass(frozen=True)
 class BenchRecipe:
-    target: str = _setting("pocket", "folder, hub name, or pocket")
-    drafter: str = _setting("pocket", "the drafter that is measured: folder, hub name, or pocket")
-    naive: str | None = _setting(None, "an undistilled drafter, for the arms window and chunk and `drafter: naive`")
+    target: str = setting("pocket", "folder, hub name, or pocket")
+    drafter: str = setting("pocket", "the drafter that is measured: folder, hub name, or pocket")
+    naive: str | None = setting(None, "an undistilled drafter, for the arms window and chunk and `drafter: naive`")
     datasets: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {"stdlib": ("stdlib",)},
         metadata={"help": "name: stdlib, text files, a folder, .jsonl, .parquet or a hub data set"},
     )
-    contexts: tuple[int, ...] = _setting((4096,), "prompt tokens; all contexts of a sample end at the same token")
-    samples: int = _setting(4, "prompts of each data set")
-    max_new_tokens: int = _setting(128, "tokens written after each")
-    warmup_samples: int = _setting(0, "first prompts that are run but not counted")
-    protocol: Literal["default", "paper"] = _setting("default", "paper: show the published figures beside ours")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "auto: bf16 where it is native")
-    device: str = _setting("auto", "auto, cpu, cuda, ...")
-    engine: Literal["auto", "compiled", "torch"] = _setting("auto", "what runs the forwards of our arms")
-    temperature: float = _setting(0.0, "0 is greedy")
-    top_k: int = _setting(0, "0 is off")
-    top_p: float = _setting(1.0, "1 is off")
-    seed: int = _setting(0, "seed of sampling")
+    contexts: tuple[int, ...] = setting((4096,), "prompt tokens; all contexts of a sample end at the same token")
+    samples: int = setting(4, "prompts of each data set")
+    max_new_tokens: int = setting(128, "tokens written after each")
+    warmup_samples: int = setting(0, "first prompts that are run but not counted")
+    protocol: Literal["default", "paper"] = setting("default", "paper: show the published figures beside ours")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bf16 where it is native")
+    device: str = setting("auto", "auto, cpu, cuda, ...")
+    engine: Literal["auto", "compiled", "torch"] = setting("auto", "what runs the forwards of our arms")
+    temperature: float = setting(0.0, "0 is greedy")
+    top_k: int = setting(0, "0 is off")
+    top_p: float = setting(1.0, "1 is off")
+    seed: int = setting(0, "seed of sampling")
     arms: dict[str, Arm] = field(
         default_factory=lambda: {"bd-512": Arm(budget=512)},
         metadata={"help": "name: method, budget, gamma, ...; ar is always among them"},

@@ -37,14 +37,18 @@ class Store:
 
     A store of an older version is migrated first. Raises UserError when the store cannot be used, among others where a
     newer version wrote it. `readonly` needs no write permission, creates nothing and migrates a copy in memory.
+    `preview` works on a copy in memory, empty where no store exists: nothing is written anywhere.
     """
 
-    def __init__(self, where: str | None = None, readonly: bool = False):
+    def __init__(self, where: str | None = None, readonly: bool = False, preview: bool = False):
         self.given = where or os.environ.get("BDCLI_DB")
         place = self.given or str(user_data_path("bdcli") / "runs.db")
         self.path = None if "://" in place else Path(place).expanduser()
         self.name = str(self.path or place)
         self.readonly = readonly and self.path is not None and self.path.exists() and not _writable(self.path)
+        if preview and self.path is not None:
+            self._open_copy()
+            return
         if readonly and self.path is not None and not self.path.exists():
             if where:
                 raise UserError(f"there is no store at {where}", "Runs are stored by: bdcli decode PROMPT_FILE")
@@ -56,6 +60,17 @@ class Store:
             self._migrate(in_copy=readonly and self.path is not None)
             if not self.readonly:
                 self._mark_interrupted()
+
+    def _open_copy(self) -> None:
+        """Work on a copy in memory of what is stored."""
+        with self._explained():
+            self._engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=_compact)
+            if self.path.is_file():
+                # without a write-ahead log the file is whole by itself and need not be locked
+                log = self.path.with_name(self.path.name + "-wal")
+                self.readonly = not (log.exists() and log.stat().st_size)
+                self._engine = self._in_memory()
+            self._migrate(in_copy=False)
 
     def _url(self, place: str) -> str:
         if self.path is None:

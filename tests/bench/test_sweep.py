@@ -169,9 +169,9 @@ def test_arms_rotate_and_share_the_targets_prefill(cli, monkeypatch):
     order, prefills = [], []
     generate, prefill = EngineMethod.generate, Runner.prefill
 
-    def spy(self, prompt, held, seed):
+    def spy(self, prompt, prepared, seed):
         order.append(self.arm.method)
-        return generate(self, prompt, held, seed)
+        return generate(self, prompt, prepared, seed)
 
     def counting(self, tokens, on_block=None):
         prefills.append(len(self.model.layers))
