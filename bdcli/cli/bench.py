@@ -12,7 +12,7 @@ import typer
 from bdcli.base.console import end_interrupted, note, status_line
 from bdcli.base.errors import BdcliError, UserError
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import SweepProgress
+from bdcli.cli.output import SweepProgress, print_table
 
 QUICK = ("samples=2", "max_new_tokens=32")
 
@@ -156,7 +156,6 @@ def _protocol(name: str | None, recipe: Path | None) -> list[str]:
 
 def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool) -> None:
     from bdcli.results.store import Store
-    from bdcli.results.tables import print_table
 
     store = Store(db)
     with status_line("loading torch and models"):

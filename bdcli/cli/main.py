@@ -19,7 +19,7 @@ from bdcli.base.interrupt import raise_interrupt
 from bdcli.cli import train as training
 from bdcli.cli.bench import bench
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import DecodeProgress, summary
+from bdcli.cli.output import DecodeProgress, print_table, summary
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_context, parse_gamma
 
 DEFAULT = DecodeOptions()
@@ -154,8 +154,7 @@ def report(
     db: DbOption = None,
 ) -> None:
     """Show stored runs, or with --run the curves of one."""
-    from bdcli.results import plots
-    from bdcli.results import tables as shown
+    from bdcli.results import plots, query, tables
     from bdcli.results.store import Store
 
     if ctx is not None:
@@ -164,22 +163,22 @@ def report(
     if run is not None:
         evaluations, losses = store.evaluations(run), store.losses(run)
         if losses and plot is None:
-            typer.echo(shown.held_out(losses, str(form)))
+            typer.echo(tables.loss_table(losses, str(form)))
             return
         if not evaluations:
             raise UserError(f"run {run} has no acceptance grid", "See bdcli report --command distill")
         if plot is not None:
             plots.plot_curves(evaluations, plot)
             note(f"wrote {plot}")
-        typer.echo(shown.curves(evaluations, str(form)))
+        typer.echo(tables.acceptance_table(evaluations, str(form)))
         return
-    keep = shown.Filter(ctx, budget, dataset, method, command, status, arm, experiment)
+    keep = query.Filter(ctx, budget, dataset, method, command, status, arm, experiment)
     runs = [each for each in store.runs() if keep(each)]
-    runs = shown.checked(runs[:limit] if limit else runs, store)
-    for line in shown.refused(runs):
+    runs = query.check_cells(runs[:limit] if limit else runs, store)
+    for line in query.refusals(runs):
         note(line)
     if best:
-        runs = shown.best_cells(runs)
+        runs = query.best_cells(runs)
     if plot is not None:
         plots.plot(runs, plot)
         note(f"wrote {plot}")
@@ -189,14 +188,16 @@ def report(
         write_page(runs, html)
         note(f"wrote {html}")
     if side_by_side:
-        typer.echo(shown.markdown(*shown.side_by_side(runs)))
+        typer.echo(tables.markdown(*tables.side_by_side(runs)))
         return
     if not runs and form == "table":
         note(f"no run in {store.name} fits; make one with: bdcli decode PROMPT_FILE")
     if form == "table":
-        shown.print_table(shown.arranged(runs)) if runs else None
+        print_table(query.arrange(runs)) if runs else None
+    elif form == "markdown":
+        typer.echo(tables.as_markdown(query.arrange(runs)))
     else:
-        typer.echo({"json": shown.as_json, "csv": shown.as_csv, "markdown": shown.as_markdown}[str(form)](runs))
+        typer.echo(tables.as_json(runs) if form == "json" else tables.as_csv(runs))
 
 
 @app.command()

@@ -59,10 +59,10 @@ class SweepProgress(ConsoleProgress):
         super().advance(phase, self._share, 1, detail)
 
     def measured(self, rows: Sequence, **_at: int) -> None:
-        from bdcli.results.tables import as_table, brief
+        from bdcli.results.tables import as_table, sweep_line
 
         if not self.interactive:
-            note(f"{self._share:.0%} done, {self._detail}: {brief(rows)}")
+            note(f"{self._share:.0%} done, {self._detail}: {sweep_line(rows)}")
         elif self._live is not None:
             self.show_above(as_table(rows, self.width))
 
@@ -104,3 +104,15 @@ def summary(result: dict) -> None:
         table.add_row(label, pattern.format_map(sentences))
     print()
     Console().print(table)
+
+
+def print_table(runs: list) -> None:
+    """The report's table of stored runs on stdout."""
+    from rich.console import Console
+
+    from bdcli.results.tables import as_table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # a pipe has no width; do not cut columns
+    console.print(as_table(runs, console.width))

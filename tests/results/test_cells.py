@@ -8,8 +8,7 @@ from bdcli.base.statistics import bootstrap
 from bdcli.bench import paper
 from bdcli.config.bench import BenchRecipe
 from bdcli.config.loader import load_recipe
-from bdcli.results import gates
-from bdcli.results import tables as report
+from bdcli.results import gates, query, tables
 from bdcli.results.cells import acceptance, seal, summarise
 from bdcli.results.page import write_page
 from bdcli.results.plots import plot
@@ -189,7 +188,7 @@ def sweep(store, contexts=(4096, 16384)):
             store.update(run_id, ar_run_id=ar_id, **figures | more)
             run = next(r for r in store.runs() if r.run_id == run_id)
             store.update(run_id, seal=seal(run, store.prompts(run_id)))
-    return report.checked(store.runs(), store)
+    return query.check_cells(store.runs(), store)
 
 
 @pytest.fixture
@@ -198,7 +197,7 @@ def swept(tmp_path):
 
 
 def test_tables_put_the_arms_of_a_sweep_side_by_side(swept, cli):
-    head, body = report.side_by_side(swept)
+    head, body = tables.side_by_side(swept)
     assert head == ["arm", "pg19 4k", "pg19 16k"] and [row[0] for row in body] == ["ar", "bd", "full", "lookup"]
     assert body[1][1] == "1.91× (1.83–2.00) 10.5"
     shown = cli("report", "--side-by-side").out
@@ -208,11 +207,11 @@ def test_tables_put_the_arms_of_a_sweep_side_by_side(swept, cli):
 
 
 def test_losses_are_named_and_best_picks_the_fastest_of_each_budget(swept):
-    assert report.losses(swept) == [
+    assert query.faster_rivals(swept) == [
         f"pg19 at {context}: lookup 2.27× ahead of bd 1.91×, beyond both intervals" for context in (4096, 16384)
     ]
     slower = swept[0].model_copy(update={"run_id": "x", "gamma": 9, "speedup": 0.1})
-    assert slower not in report.best_cells([*swept, slower]) and len(report.best_cells([*swept, slower])) == 8
+    assert slower not in query.best_cells([*swept, slower]) and len(query.best_cells([*swept, slower])) == 8
 
 
 def test_a_page_holds_everything_itself(swept, tmp_path, cli):
