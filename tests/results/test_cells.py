@@ -88,7 +88,7 @@ def test_figures_are_pooled_counts_median_speeds_and_the_ratio_that_stands_besid
     assert summarise([text(9)], AR_ROWS) == {"prompts": 0}
 
 
-def test_a_tool_that_does_not_tell_its_drafts_has_no_acceptance():
+def test_a_tool_that_does_not_report_its_drafts_has_no_acceptance():
     m = summarise([text(0, rounds=[(4, None, 3, 1, 0), (4, None, 3, 1, 0)]), text(1)], AR_ROWS)
     assert m["acceptance_rate"] is None and m["drafted"] is None and m["acceptance_low"] is None
     assert m["mean_accepted_length"] == 4.0
@@ -109,7 +109,7 @@ def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
 
 ROWS = [text(0), text(1)]
 FRAUDS = {
-    "an end token inside": ([text(0, tokens=[10, EOS, *range(12, 18)]), text(1)], {}, "goes on after an end token"),
+    "an end token inside": ([text(0, tokens=[10, EOS, *range(12, 18)]), text(1)], {}, "continues after an end token"),
     "too long": ([text(0, tokens=list(range(10, 19)), rounds=[(9, 9, 8, 1, 0)]), text(1)], {}, "longer than 8"),
     "too short": ([text(0, tokens=[10], rounds=[(1, 0, 0, 1, 0)]), text(1)], {}, "ends before 8 tokens"),
     "another text": ([text(0, output_equal=False), text(1)], {}, "1 of 2 texts differ from AR's"),
@@ -147,7 +147,7 @@ def test_an_honest_cell_passes_and_peers_may_write_another_text():
         assert gates.objections(cell("hf-assisted", dtype=dtype), other, cell("ar"), AR_ROWS) == []
     warm = cell(config={"eos": [], "max_new_tokens": LIMIT, "warmup_samples": 1})
     assert "1 sample, at least 2 are needed" in list(gates.figure_objections(warm, ROWS))
-    half = [text(0, loop_rate=1 / 8), text(1)]  # loops are told apart; only a cell of nothing else is refused
+    half = [text(0, loop_rate=1 / 8), text(1)]  # loops are distinguished; only a cell of nothing else is refused
     assert list(gates.figure_objections(cell(), half)) == []
     over = [text(i, max_drafter_entries=300) for i in range(2)]
     assert list(gates.figure_objections(cell("official", budget=256), over)) == []  # its budget is no bound
