@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 from bdcli.bench import paper
 from bdcli.config.bench import PEER_METHODS
+from bdcli.results.query import faster_rivals, refusals
 from bdcli.results.schema import Run
-from bdcli.results.tables import losses, markdown, refused, side_by_side
+from bdcli.results.tables import markdown, side_by_side
 
 WIDTH = 120  # characters of a line of prose
 README_ARMS = {"bd-512": "512 entries", "full": "everything"}  # arm and what its drafter keeps
@@ -106,7 +107,7 @@ def results_page(main: list[Run], repeats: list[Run]) -> str:
         "![acceptance, speed and memory](results.svg)",
         "## Where we are beaten",
         "By data set and context, every arm faster than our fastest budgeted one.",
-        "\n".join(f"* {line}" for line in losses(main)) or "Nowhere in this matrix.",
+        "\n".join(f"* {line}" for line in faster_rivals(main)) or "Nowhere in this matrix.",
         *_repeats(repeats),
     ]
     return as_page(parts)
@@ -221,7 +222,7 @@ def _rows(columns: Columns, main: list[Run]) -> list[list[str]]:
 
 def _refused(main: list[Run]) -> str:
     """The cells whose figures do not count, with the reasons."""
-    if not refused(main):
+    if not refusals(main):
         return ""
     bad = [r for r in main if not r.valid]
     return "Refused:\n\n" + "\n".join(f"* {r.dataset} at {r.context}, {r.arm}: {r.invalid_reason}" for r in bad)

@@ -27,9 +27,9 @@ from result_pages import pages, readme_table
 from bdcli.base.files import write_file
 from bdcli.bench import paper
 from bdcli.results.plots import plot
+from bdcli.results.query import check_cells
 from bdcli.results.schema import Run
 from bdcli.results.store import Store
-from bdcli.results.tables import checked
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -121,7 +121,7 @@ def load() -> tuple[list[Run], list[Run], list[Run]]:
         copy = Path(folder) / "results.db"
         copy.write_bytes(gzip.decompress(DB.read_bytes()))
         store = Store(str(copy))
-        found = sweeps(checked(store.runs(), store))
+        found = sweeps(check_cells(store.runs(), store))
         store.close()
     return found
 

@@ -28,9 +28,10 @@ from typing import Annotated
 
 import typer
 
-from bdcli.base.console import end_interrupted, note, phases, run_script, show_grids, show_losses
+from bdcli.base.console import end_interrupted, note, phases, run_script
 from bdcli.base.errors import BdcliError, UserError
 from bdcli.base.files import digest, write_file
+from bdcli.cli.output import show_grids, show_losses
 from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import load_recipe
 from bdcli.config.pretrain import PretrainRecipe

@@ -19,5 +19,5 @@ class UserError(BdcliError):
     exit_code = 2
 
 
-class NonFiniteError(UserError):
-    """A model produced NaN or infinite logits. Never turned into a token, on neither side."""
+class NonFiniteError(BdcliError):
+    """A model produced NaN or infinite logits. It is never turned into a token."""

@@ -12,7 +12,7 @@ import typer
 from bdcli.base.console import end_interrupted, note, status_line
 from bdcli.base.errors import BdcliError, UserError
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import SweepProgress
+from bdcli.cli.output import SweepProgress, show_table
 
 QUICK = ("samples=2", "max_new_tokens=32")
 
@@ -161,7 +161,6 @@ def _protocol(name: str | None, recipe: Path | None) -> list[str]:
 
 def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool) -> None:
     from bdcli.results.store import Store
-    from bdcli.results.tables import print_table
 
     store = Store(db, preview=dry_run)
     with status_line("loading torch and models"):
@@ -179,7 +178,7 @@ def _measure(settings, db: str | None, fresh: bool, dry_run: bool, as_json: bool
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        print_table([r for r in sweep.experiment.runs() if r.tokens_per_second or not unfinished])
+        show_table([r for r in sweep.experiment.runs() if r.tokens_per_second or not unfinished])
         if settings.protocol == "paper":
             from bdcli.bench.paper import lines
 

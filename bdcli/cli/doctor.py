@@ -25,7 +25,9 @@ from bdcli.data.prompts import cut_prompt, stdlib_text
 from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
 from bdcli.results.store import Store
 
-TOLERANCE = 1e-4  # of fp32 logits between two engines, over their spread
+LOGIT_TOLERANCE = 1e-4  # of fp32 logits between two backends, over their spread
+GIB = 2**30
+STREAM_BYTES = 256 * 2**20  # too many for any cache here
 
 
 @dataclass(frozen=True)
@@ -37,35 +39,44 @@ class Check:
 
 def checks(store: str | None) -> Iterator[Check]:
     """Yield the checks one by one; each is independent of the others' outcome."""
-    yield Check("versions", True, ", ".join(f"{k} {v}" for k, v in versions().items()))
-    yield Check("revision", True, git_revision() or "not a git checkout")
-    yield Check("machine", True, machine())
-    memory = psutil.virtual_memory()
-    yield Check("memory", True, f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
-    yield Check("threads", True, f"torch uses {torch.get_num_threads()}")
     device = pick_device("auto")
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        yield Check("device", True, f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-    else:
-        yield Check("device", True, "cpu (no CUDA device found)")
+    for name, work in {
+        "versions": lambda: ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "revision": lambda: git_revision() or "not a git checkout",
+        "machine": machine,
+        "memory": _memory,
+        "threads": lambda: f"torch uses {torch.get_num_threads()}",
+        "device": lambda: _device(device),
+        "dtype": lambda: _dtype(device),
+        "attention": lambda: _attention(device),
+        "kernels": lambda: _kernels(device),
+        "stream read": lambda: f"{_stream_read():.1f} GB/s from memory",
+        "store": lambda: _store(store),
+        "pocket pair": _pocket,
+        "memory at 16K": lambda: decoding_memory(16384),
+    }.items():
+        try:
+            yield Check(name, True, work())
+        except BdcliError as error:
+            yield Check(name, False, str(error))
+
+
+def _memory() -> str:
+    memory = psutil.virtual_memory()
+    return f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+
+
+def _device(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu (no CUDA device found)"
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{torch.cuda.get_device_name(device)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+
+
+def _dtype(device: torch.device) -> str:
     dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
     native = "multiplies" if cpu_has_bfloat16() else "does not multiply"
-    yield Check("dtype", True, f"auto means {dtype} (this CPU {native} bf16 itself)")
-    yield _guarded("attention", lambda: _attention(device))
-    yield _guarded("kernels", lambda: _kernels(device))
-    yield Check("stream read", True, f"{_stream_read():.1f} GB/s from memory")
-    yield _guarded("store", lambda: _store(store))
-    yield _guarded("pocket pair", _pocket)
-    yield _guarded("memory at 16K", lambda: decoding_memory(16384))
-
-
-def _guarded(name: str, work) -> Check:
-    try:
-        return Check(name, True, work())
-    except BdcliError as error:
-        return Check(name, False, str(error))
+    return f"auto means {dtype} (this CPU {native} bf16 itself)"
 
 
 def _store(where: str | None) -> str:
@@ -74,18 +85,18 @@ def _store(where: str | None) -> str:
 
 
 def _stream_read() -> float:
-    """GB/s of the best of five sums over 256 MB, too large for any cache here."""
-    data = torch.ones(64 * 2**20)
+    """GB/s of the best of five sums over STREAM_BYTES."""
+    data = torch.ones(STREAM_BYTES // 4)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         data.sum()
         best = min(best, time.perf_counter() - started)
-    return data.numel() * 4 / best / 1e9
+    return STREAM_BYTES / best / 1e9
 
 
 def _attention(device: torch.device) -> str:
-    """What `decode` would run with the pocket pair here, held against torch on a few dozen real tokens.
+    """What `decode` would run with the pocket pair here, compared with torch on a few dozen real tokens.
 
     In fp32 on a CPU; on a GPU in the dtype that auto means there, where torch's own error in it is the yardstick.
     """
@@ -100,7 +111,7 @@ def _attention(device: torch.device) -> str:
         runner.prefill(ids[:60])
         rows.append(runner.feed(ids[60:65], 5))
     plain, ours = (float((row - rows[0]).abs().max() / rows[0].std()) for row in rows[1:])
-    if not ours < max(TOLERANCE, 2 * plain):
+    if not ours < max(LOGIT_TOLERANCE, 2 * plain):
         raise BdcliError(
             f"{engine.name} logits differ from torch's by {ours:.1e} of their spread", "Use --engine torch"
         )

@@ -59,10 +59,10 @@ class SweepProgress(ConsoleProgress):
         super().advance(phase, self._share, 1, detail)
 
     def measured(self, rows: Sequence, **_at: int) -> None:
-        from bdcli.results.tables import as_table, brief
+        from bdcli.results.tables import as_table, sweep_line
 
         if not self.interactive:
-            note(f"{self._share:.0%} done, {self._detail}: {brief(rows)}")
+            note(f"{self._share:.0%} done, {self._detail}: {sweep_line(rows)}")
         elif self._live is not None:
             self.show_above(as_table(rows, self.width))
 
@@ -85,7 +85,7 @@ SUMMARY = {
 }
 
 
-def summary(result: dict) -> None:
+def show_summary(result: dict) -> None:
     """Figures of a decode run on stdout."""
     from rich.console import Console
     from rich.table import Table
@@ -104,3 +104,85 @@ def summary(result: dict) -> None:
         table.add_row(label, pattern.format_map(sentences))
     print()
     Console().print(table)
+
+
+def show_table(runs: list) -> None:
+    """The report's table of stored runs on stdout."""
+    from rich.console import Console
+
+    from bdcli.results.tables import as_table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # a pipe has no width; do not cut columns
+    console.print(as_table(runs, console.width))
+
+
+def show_grids(result: dict) -> None:
+    """Acceptance before and after, per data set, context and budget, in all and outside loops, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bdcli.results.figures import PERCENT, Figure
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = "dataset", "context", "budget", "before", "after", "95 % interval", "outside loops before", "after"
+    for name in (*names, "mean length"):
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+
+    percent = Figure(PERCENT, missing="").sentence
+    for before, after in zip(result["before"], result["after"], strict=True):
+        span = f"{percent(after['low'])} .. {percent(after['high'])}" if after["low"] is not None else ""
+        table.add_row(
+            after["dataset"],
+            str(after["context"]),
+            str(after["budget"]),
+            percent(before["acceptance_rate"]),
+            percent(after["acceptance_rate"]),
+            span,
+            percent(before["acceptance_rate_no_loops"]),
+            percent(after["acceptance_rate_no_loops"]),
+            f"{after['mean_accepted_length']:.2f}",
+        )
+    Console().print(table)
+    print(
+        f"run {result['run_id']}: {result['steps']} steps, best at {result['best_step']}, {result['skipped']} skipped"
+        + (f", stopped: {result['stopped']}" if result["stopped"] else "")
+    )
+    print(
+        f"{result['tokens_per_second']:.0f} target tokens/s, {result['positions_per_target_token']:.2f} supervised "
+        f"positions each, peak memory {result['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    print(f"decode with it: bdcli decode --drafter {result['checkpoint']} PROMPT_FILE")
+
+
+def show_accounts(result: dict) -> None:
+    """What a prepare run read and what became of it, on stdout."""
+    for what in ("documents", "windows"):
+        a = result[what]
+        dropped = ", ".join(f"{count} {why}" for why, count in a["dropped"].items() if count) or "none"
+        print(f"{what}: {a['read']} read, {a['kept']} kept, dropped: {dropped}, {a['failed']} failed")
+    if result["written"]:
+        print(f"{result['written']} ends written by the target, mean loop rate {result['loop_rate']:.0%}")
+    print(f"{result['shards']} shards, {result['bytes'] / 1e6:.1f} MB, {result['passages']} held-out passages")
+    print(f"run {result['run_id']}: {result['folder']}")
+
+
+def show_losses(result: dict) -> None:
+    """Held-out loss before and after a pretrain run, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("context", "loss before", "after", "long context is worth", "windows"):
+        table.add_column(name, justify="right")
+    before = {m["context"]: m for m in result["before"]}
+    for m in result["after"]:
+        first = before.get(m["context"])
+        gain = f"{m['tail_nll_short'] - m['tail_nll']:+.3f} nat"
+        table.add_row(
+            str(m["context"]), f"{first['nll']:.3f}" if first else "", f"{m['nll']:.3f}", gain, str(m["windows"])
+        )
+    Console().print(table)
+    print(f"run {result['run_id']}: {result['tokens']} tokens in {result['steps']} steps, {result['skipped']} skipped")
+    print(f"model: {result['checkpoint']}")

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from bdcli.base.console import end_interrupted, note, phases, show_accounts, show_grids, show_losses, status_line
+from bdcli.base.console import end_interrupted, note, phases, status_line
 from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.output import show_accounts, show_grids, show_losses
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")

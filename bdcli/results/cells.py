@@ -19,12 +19,44 @@ Pair = tuple[Prompt, Prompt]  # an arm's prompt and AR's of the same ids
 
 # What `bdcli bench --json` says about a cell, by the store's names.
 CELL_FIELDS = (
-    "run_id", "arm", "dataset", "context", "budget", "gamma", "method", "select", "positions", "target", "drafter",
-    "device", "attention", "dtype", "temperature", "acceptance_rate", "acceptance_low", "acceptance_high",
-    "acceptance_rate_no_loops", "mean_accepted_length", "ttft_s", "tokens_per_second", "ar_tokens_per_second",
-    "ar_variation", "speedup", "speedup_low", "speedup_high", "speedup_no_loops", "loop_rate", "output_equal", "ties",
-    "max_drafter_entries", "drafter_kv_bytes", "target_kv_bytes", "peak_memory_bytes", "valid", "invalid_reason",
-)  # fmt: skip
+    "run_id",
+    "arm",
+    "dataset",
+    "context",
+    "budget",
+    "gamma",
+    "method",
+    "select",
+    "positions",
+    "target",
+    "drafter",
+    "device",
+    "attention",
+    "dtype",
+    "temperature",
+    "acceptance_rate",
+    "acceptance_low",
+    "acceptance_high",
+    "acceptance_rate_no_loops",
+    "mean_accepted_length",
+    "ttft_s",
+    "tokens_per_second",
+    "ar_tokens_per_second",
+    "ar_variation",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "speedup_no_loops",
+    "loop_rate",
+    "output_equal",
+    "ties",
+    "max_drafter_entries",
+    "drafter_kv_bytes",
+    "target_kv_bytes",
+    "peak_memory_bytes",
+    "valid",
+    "invalid_reason",
+)
 # Columns that change after a cell was measured, or that are no part of the measurement.
 UNSEALED = {"status", "error", "started_at", "finished_at", "pid", "process_started", "seal"}
 SEAL_DIGITS = 32
@@ -101,7 +133,7 @@ def speed(row: Prompt, clean: bool) -> float | None:
 
 
 def acceptance(rows: Sequence[Prompt], clean: bool = False) -> float | None:
-    """Accepted over drafted, pooled over prompts; None where nothing was drafted or a tool does not tell."""
+    """Accepted over drafted, pooled over prompts; None where nothing was drafted or a tool does not report it."""
     if any(r.drafted is None for r in rows):
         return None
     rounds = [r for row in rows for r in row.rounds if not (clean and r[4])]

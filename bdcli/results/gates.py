@@ -17,10 +17,21 @@ from bdcli.results.schema import Prompt, Run
 MIN_SAMPLES = 2  # below it there is no interval
 MAX_LOOPED = 0.9  # share of the tokens that can end a repeated 8-gram beyond which the figures describe a loop
 # An arm and its AR must agree in all of these, or their ratio says nothing.
-SAME = (
-    "experiment", "dataset", "context", "target", "machine", "host", "device", "attention", "dtype", "temperature",
-    "top_k", "top_p", "git_revision",
-)  # fmt: skip
+COMPARED_COLUMNS = (
+    "experiment",
+    "dataset",
+    "context",
+    "target",
+    "machine",
+    "host",
+    "device",
+    "attention",
+    "dtype",
+    "temperature",
+    "top_k",
+    "top_p",
+    "git_revision",
+)
 STOP_RULES = ("max_new_tokens", "eos")
 
 
@@ -34,7 +45,7 @@ def join_objections(run: Run, rows: Sequence[Prompt], ar: Run | None, ar_rows: S
     if ar is None or ar.method != "ar":
         yield "no AR baseline was measured with it"
         return
-    for name in SAME:
+    for name in COMPARED_COLUMNS:
         if name == "dtype" and run.method in PEER_METHODS:
             continue  # a peer may run in the one it is fastest in
         mine, theirs = getattr(run, name), getattr(ar, name)
@@ -66,7 +77,7 @@ def text_objections(run: Run, rows: Sequence[Prompt]) -> Iterator[str]:
     eos, limit = set(run.config.get("eos", ())), run.config.get("max_new_tokens", math.inf)
     good = [row for row in rows if row.error is None]
     if any(eos & set(row.tokens[:-1]) for row in good):
-        yield "a text goes on after an end token"
+        yield "a text continues after an end token"
     if any(len(row.tokens) > limit for row in good):
         yield f"a text is longer than {limit} tokens"
     if any(row.finish_reason == "length" and len(row.tokens) < limit for row in good):
@@ -87,8 +98,8 @@ def figure_objections(run: Run, rows: Sequence[Prompt]) -> Iterator[str]:
             yield "a speed is not a positive number"
             break
     for row in good:
-        told = [r for r in row.rounds if r[1] is not None]
-        if any(accepted > drafted for _, drafted, accepted, _, _ in told):
+        known = [r for r in row.rounds if r[1] is not None]
+        if any(accepted > drafted for _, drafted, accepted, _, _ in known):
             yield "a round accepted more than it drafted"
             break
         if sum(r[0] for r in row.rounds) != len(row.tokens):

@@ -35,7 +35,7 @@ class RoundFigures:
     """What the metrics need of one engine step."""
 
     tokens: int
-    drafted: int | None  # None: a tool that does not tell
+    drafted: int | None  # None: a tool that does not report it
     accepted: int
     seconds: float
     looped: bool = False  # begins inside a loop; see `mark_loops`
@@ -77,8 +77,8 @@ def measure(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[RoundFig
     """Figures of one generation; acceptance and speed outside loops leave out the rounds that begin in one."""
     rounds = mark_loops(prompt, new, rounds)
     clean = [r for r in rounds if not r.looped]
-    tells = all(r.drafted is not None for r in rounds)
-    drafted = sum(r.drafted for r in rounds) if tells else None
+    reported = all(r.drafted is not None for r in rounds)
+    drafted = sum(r.drafted for r in rounds) if reported else None
     accepted = sum(r.accepted for r in rounds)
     return Metrics(
         new_tokens=len(new),
@@ -86,7 +86,7 @@ def measure(prompt: Sequence[int], new: Sequence[int], rounds: Sequence[RoundFig
         accepted=accepted,
         acceptance_rate=_ratio(accepted, drafted),
         acceptance_rate_no_loops=_ratio(sum(r.accepted for r in clean), sum(r.drafted for r in clean))
-        if tells
+        if reported
         else None,
         mean_accepted_length=_ratio(len(new), len(rounds)),
         tokens_per_second=_ratio(len(new), sum(r.seconds for r in rounds)),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from bdcli.base.errors import UserError
 from bdcli.results.plots import plot
+from bdcli.results.query import arrange, faster_rivals, refusals
 from bdcli.results.schema import Run
-from bdcli.results.tables import HEADINGS, arranged, losses, refused, rows, side_by_side
+from bdcli.results.tables import HEADINGS, rows, side_by_side
 
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #1a1a1a; }
@@ -31,8 +32,8 @@ def write_page(runs: list[Run], path: Path) -> None:
     if bench:
         parts += ["<h2>Side by side</h2><p class=small>speedup over AR (95 % interval) tokens a second</p>"]
         parts.append(_table(*side_by_side(bench)))
-        parts += [_list("Where we are beaten", losses(bench)), _list("Refused", refused(bench))]
-    shown = rows(arranged(runs))
+        parts += [_list("Where we are beaten", faster_rivals(bench)), _list("Refused", refusals(bench))]
+    shown = rows(arrange(runs))
     keep = [i for i in range(len(HEADINGS)) if any(row[i] for row in shown)]
     parts.append("<h2>All runs</h2>")
     parts.append(_table([HEADINGS[i] for i in keep], [[row[i] for i in keep] for row in shown]))
@@ -46,7 +47,7 @@ def write_page(runs: list[Run], path: Path) -> None:
 def _set_ups(runs: list[Run]) -> list[str]:
     """What was measured on what, once each."""
     lines = []
-    for run in arranged(runs):
+    for run in arrange(runs):
         stack = f"torch {run.versions.get('torch', '?')}, commit {run.git_revision or 'unknown'}"
         lines.append(f"{run.target} · {run.dtype} on {run.device} · {run.machine} · {stack}")
     return list(dict.fromkeys(lines))

@@ -9,8 +9,8 @@ from statistics import median
 from bdcli.base.errors import UserError
 from bdcli.config.bench import PEER_METHODS
 from bdcli.results.cells import best
+from bdcli.results.query import CONTEXT_TOLERANCE
 from bdcli.results.schema import Evaluation, Run
-from bdcli.results.tables import NEAR
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 MARKERS = "osD^vPX"
@@ -258,7 +258,7 @@ def _nominal(context: int) -> int:
     """The nearest power of two when the context is within 12.5 % of it, else the context itself."""
     power = 1 << max(0, round(context - 1).bit_length() - 1)
     near = min((power, 2 * power), key=lambda c: abs(c - context))
-    return near if abs(near - context) <= NEAR * near else context
+    return near if abs(near - context) <= CONTEXT_TOLERANCE * near else context
 
 
 def _k(context: int) -> str:

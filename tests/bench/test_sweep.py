@@ -281,7 +281,7 @@ def test_an_engine_that_ignores_eos(cli, tmp_path, monkeypatch):
 
     monkeypatch.setattr(speculate.Speculator, "rounds", deaf)
     found = reasons(cli(*SMALL, *BD, "--target", target, "--fresh", "--json"))
-    assert found["ar"] is None and "goes on after an end token" in found["bd-64-g3"]
+    assert found["ar"] is None and "continues after an end token" in found["bd-64-g3"]
 
 
 def test_a_verify_that_accepts_everything(cli, monkeypatch):

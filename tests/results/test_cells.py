@@ -8,8 +8,7 @@ from bdcli.base.statistics import bootstrap
 from bdcli.bench import paper
 from bdcli.config.bench import BenchRecipe
 from bdcli.config.loader import load_recipe
-from bdcli.results import gates
-from bdcli.results import tables as report
+from bdcli.results import gates, query, tables
 from bdcli.results.cells import acceptance, seal, summarise
 from bdcli.results.page import write_page
 from bdcli.results.plots import plot
@@ -89,7 +88,7 @@ def test_figures_are_pooled_counts_median_speeds_and_the_ratio_that_stands_besid
     assert summarise([text(9)], AR_ROWS) == {"prompts": 0}
 
 
-def test_a_tool_that_does_not_tell_its_drafts_has_no_acceptance():
+def test_a_tool_that_does_not_report_its_drafts_has_no_acceptance():
     m = summarise([text(0, rounds=[(4, None, 3, 1, 0), (4, None, 3, 1, 0)]), text(1)], AR_ROWS)
     assert m["acceptance_rate"] is None and m["drafted"] is None and m["acceptance_low"] is None
     assert m["mean_accepted_length"] == 4.0
@@ -110,7 +109,7 @@ def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
 
 ROWS = [text(0), text(1)]
 FRAUDS = {
-    "an end token inside": ([text(0, tokens=[10, EOS, *range(12, 18)]), text(1)], {}, "goes on after an end token"),
+    "an end token inside": ([text(0, tokens=[10, EOS, *range(12, 18)]), text(1)], {}, "continues after an end token"),
     "too long": ([text(0, tokens=list(range(10, 19)), rounds=[(9, 9, 8, 1, 0)]), text(1)], {}, "longer than 8"),
     "too short": ([text(0, tokens=[10], rounds=[(1, 0, 0, 1, 0)]), text(1)], {}, "ends before 8 tokens"),
     "another text": ([text(0, output_equal=False), text(1)], {}, "1 of 2 texts differ from AR's"),
@@ -148,7 +147,7 @@ def test_an_honest_cell_passes_and_peers_may_write_another_text():
         assert gates.objections(cell("hf-assisted", dtype=dtype), other, cell("ar"), AR_ROWS) == []
     warm = cell(config={"eos": [], "max_new_tokens": LIMIT, "warmup_samples": 1})
     assert "1 sample, at least 2 are needed" in list(gates.figure_objections(warm, ROWS))
-    half = [text(0, loop_rate=1 / 8), text(1)]  # loops are told apart; only a cell of nothing else is refused
+    half = [text(0, loop_rate=1 / 8), text(1)]  # loops are distinguished; only a cell of nothing else is refused
     assert list(gates.figure_objections(cell(), half)) == []
     over = [text(i, max_drafter_entries=300) for i in range(2)]
     assert list(gates.figure_objections(cell("official", budget=256), over)) == []  # its budget is no bound
@@ -189,7 +188,7 @@ def sweep(store, contexts=(4096, 16384)):
             store.update(run_id, ar_run_id=ar_id, **figures | more)
             run = next(r for r in store.runs() if r.run_id == run_id)
             store.update(run_id, seal=seal(run, store.prompts(run_id)))
-    return report.checked(store.runs(), store)
+    return query.check_cells(store.runs(), store)
 
 
 @pytest.fixture
@@ -198,7 +197,7 @@ def swept(tmp_path):
 
 
 def test_tables_put_the_arms_of_a_sweep_side_by_side(swept, cli):
-    head, body = report.side_by_side(swept)
+    head, body = tables.side_by_side(swept)
     assert head == ["arm", "pg19 4k", "pg19 16k"] and [row[0] for row in body] == ["ar", "bd", "full", "lookup"]
     assert body[1][1] == "1.91× (1.83–2.00) 10.5"
     shown = cli("report", "--side-by-side").out
@@ -208,11 +207,11 @@ def test_tables_put_the_arms_of_a_sweep_side_by_side(swept, cli):
 
 
 def test_losses_are_named_and_best_picks_the_fastest_of_each_budget(swept):
-    assert report.losses(swept) == [
+    assert query.faster_rivals(swept) == [
         f"pg19 at {context}: lookup 2.27× ahead of bd 1.91×, beyond both intervals" for context in (4096, 16384)
     ]
     slower = swept[0].model_copy(update={"run_id": "x", "gamma": 9, "speedup": 0.1})
-    assert slower not in report.best_cells([*swept, slower]) and len(report.best_cells([*swept, slower])) == 8
+    assert slower not in query.best_cells([*swept, slower]) and len(query.best_cells([*swept, slower])) == 8
 
 
 def test_a_page_holds_everything_itself(swept, tmp_path, cli):

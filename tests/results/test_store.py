@@ -13,9 +13,9 @@ import pytest
 
 from bdcli.base.errors import UserError
 from bdcli.results import plots
+from bdcli.results.query import Filter
 from bdcli.results.schema import Prompt, Run
 from bdcli.results.store import Store
-from bdcli.results.tables import Filter
 
 
 def add(store, **fields):

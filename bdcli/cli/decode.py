@@ -1,0 +1,93 @@
+"""The command `decode`: one prompt in, text and figures out. Heavy imports wait inside it."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from bdcli.base.console import note, status_line
+from bdcli.base.errors import INTERRUPTED, BdcliError
+from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.output import DecodeProgress, show_summary
+from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_gamma
+
+DEFAULT = DecodeOptions()
+Select, Positions, Dtype, EngineName, BaselineMode, Trim = (
+    StrEnum(name.title(), list(CHOICES[name]))
+    for name in ("select", "positions", "dtype", "engine", "baseline", "trim")
+)
+
+
+def decode(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT_FILE", help="UTF-8 text file, or - for standard input.")],
+    budget: Annotated[str, typer.Option(help="KV entries the drafter may hold per layer and head, or full.")] = "512",
+    gamma: Annotated[str, typer.Option(help="Tokens drafted per round, or auto.")] = "auto",
+    select: Annotated[Select, typer.Option(help="What the drafter keeps of the prompt.")] = DEFAULT.select,
+    positions: Annotated[Positions, typer.Option(help="Places of kept keys: ranks, or true.")] = DEFAULT.positions,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = DEFAULT.temperature,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to mass p.")] = DEFAULT.top_p,
+    seed: Annotated[
+        int, typer.Option(help="Repeats sampled text for a fixed --gamma; auto depends on timing.")
+    ] = DEFAULT.seed,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = DEFAULT.max_new_tokens,
+    dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where the machine computes in it.")] = DEFAULT.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = DEFAULT.device,
+    engine: Annotated[
+        EngineName, typer.Option(help="auto: triton on a GPU, compiled on a CPU, where they can run.")
+    ] = DEFAULT.engine,
+    target: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.target,
+    drafter: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.drafter,
+    baseline: Annotated[
+        BaselineMode, typer.Option(help="Measure plain decoding on some rounds, on all, or not.")
+    ] = DEFAULT.baseline,
+    check: Annotated[bool, typer.Option("--check", help="Compare every token with plain decoding.")] = False,
+    trim: Annotated[Trim | None, typer.Option(help="Shorten a prompt over the context: keep head and tail.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt. The output is exactly what the target alone would produce."""
+    options = DecodeOptions(
+        target=target,
+        drafter=drafter,
+        budget=parse_budget(budget),
+        gamma=parse_gamma(gamma),
+        select=str(select),
+        positions=str(positions),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        dtype=str(dtype),
+        device=device,
+        engine=str(engine),
+        baseline=str(baseline),
+        check=check,
+        trim=None if trim is None else str(trim),
+        chat=chat,
+        stop=tuple(stop or ()),
+    )
+    from bdcli.data.prompts import read_prompt
+    from bdcli.results.store import Store
+
+    text = read_prompt(prompt)
+    store = Store(db)
+    with status_line("loading torch"):
+        from bdcli.decode.run import decode_run
+    with DecodeProgress(show_text=not as_json) as progress:
+        result = decode_run(store, options, prompt, text, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show_summary(result)
+    if result["status"] == "interrupted":
+        note(f"interrupted; what was written is kept as run {result['run_id']}")
+        raise typer.Exit(INTERRUPTED)
+    if result["output_equal"] is False:
+        raise BdcliError("the text differs from plain decoding, so the run is invalid", "See bdcli doctor")

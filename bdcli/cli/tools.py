@@ -1,0 +1,68 @@
+"""The commands `prompt`, `convert` and `doctor`. Heavy imports wait inside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bdcli.base.console import note, status_line
+from bdcli.base.errors import UserError
+from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.config.decode import DecodeOptions, parse_context
+
+DEFAULT = DecodeOptions()
+
+
+def prompt(
+    ctx: Annotated[str, typer.Option(help="Length in tokens: 4k or 4096.")] = "4k",
+    source: Annotated[str, typer.Option(help="stdlib (Python's own sources) or a text file.")] = "stdlib",
+    out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
+    target: Annotated[str, typer.Option(help="Model whose tokenizer counts.")] = DEFAULT.target,
+) -> None:
+    """Write a real prompt of exactly that many tokens."""
+    from bdcli.data.prompts import cut_prompt, read_prompt, stdlib_text
+
+    tokens = parse_context(ctx)
+    text = stdlib_text() if source == "stdlib" else read_prompt(source)
+    from bdcli.model.checkpoint import load_tokenizer, resolve
+
+    piece = cut_prompt(load_tokenizer(resolve(target, "target")), text, tokens)
+    if out is None:
+        sys.stdout.write(piece)
+        return
+    try:
+        out.write_text(piece, "utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}", "Give a path in an existing folder") from None
+    note(f"wrote {out}: {tokens} tokens, {len(piece)} characters")
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a model with .bin weights.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write a .bin checkpoint as safetensors; files that hold more than tensors are refused."""
+    with status_line("converting"):
+        from bdcli.model.convert import convert as write_folder
+
+        write_folder(model, out)
+    typer.echo(out)
+
+
+def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
+    """Check this machine, the store and the pocket pair."""
+    with status_line("checking"):
+        from bdcli.cli.doctor import checks
+
+        found = list(checks(db))
+    if as_json:
+        typer.echo(json.dumps({c.name: {"ok": c.ok, "detail": c.detail} for c in found}, ensure_ascii=False))
+    else:
+        for c in found:
+            typer.echo(f"{'ok  ' if c.ok else 'FAIL'}  {c.name:12} {c.detail}")
+    if not all(c.ok for c in found):
+        raise typer.Exit(1)
