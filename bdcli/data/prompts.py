@@ -50,20 +50,20 @@ def encode(tokenizer, text: str, chat: bool = False) -> list[int]:
 
 
 def fit(ids: list[int], limit: int, new_tokens: int, trim: str | None) -> list[int]:
-    """Ids that leave room for `new_tokens` within `limit` positions; `trim` "middle" keeps a quarter head, then tail.
+    """Ids that leave space for `new_tokens` within `limit` positions; `trim` "middle" keeps a quarter head, then tail.
 
     Raises UserError with the numbers when the prompt is too long and `trim` is None, or nothing fits.
     """
-    room = limit - new_tokens
-    if len(ids) <= room:
+    space = limit - new_tokens
+    if len(ids) <= space:
         return ids
     numbers = f"{len(ids)} prompt + {new_tokens} new tokens exceed the model's {limit}"
-    if trim is None or room < 2:
+    if trim is None or space < 2:
         raise UserError(
-            numbers, "Use --trim middle or lower --max-new-tokens" if room >= 2 else "Lower --max-new-tokens"
+            numbers, "Use --trim middle or lower --max-new-tokens" if space >= 2 else "Lower --max-new-tokens"
         )
-    head = room // 4
-    return ids[:head] + ids[len(ids) - (room - head) :]
+    head = space // 4
+    return ids[:head] + ids[len(ids) - (space - head) :]
 
 
 def stdlib_text() -> str:
