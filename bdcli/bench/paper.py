@@ -109,6 +109,8 @@ def lines(runs: Sequence[Run]) -> list[str]:
         out.append("| " + " | ".join(words) + " |")
     run = runs[0]
     out.append("")
-    out.append(f"Not the same experiment: the paper measured {SET_UP}; this is {run.target} with {runs[-1].drafter}, "
-               f"{run.dtype} on {run.machine}, with its own prompts.")  # fmt: skip
+    out.append(
+        f"Not the same experiment: the paper measured {SET_UP}; this is {run.target} with {runs[-1].drafter}, "
+        f"{run.dtype} on {run.machine}, with its own prompts."
+    )
     return out

@@ -205,9 +205,14 @@ def _context_axis(axis, runs: list[Run]) -> None:
 def _legend(axis) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(
-            frameon=False, fontsize=7.5, ncols=3, handlelength=2.6, columnspacing=1.2,
-            loc="upper center", bbox_to_anchor=(0.5, -0.17),
-        )  # fmt: skip
+            frameon=False,
+            fontsize=7.5,
+            ncols=3,
+            handlelength=2.6,
+            columnspacing=1.2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.17),
+        )
 
 
 def _pyplot(path: Path):

@@ -223,9 +223,18 @@ class NoLooking(TorchDispatchMode):
     """
 
     forbidden = (
-        "_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal", "bincount",
-        "repeat_interleave", "lift_fresh", "scalar_tensor",
-    )  # fmt: skip
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "item",
+        "is_nonzero",
+        "equal",
+        "bincount",
+        "repeat_interleave",
+        "lift_fresh",
+        "scalar_tensor",
+    )
 
     def __init__(self):
         super().__init__()
@@ -249,8 +258,11 @@ class NoLooking(TorchDispatchMode):
         if name == "where" and not self.standing_in:
             assert all(t.dim() > 0 for t in args), "a Python number for where in a round"
         out = function(*args, **(kwargs or {}))
-        self.shapes += [(name, tuple(t.shape)) for t in (out if isinstance(out, (tuple, list)) else [out])
-                        if isinstance(t, torch.Tensor)]  # fmt: skip
+        self.shapes += [
+            (name, tuple(t.shape))
+            for t in (out if isinstance(out, (tuple, list)) else [out])
+            if isinstance(t, torch.Tensor)
+        ]
         return out
 
 

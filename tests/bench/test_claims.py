@@ -25,8 +25,23 @@ def texts(tmp_path):
 
 def test_claims_are_measured_until_there_is_enough(tmp_path, texts):
     script, out = load("claims"), tmp_path / "claims"
-    words = ("run", "--on", f"x={texts}", "--out", out, "--ctx", "320,640", "--budgets", "64,full",
-             "--new-tokens", "12", "--prompts", "6", "--dtype", "float32")  # fmt: skip
+    words = (
+        "run",
+        "--on",
+        f"x={texts}",
+        "--out",
+        out,
+        "--ctx",
+        "320,640",
+        "--budgets",
+        "64,full",
+        "--new-tokens",
+        "12",
+        "--prompts",
+        "6",
+        "--dtype",
+        "float32",
+    )
     alone = call(script, *words, "--enough", "12")
     first = (out / "prompts.jsonl").read_text().splitlines()[1:]
     words += ("--naive", POCKET / "drafter")  # joins later
@@ -63,8 +78,22 @@ def test_claims_are_measured_until_there_is_enough(tmp_path, texts):
 
 
 def test_claims_of_two_processes_are_those_of_one(tmp_path, texts):
-    words = ("--on", f"x={texts}", "--ctx", "320,640", "--budgets", "64,full", "--temperatures", "0", "--prompts", "2",
-             "--new-tokens", "12", "--dtype", "float32")  # fmt: skip
+    words = (
+        "--on",
+        f"x={texts}",
+        "--ctx",
+        "320,640",
+        "--budgets",
+        "64,full",
+        "--temperatures",
+        "0",
+        "--prompts",
+        "2",
+        "--new-tokens",
+        "12",
+        "--dtype",
+        "float32",
+    )
     found = []
     for jobs in (1, 2):
         out = tmp_path / str(jobs)

@@ -8,9 +8,17 @@ from bdcli.bench.shapes import accept_probability, accepted_length, parse_shape
 from bdcli.results.store import Store
 
 CELL = {
-    "context", "ar_ms", "ar_bytes", "ar_share", "host_share", "rounds_budget", "rounds", "drafts", "tokens_per_second",
+    "context",
+    "ar_ms",
+    "ar_bytes",
+    "ar_share",
+    "host_share",
+    "rounds_budget",
+    "rounds",
+    "drafts",
+    "tokens_per_second",
     "peers_ms",
-}  # fmt: skip
+}
 
 
 def test_a_pair_of_shapes_is_measured_and_stored_as_one_run(cli):

@@ -65,8 +65,18 @@ def cells(done):
 
 
 def test_json_keeps_the_contract_and_the_store_agrees(cli):
-    done = cli(*SMALL[:2], "160,200", *SMALL[3:], "--methods", "ar,bd,official,lookup", "--budgets", "64,full",
-               "--gamma", "auto,3", "--json")  # fmt: skip
+    done = cli(
+        *SMALL[:2],
+        "160,200",
+        *SMALL[3:],
+        "--methods",
+        "ar,bd,official,lookup",
+        "--budgets",
+        "64,full",
+        "--gamma",
+        "auto,3",
+        "--json",
+    )
     found = cells(done)
     arms = {"ar", "bd-64", "bd-64-g3", "bd-full", "bd-full-g3", "official-64", "official-64-g3", "lookup", "lookup-g3"}
     assert set(found) == {(c, arm) for c in (160, 200) for arm in arms}
@@ -200,8 +210,10 @@ def test_a_peer_runs_in_a_dtype_of_its_own(cli):
     words = [word for arm in arms for word in ("--set", arm)]
     found = cells(cli(*SMALL, *words, "--arms", "float32,bfloat16", "--json"))
     assert {arm: c["dtype"] for (_, arm), c in found.items()} == {
-        "ar": "float32", "float32": "float32", "bfloat16": "bfloat16"
-    }  # fmt: skip
+        "ar": "float32",
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+    }
     assert all(c["valid"] and c["speedup"] > 0 for c in found.values())
     assert found[200, "float32"]["output_equal"] is True
     assert all(r["valid"] for r in cli("report", "--format", "json").json["runs"])
@@ -322,13 +334,19 @@ def honest(tmp_path_factory):
         ("UPDATE run SET machine = 'a faster one' WHERE arm = 'bd-64-g3'", "another machine"),
         ("UPDATE run SET machine = 'a faster one'", "was changed after it was measured"),
         ("UPDATE run SET speedup = 9.0 WHERE arm = 'bd-64-g3'", "the row was changed after it was measured"),
-        ("UPDATE prompt SET tokens_per_second = 1.0 WHERE id IN (SELECT id FROM prompt JOIN run USING (run_id) "
-         "WHERE arm = 'ar')", "its AR baseline was changed"),
-        ("UPDATE run SET ar_run_id = (SELECT run_id FROM run WHERE arm = 'ar' AND context = 160) "
-         "WHERE arm = 'bd-64-g3' AND context = 200", r"its AR baseline has another context \(160, not 200\)"),
+        (
+            "UPDATE prompt SET tokens_per_second = 1.0 WHERE id IN (SELECT id FROM prompt JOIN run USING (run_id) "
+            "WHERE arm = 'ar')",
+            "its AR baseline was changed",
+        ),
+        (
+            "UPDATE run SET ar_run_id = (SELECT run_id FROM run WHERE arm = 'ar' AND context = 160) "
+            "WHERE arm = 'bd-64-g3' AND context = 200",
+            r"its AR baseline has another context \(160, not 200\)",
+        ),
         ("UPDATE run SET ar_run_id = NULL WHERE arm = 'bd-64-g3'", "no AR baseline"),
     ],
-)  # fmt: skip
+)
 def test_report_refuses_rows_that_were_edited(cli, honest, sql, why):
     shutil.copy(honest, os.environ["BDCLI_DB"])
     assert all(r["valid"] for r in cli("report", "--format", "json").json["runs"])

@@ -127,12 +127,15 @@ def test_a_budget_that_holds_everything_equals_the_full_cache(select, rebased):
     assert torch.allclose(budget, full, atol=2e-4)
 
 
-@pytest.mark.parametrize("make", [
-    lambda m: FullCache(m, 90),
-    lambda m: OfficialCache(m, 90, 24),
-    lambda m: BudgetCache(m, 90, View(24, 4, 0, 5, True)),
-    lambda m: BudgetCache(m, 90, View(48, 4, 16, 5, True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: FullCache(m, 90),
+        lambda m: OfficialCache(m, 90, 24),
+        lambda m: BudgetCache(m, 90, View(24, 4, 0, 5, True)),
+        lambda m: BudgetCache(m, 90, View(48, 4, 16, 5, True)),
+    ],
+)
 def test_rollback_then_append_equals_never_having_appended(make):
     model = tiny_model(seed=8)
     prompt = [t % 41 for t in range(50, 111)]
@@ -237,10 +240,13 @@ def test_a_bf16_prompt_is_read_in_the_dtype_that_multiplies_faster(monkeypatch, 
     cache.begin_prefill(length)
     cache.keys.normal_(), cache.values.normal_()
     q = torch.randn(length, heads, 8).bfloat16()
-    exact = torch.cat([
-        causal_attention(q[:, h], *(x[1, h * kv_heads // heads, :length] for x in (cache.keys, cache.values)))
-        for h in range(heads)
-    ], 1)  # fmt: skip
+    exact = torch.cat(
+        [
+            causal_attention(q[:, h], *(x[1, h * kv_heads // heads, :length] for x in (cache.keys, cache.values)))
+            for h in range(heads)
+        ],
+        1,
+    )
     read = cache.read_prompt(1, q)
     assert read.dtype is torch.bfloat16 and read.shape == (length, heads * 8)
     torch.testing.assert_close(read.double(), exact, atol=0.04, rtol=0.02)

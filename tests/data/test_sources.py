@@ -45,8 +45,13 @@ def test_longbench_by_name_by_task_and_from_a_file(tmp_path, pocket):
     assert [d.question for d in local] == [d.question for d in found]
     assert split_source(f"longbench/qmsum={tmp_path / 'q.jsonl'}") == ("longbench/qmsum", str(tmp_path / "q.jsonl"))
     assert [split_source(s)[0] for s in ("pg19", "longbench", "a/b/books", "a/b.tar.xz", "x=a/b", "stdlib")] == [
-        "pg19", "longbench", "books", "b", "x", "stdlib",
-    ]  # fmt: skip
+        "pg19",
+        "longbench",
+        "books",
+        "b",
+        "x",
+        "stdlib",
+    ]
     sample = load_samples(pocket[2], "longbench/qmsum", ["longbench/qmsum"], 3, 200)[2]
     assert pocket[2].decode(sample.prompt(200)).endswith("Who spoke 2?")
 

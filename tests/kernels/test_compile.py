@@ -60,13 +60,16 @@ def test_the_table_has_every_variant_that_the_engine_launches(dtype):
             full = {"target": target, "drafter": drafter}
             launched = {
                 (who, "verify", splits): verify_constants(c.head_dim, c.heads // c.kv_heads, r, dtype, splits)
-                for who, c in full.items() for splits in (1, 8) if splits > 1 or r * c.heads // c.kv_heads <= 32
+                for who, c in full.items()
+                for splits in (1, 8)
+                if splits > 1 or r * c.heads // c.kv_heads <= 32
             } | {
                 ("drafter", query, splits): draft_constants(
                     drafter.head_dim, drafter.heads // drafter.kv_heads, r, dtype, query, False, splits
                 )
-                for query in ("raw", "one") for splits in (1, 2)
-            }  # fmt: skip
+                for query in ("raw", "one")
+                for splits in (1, 2)
+            }
             missing += [(what, r) for what, made in launched.items() if key(made) not in known]
     assert not missing, missing
 

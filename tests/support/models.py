@@ -9,9 +9,19 @@ from bdcli.model.llama import Layer, Model
 
 
 def tiny_model(
-    layers=2, heads=4, kv_heads=2, dim=8, vocab=41, seed=0, dtype=torch.float32, spread=0.35, hidden=24, inner=40,
-    biases=False, qk_norm=False,
-) -> Model:  # fmt: skip
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    dim=8,
+    vocab=41,
+    seed=0,
+    dtype=torch.float32,
+    spread=0.35,
+    hidden=24,
+    inner=40,
+    biases=False,
+    qk_norm=False,
+) -> Model:
     """Random weights, large enough that attention is far from uniform."""
     g = torch.Generator().manual_seed(seed)
 
@@ -23,9 +33,23 @@ def tiny_model(
 
     rope = RopeConfig("default", 10000.0, dim, 4096)
     config = ModelConfig(
-        vocab, hidden, inner, layers, heads, kv_heads, dim, 4096, 1e-5, rope, False, biases, biases, biases, qk_norm,
+        vocab,
+        hidden,
+        inner,
+        layers,
+        heads,
+        kv_heads,
+        dim,
+        4096,
+        1e-5,
+        rope,
+        False,
+        biases,
+        biases,
+        biases,
+        qk_norm,
         None,
-    )  # fmt: skip
+    )
     blocks = [
         Layer(
             norm(),

@@ -80,9 +80,16 @@ class StaticBudgetCache(BudgetCache):
         ops, rope = ops_for(qk.device.type), (self.rope.cos[:, 0], self.rope.sin[:, 0])
         q = ops.rotate_store(qk, v, keys, values, positions, slots, rope, not view.rebased)
         out = ops.draft_attention(
-            q[None], keys[None], values[None], start, view.sinks, view.chosen, view.window, view.ring,
+            q[None],
+            keys[None],
+            values[None],
+            start,
+            view.sinks,
+            view.chosen,
+            view.window,
+            view.ring,
             rope=rope if view.rebased else None,  # then the kernel rotates a query to its position and to its rank
-        )  # fmt: skip
+        )
         return out[0].flatten(1)
 
 
