@@ -15,7 +15,9 @@ from datasets import Dataset
 from bdcli.base.errors import BdcliError, NonFiniteError, UserError
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache
-from bdcli.cache.view import View, plan_view
+from bdcli.cache.kinds import TORCH_CACHES
+from bdcli.cache.selection import CacheSize, Full, Window, parse_selection
+from bdcli.cache.view import FULL, View
 from bdcli.config.distill import Data, DistillRecipe, Evaluation, Optimizer, Views
 from bdcli.data.prompts import HELD_OUT
 from bdcli.data.sources import Documents, documents, held_out_prompts
@@ -23,20 +25,21 @@ from bdcli.model.checkpoint import POCKET, load_model, save_model
 from bdcli.model.rope import RopeTable
 from bdcli.results.metrics import RoundFigures, looped_tokens, mark_loops
 from bdcli.speculation.draft_length import FixedGamma
+from bdcli.speculation.drafter import ModelDrafter
+from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling
-from bdcli.speculation.speculator import Runner, Speculator
+from bdcli.speculation.speculator import Speculator
 from bdcli.train.acceptance import (
     Cell,
     Passage,
     accept_probabilities,
     acceptance_cell,
-    drafter_cache,
     replay,
     text_probs,
 )
 from bdcli.train.distill.checks import missing
 from bdcli.train.distill.material import bytes_per_token
-from bdcli.train.distill.plan import draw_views
+from bdcli.train.distill.plan import draw_selections
 from bdcli.train.distill.run import Distillation, Watcher
 from bdcli.train.forward import anchored_hidden, final_rows, view_hidden
 from bdcli.train.losses import HiddenTarget
@@ -44,9 +47,14 @@ from bdcli.train.trainer import Trainer
 from tests.support.models import tiny_model
 
 
+def cache_of(model, selection, prompt, total):
+    """The cache that decoding gives a drafter: for `prompt` tokens read before the first round, `total` in all."""
+    return selection.cache(TORCH_CACHES, model, CacheSize(prompt, total, total))
+
+
 def decode_logits(model, ids, view):
     """Logits of every position as the decode caches give them, one token a forward."""
-    cache = FullCache(model, len(ids)) if view is None else BudgetCache(model, len(ids), view)
+    cache = FullCache(model, len(ids)) if view is FULL else BudgetCache(model, len(ids), view)
     return torch.cat([model.forward([token], cache, 1) for token in ids])
 
 
@@ -58,7 +66,7 @@ def test_training_views_equal_decoding(rebased, widest, kv_heads, monkeypatch):
     rng = random.Random(kv_heads)
     model = tiny_model(layers=2, kv_heads=kv_heads, seed=rng.randrange(99))
     ids = [rng.randrange(41) for _ in range(131)]
-    views = [None, View(24, 4, 0, 5, rebased), View(60, 1, 0, 3, rebased), View(400, 4, 0, 8, rebased)]
+    views = [FULL, View(24, 4, 0, 5, rebased), View(60, 1, 0, 3, rebased), View(400, 4, 0, 8, rebased)]
     table = RopeTable(model.config.rope, len(ids), len(ids), torch.float32, "cpu")
     hidden = view_hidden(model, table, torch.tensor(ids), views)
     for view, x in zip(views, hidden):
@@ -72,8 +80,7 @@ def anchored_case(select, positions, budget, kv_heads, start):
     model = tiny_model(layers=2, kv_heads=kv_heads, seed=budget)
     ids = random.Random(budget).choices(range(41), k=start + 30)
     table = RopeTable(model.config.rope, len(ids), len(ids), torch.float32, "cpu")
-    view = budget if select == "official" else plan_view(budget, select, positions, 5, start)
-    return model, ids, table, view
+    return model, ids, table, parse_selection(budget, select, positions, 5)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -83,13 +90,13 @@ def anchored_case(select, positions, budget, kv_heads, start):
 )
 def test_chosen_chunks_in_training_equal_decoding(select, positions, budget, kv_heads):
     start = 150
-    model, ids, table, view = anchored_case(select, positions, budget, kv_heads, start)
-    cache = drafter_cache(model, start + 1, len(ids), budget, select, positions, 5)
+    model, ids, table, selection = anchored_case(select, positions, budget, kv_heads, start)
+    cache = cache_of(model, selection, start, len(ids))
     model.prefill(ids[:start], cache)
     want = torch.cat([model.forward([token], cache, 1) for token in ids[start:]])
-    got = model.logits(anchored_hidden(model, table, torch.tensor(ids), start, view))
+    got = model.logits(anchored_hidden(model, table, torch.tensor(ids), start, selection.view(start)))
     assert (got - want).abs().max() < 2e-4 * want.abs().max()
-    full = model.logits(view_hidden(model, table, torch.tensor(ids), [None])[0, start:])
+    full = model.logits(view_hidden(model, table, torch.tensor(ids), [FULL])[0, start:])
     assert (got - full).abs().max() > 1e-2, "the view would be the same even if the budget were ignored"
 
 
@@ -97,18 +104,18 @@ def test_what_the_prefix_learns():
     """none: only what comes after the prefix learns; selected: kept keys too, one layer deep; full: all of it."""
     grads = {}
     for mode in ("none", "selected", "full"):
-        model, ids, table, view = anchored_case("chunk", "rebased", 64, 2, 150)
+        model, ids, table, selection = anchored_case("chunk", "rebased", 64, 2, 150)
         ids = torch.arange(180)
         model.embedding = torch.randn(180, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        anchored_hidden(model, table, ids, 150, view, mode).square().sum().backward()
+        anchored_hidden(model, table, ids, 150, selection.view(150), mode).square().sum().backward()
         grads[mode] = model.embedding.grad
     assert not grads["none"][:150].any() and grads["none"][150:].any()
     assert not grads["selected"][:150].any() and grads["full"][:150].any()
-    model, ids, table, view = anchored_case("chunk", "rebased", 64, 2, 150)
+    model, ids, table, selection = anchored_case("chunk", "rebased", 64, 2, 150)
     learned = {}
     for mode in ("none", "selected"):
         model.layers[1].qkv = model.layers[1].qkv.detach().requires_grad_()
-        anchored_hidden(model, table, torch.tensor(ids), 150, view, mode).square().sum().backward()
+        anchored_hidden(model, table, torch.tensor(ids), 150, selection.view(150), mode).square().sum().backward()
         learned[mode] = model.layers[1].qkv.grad
     assert (learned["none"] - learned["selected"]).abs().max() > 1e-3
 
@@ -128,17 +135,13 @@ def test_all_weights_get_gradients_through_every_view():
 def test_the_replayed_grid_is_what_decoding_does(gamma, budget, pocket, text_ids):
     target, drafter, _ = pocket
     prompt, new = text_ids[3000:3301], 60
-    engine = Speculator(
-        Runner(target, FullCache(target, 400)),
-        Runner(drafter, FullCache(drafter, 400) if budget is None else BudgetCache(
-            drafter, 400, plan_view(budget, "window", "rebased", gamma, len(prompt) - 1)
-        )),
-        Sampling(), 0,
-    )  # fmt: skip
+    selection = parse_selection(budget, gamma=gamma)
+    reader = ModelDrafter(Runner(drafter, cache_of(drafter, selection, len(prompt) - 1, 400)))
+    engine = Speculator(Runner(target, FullCache(target, 400)), reader, Sampling(), 0)
     engine.prefill(prompt)
     steps = list(engine.rounds(new, frozenset(), FixedGamma(gamma)))
     passage = Passage("x", tuple(prompt), tuple(engine.new_tokens), new)
-    found = accept_probabilities(drafter, passage, budget, "window", "rebased", gamma)
+    found = accept_probabilities(drafter, passage, selection)
     looped = looped_tokens(prompt, engine.new_tokens)
     played = replay(found, gamma, new, looped)
     assert (played.drafted, played.accepted, played.rounds) == (
@@ -185,16 +188,16 @@ def test_the_sampled_grid_is_what_sampling_does(budget):
         24,
         Sampling(0.9),
     )
-    prompt = [i * 7 % 41 for i in range(90)]
+    prompt, selection = [i * 7 % 41 for i in range(90)], parse_selection(budget, gamma=3)
     drafted = accepted = expected = squares = 0.0
     for seed in range(150):
-        cache = drafter_cache(drafter, len(prompt), 130, budget, "window", "rebased", 3)
-        engine = Speculator(Runner(target, FullCache(target, 130)), Runner(drafter, cache), warm, seed)
+        reader = ModelDrafter(Runner(drafter, cache_of(drafter, selection, len(prompt) - 1, 130)))
+        engine = Speculator(Runner(target, FullCache(target, 130)), reader, warm, seed)
         engine.prefill(prompt)
         steps = list(engine.rounds(limit, frozenset(), FixedGamma(3)))
         text = engine.new_tokens
         passage = Passage("x", tuple(prompt), tuple(text), limit, tuple(text_probs(target, prompt, text, warm)))
-        played = replay(accept_probabilities(drafter, passage, budget, "window", "rebased", 3, warm), 3, limit)
+        played = replay(accept_probabilities(drafter, passage, selection, warm), 3, limit)
         drafted, accepted = drafted + sum(s.drafted for s in steps), accepted + sum(s.accepted for s in steps)
         gap = sum(s.accepted for s in steps) - played.accepted
         expected, squares = expected + played.accepted, squares + gap * gap
@@ -205,7 +208,7 @@ def test_interval_covers_the_rate(pocket, text_ids):
     passages = [
         Passage("x", tuple(text_ids[s : s + 100]), tuple(text_ids[s + 100 : s + 140]), 40) for s in range(0, 5000, 900)
     ]
-    cell = acceptance_cell(pocket[1], passages, 64, "window", "rebased", 3)
+    cell = acceptance_cell(pocket[1], passages, Window(64, gamma=3), 3)
     assert cell.low <= cell.acceptance_rate <= cell.high and cell.passages == 6
 
 
@@ -388,13 +391,12 @@ def test_views_and_order_depend_on_seed_and_step_alone(tmp_path):
     job = Distillation(SMALL, tmp_path / "a", Watcher())
     twin = Distillation(SMALL, tmp_path / "b", Watcher())
     for step in range(7):
-        assert draw_views(job.recipe, step) == draw_views(twin.recipe, step) and job.order(step, 5) == twin.order(
-            step, 5
-        )
-        budgets = [v.budget for v in draw_views(job.recipe, step)[1:]]
+        selections = draw_selections(job.recipe, step)
+        assert selections == draw_selections(twin.recipe, step) and job.order(step, 5) == twin.order(step, 5)
+        budgets = [s.budget for s in selections[1:]]
         assert budgets[:2] == [40, 100] and 40 <= budgets[2] <= 100
     assert sorted(w for step in range(5) for w in job.order(step, 5)) == list(range(5))
-    assert len({v[3].budget for v in (draw_views(job.recipe, n) for n in range(40))}) > 10
+    assert len({v[3].budget for v in (draw_selections(job.recipe, n) for n in range(40))}) > 10
 
 
 def test_lambda_weighs_the_sparse_branch(tmp_path):
@@ -405,7 +407,7 @@ def test_lambda_weighs_the_sparse_branch(tmp_path):
         job = Distillation(recipe, tmp_path / str(sparse_weight), Watcher())
         ids = torch.arange(192) * 7 % 4096
         target = HiddenTarget(final_rows(job.target, ids).detach(), job.target.head)
-        return job, float(job.loss(ids, target, job.plan.views, 1)), float(job.loss(ids, target, [None], 1))
+        return job, float(job.loss(ids, target, job.plan.selections, 1)), float(job.loss(ids, target, [Full()], 1))
 
     (_, zero, full), (_, one, _), (_, three, _) = map(loss, (0.0, 1.0, 3.0))
     assert zero == pytest.approx(full, rel=1e-5)
@@ -422,10 +424,10 @@ def test_views_with_chosen_chunks_teach_what_follows_the_anchors(tmp_path, selec
     job = Distillation(replace(SMALL, views=views), tmp_path, Watcher())
     ids = torch.arange(192) * 11 % 4096
     target = HiddenTarget(final_rows(job.target, ids).detach(), job.target.head)
-    got = float(job.loss(ids, target, [None, 64], 1))
+    got = float(job.loss(ids, target, [Full(), parse_selection(64, select, "absolute")], 1))
 
     def mean(start, stop, budget, first):
-        cache = drafter_cache(job.drafter, first, 192, budget, select, "absolute", None)
+        cache = cache_of(job.drafter, parse_selection(budget, select, "absolute"), first - 1, 192)
         job.drafter.prefill(ids[: first - 1].tolist(), cache)
         rows = torch.cat([job.drafter.forward([t], cache, 1) for t in ids[first - 1 : stop].tolist()])[
             start - first + 1 :
@@ -445,7 +447,7 @@ def test_accepted_length_weights_change_the_loss_and_keep_its_scale(tmp_path):
     for weights in ("uniform", "accepted_length"):
         job = Distillation(replace(SMALL, loss=replace(SMALL.loss, weights=weights)), tmp_path, Watcher())
         target = HiddenTarget(final_rows(job.target, ids).detach(), job.target.head)
-        losses[weights] = float(job.loss(ids, target, [None], 1))
+        losses[weights] = float(job.loss(ids, target, [Full()], 1))
     assert losses["uniform"] != pytest.approx(losses["accepted_length"], rel=1e-3)
     assert losses["accepted_length"] < losses["uniform"], "accepted positions weigh more and have the smaller loss"
 
@@ -454,7 +456,7 @@ def test_accepted_length_weights_change_the_loss_and_keep_its_scale(tmp_path):
 
 
 def files_of(folder):
-    return {p.name: p.read_bytes() for p in sorted((folder / "data").iterdir())}
+    return {p.name: p.read_bytes() for p in sorted((folder / "data").iterdir()) if p.suffix != ".new"}
 
 
 def test_preparing_goes_on_at_the_missing_shard(tmp_path):
@@ -473,7 +475,7 @@ def test_preparing_goes_on_at_the_missing_shard(tmp_path):
 
     with pytest.raises(Stop):
         Distillation(recipe, tmp_path / "stopped", Watcher(progress=raise_at)).material().windows()
-    (tmp_path / "stopped" / "data" / "windows-00001.safetensors.new").write_bytes(b"half")  # as after kill -9
+    (tmp_path / "stopped" / "data" / "windows-00001.safetensors.1.new").write_bytes(b"half")  # as after kill -9
     assert len(json.loads((tmp_path / "stopped" / "data" / "manifest.json").read_text())["shards"]) == 1
     again = Distillation(recipe, tmp_path / "stopped", Watcher()).material().windows()
     assert again.accounts == whole.accounts and files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
@@ -495,7 +497,7 @@ def test_cached_answers_teach_what_the_target_would(tmp_path):
         job = Distillation(replace(SMALL, data=data), tmp_path / cache, Watcher())
         windows = job.material().windows()
         assert windows.bytes >= bytes_per_token(job.recipe, 256) * 5 * 192
-        losses[cache] = [float(job.window_loss(windows, w, job.plan.views, 1)) for w in range(3)]
+        losses[cache] = [float(job.window_loss(windows, w, job.plan.selections, 1)) for w in range(3)]
     assert losses["hidden"] == pytest.approx(losses["none"], rel=2e-2)
     assert losses["topk"] == pytest.approx(losses["none"], rel=5e-2)
 
@@ -565,10 +567,10 @@ def test_a_step_that_does_not_fit_is_cut_and_gives_the_same_weights(tmp_path, mo
     whole, cut = (Distillation(SMALL, tmp_path / name, Watcher()) for name in ("whole", "cut"))
     real = cut.window_loss
 
-    def small_memory(windows, window, views, *rest):
-        if len(views) > 1:
+    def small_memory(windows, window, selections, *rest):
+        if len(selections) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(windows, window, views, *rest)
+        return real(windows, window, selections, *rest)
 
     monkeypatch.setattr(cut, "window_loss", small_memory)
     trainers = []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from bdcli.base.errors import UserError
 from bdcli.cache.full import FullCache
+from bdcli.cache.view import FULL
 from bdcli.config.optimizer import Updates
 from bdcli.config.pretrain import Corpus as Mix
 from bdcli.config.pretrain import HeldOut, MuonUpdates, PretrainRecipe, Schedule, Shape
@@ -269,7 +270,7 @@ def test_the_guide_asks_for_attention_where_a_copy_would_be_found(kv_heads):
                 followers = [s for s in range(1, t + 1) if row[s - 1] == row[t]]
                 if number == len(model.layers) - 1 and followers:
                     induced.append(-math.log(sum(weights[s] for s in followers)))
-            x = model.mix(layer, x, attend(rope, qk, v, None))
+            x = model.mix(layer, x, attend(rope, qk, v, FULL))
     want = sum(previous) / len(previous) + sum(induced) / len(induced)
     assert float(guide_loss(model, ids, torch.float32)) == pytest.approx(want, rel=1e-4)
     assert len(induced) < len(previous)

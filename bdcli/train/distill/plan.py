@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from bdcli.base.errors import UserError
-from bdcli.cache.view import View, plan_view
+from bdcli.cache.selection import Full, Selection, parse_selection
+from bdcli.cache.view import FULL
 from bdcli.config.distill import DistillRecipe
 from bdcli.model.llama import Model
 from bdcli.train.distill.material import bytes_per_token
@@ -36,7 +37,7 @@ class Plan:
 
     def __post_init__(self):
         d, e, held = self.recipe.data, self.recipe.evaluation, self.target.config.max_position
-        self.views = draw_views(self.recipe, 0)
+        self.selections = draw_selections(self.recipe, 0)
         self.longest = max(d.context, *e.contexts) + e.new_tokens
         if self.longest > held:
             raise UserError(
@@ -46,7 +47,7 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        r, d, views = self.recipe, self.recipe.data, len(self.views)
+        r, d, views = self.recipe, self.recipe.data, len(self.selections)
         tokens = r.optimizer.windows_per_step * d.context
         written = round(d.written * d.windows) * d.written_tokens
         written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
@@ -69,9 +70,8 @@ class Plan:
     def memory(self) -> dict[str, int]:
         """Bytes of a step at the most demanding views, by what holds them."""
         r, d = self.recipe, self.recipe.data
-        views = [view for view in self.views if not isinstance(view, int)]
-        budgets = len(self.views) - len(views)
-        lengths = [a + r.views.anchor_tokens for a in r.anchors() for _ in range(budgets)]
+        views = [s.view(d.context) for s in self.selections if not s.chooses]
+        lengths = [a + r.views.anchor_tokens for a in r.anchors() for s in self.selections if s.chooses]
         models, rows = (self.target.config, self.drafter.config), self._loss[1]
         parts = distill_memory(*models, d.context, views, lengths, self.dtype.itemsize, rows)
         return parts | {"kept hidden states": min(self.hidden_bytes, KEPT_TARGETS_BYTES)}
@@ -91,9 +91,8 @@ class Plan:
     def seconds(self) -> float:
         """About how long all steps take; the target reads a window once where the hidden states of all are kept."""
         r, length = self.recipe, self.recipe.data.context
-        views = [view if isinstance(view, View) else None for view in self.views]  # chosen ones read it all
-        keys = [min(length / 2, length / 2 if view is None else view.prefix + view.window) for view in views]
-        learned = sum(forward_operations(self.drafter.config, length, k) for k in keys)
+        views = [FULL if s.chooses else s.view(length) for s in self.selections]  # chunks are chosen of all keys
+        learned = sum(forward_operations(self.drafter.config, length, view.mean_keys(length)) for view in views)
         windows = r.optimizer.steps * r.optimizer.windows_per_step
         read = min(windows, r.data.windows) if self.hidden_bytes <= KEPT_TARGETS_BYTES else windows
         read *= forward_operations(self.target.config, length, length / 2)
@@ -103,7 +102,7 @@ class Plan:
     @property
     def supervised(self) -> float:
         """Positions that teach the drafter, over all views, per token that the target reads."""
-        r, views = self.recipe, len(self.views)
+        r, views = self.recipe, len(self.selections)
         anchored = len(r.anchors()) * r.views.anchor_tokens / r.data.context
         if r.views.select == "window":
             return float(views)
@@ -116,16 +115,14 @@ class Plan:
         return 4 * self.drafter.weight_bytes + bytes_per_token(self.recipe, self.target.config.hidden_size) * tokens
 
 
-def draw_views(recipe: DistillRecipe, step: int) -> list[View | int | None]:
-    """Views of a step, the full one first; budgets where chunks are chosen. A function of (seed, step)."""
+def draw_selections(recipe: DistillRecipe, step: int) -> list[Selection]:
+    """What the drafter keeps in a step: all, then each budget. A function of (seed, step)."""
     v, rng = recipe.views, random.Random(f"{recipe.seed}/{step}")
     if v.mode == "full":
-        return [None]
+        return [Full()]
     if v.mode == "sampled":
         budgets = rng.choices(v.budgets, v.weights or None)
     else:
         low, high = min(v.budgets), max(v.budgets)
         budgets = [low, high, round(math.exp(rng.uniform(math.log(low), math.log(high))))]
-    if v.select != "window":
-        return [None, *budgets]
-    return [None, *(plan_view(b, "window", v.positions, None, recipe.data.context) for b in budgets)]
+    return [Full(), *(parse_selection(budget, v.select, v.positions) for budget in budgets)]

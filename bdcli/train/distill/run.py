@@ -22,8 +22,7 @@ from bdcli.base.devices import peak_memory, pick_device, training_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.files import check_disk_space, digest
 from bdcli.base.interrupt import deferred_interrupt
-from bdcli.cache.selection import parse_selection
-from bdcli.cache.view import View, plan_view
+from bdcli.cache.selection import Selection, parse_selection
 from bdcli.config.decode import DecodeOptions
 from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import as_dict
@@ -35,7 +34,7 @@ from bdcli.speculation.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_grid
 from bdcli.train.distill.checks import START
 from bdcli.train.distill.material import Material, Windows
-from bdcli.train.distill.plan import KEPT_TARGETS_BYTES, Plan, draw_views
+from bdcli.train.distill.plan import KEPT_TARGETS_BYTES, Plan, draw_selections
 from bdcli.train.distributed import join, local_device
 from bdcli.train.forward import anchored_hidden, final_rows, view_hidden
 from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
@@ -195,16 +194,16 @@ class Distillation:
         return [_shuffled(self.recipe.seed, at // windows, windows)[at % windows] for at in places]
 
     def parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
-        """This rank's windows of a step, each under all views, or under some at a time where memory is short."""
-        views, picked = draw_views(self.recipe, step), self.order(step, len(windows))
-        some = -(-len(views) // min(pieces, len(views)))
-        groups = [views[at : at + some] for at in range(0, len(views), some)]
-        share, sparse = len(picked), len(views) - 1
+        """This rank's windows of a step, each under all selections, or under some at a time where memory is short."""
+        selections, picked = draw_selections(self.recipe, step), self.order(step, len(windows))
+        some = -(-len(selections) // min(pieces, len(selections)))
+        groups = [selections[at : at + some] for at in range(0, len(selections), some)]
+        share, sparse = len(picked), len(selections) - 1
         mine = self.ranks.mine(picked)
         return [partial(self.window_loss, windows, w, group, share, sparse) for w in mine for group in groups]
 
     def window_loss(
-        self, windows: Windows, window: int, views: Sequence[View | int | None], share: int, sparse: int | None = None
+        self, windows: Windows, window: int, selections: Sequence[Selection], share: int, sparse: int | None = None
     ) -> Tensor:
         """`loss` of one of `windows`, whose target's answers are cached, kept from an earlier pass, or made."""
         ids, target = windows.ids(window).to(self.device), windows.target(window)
@@ -216,47 +215,63 @@ class Distillation:
             target = HiddenTarget(hidden, self.target.head)
             if (len(self._hidden) + 1) * hidden.numel() * hidden.element_size() <= KEPT_TARGETS_BYTES:
                 self._hidden[window] = hidden
-        return self.loss(ids, target, views, share, sparse)
+        return self.loss(ids, target, selections, share, sparse)
 
     def loss(
-        self, ids: Tensor, target: Target, views: Sequence[View | int | None], share: int, sparse: int | None = None
+        self, ids: Tensor, target: Target, selections: Sequence[Selection], share: int, sparse: int | None = None
     ) -> Tensor:
-        """(L_A + λ·L_C) / share of one window: each a mean over its positions, L_C over the sparse views as well.
+        """Distillation loss of one window: full-view loss + λ · mean sparse-view loss, divided by `share` windows.
 
-        `sparse` is the number of sparse views of the step, where `views` are only some of them.
-
-        The full view and window views are stacked and teach every position; budgets of selections that choose chunks
-        teach what follows each anchor.
+        ids [T]. `sparse` is the number of sparse selections of the step, where `selections` are only some of them.
+        Full and window views are stacked and teach every position, or with `teach: anchored` those after each anchor.
+        Selections that choose chunks teach what follows each anchor. Every term is a mean over its positions.
         """
-        v = self.recipe.views
-        weight = self.recipe.loss.sparse_weight / max(1, len(views) - 1 if sparse is None else sparse)
+        sparse = len(selections) - 1 if sparse is None else sparse
+        sparse_weight = self.recipe.loss.sparse_weight / max(1, sparse)
+        stacked = [s for s in selections if not s.chooses]
+        choosing = [s for s in selections if s.chooses]
         rope = RopeTable(self.drafter.config.rope, len(ids), len(ids), self.dtype, self.device)
-        everywhere = [view for view in views if not isinstance(view, int)]
-        budgets = [view for view in views if isinstance(view, int)]
-        spans = [slice(a - 1, a - 1 + v.anchor_tokens) for a in self.recipe.anchors()] if v.select != "window" else []
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            stacked = view_hidden(self.drafter, rope, ids, everywhere) if everywhere else None
-            after = [[self._after(rope, ids[: s.stop], s.start, b) for b in budgets] for s in spans]
-        scale = [1.0 if view is None else weight for view in everywhere]
+            everywhere = self._stacked_rows(rope, ids, stacked)
+            anchored = [self._anchored_rows(rope, ids, span, choosing) for span in self._anchor_spans() if choosing]
         total = torch.zeros((), device=self.device)
-        for span in [] if not everywhere else spans if v.teach == "anchored" else [slice(0, len(ids))]:
-            part = 1 / len(spans) if v.teach == "anchored" else 1.0
-            total = total + self._taught(stacked[:, span], target, span, [w * part for w in scale])
-        for span, rows in zip(spans, after if budgets else []):
-            total = total + self._taught(torch.stack(rows), target, span, [weight / len(spans)] * len(rows))
+        weights = [1.0 if s.budget is None else sparse_weight for s in stacked]
+        for span in self._stacked_spans(len(ids)) if stacked else ():
+            part = 1 / len(self._stacked_spans(len(ids)))
+            total = total + self._span_loss(everywhere[:, span], target, span, [w * part for w in weights])
+        for span, rows in zip(self._anchor_spans(), anchored):
+            weight = sparse_weight / len(anchored)
+            total = total + self._span_loss(rows, target, span, [weight] * len(choosing))
         return total / share
 
-    def _after(self, rope: RopeTable, ids: Tensor, start: int, budget: int) -> Tensor:
-        """Rows of ids[start:] under the recipe's selection from a prompt that ends at `start`."""
+    def _anchor_spans(self) -> list[slice]:
+        """Rows that selections from a prompt teach: from the last position of a prompt that ends at an anchor."""
         v = self.recipe.views
-        if v.select == "official":
-            return anchored_hidden(self.drafter, rope, ids, start, budget, v.prefix_gradients)
-        view = plan_view(budget, v.select, v.positions, None, start)
-        if not view.chosen:
-            return view_hidden(self.drafter, rope, ids, [view])[0, start:]
-        return anchored_hidden(self.drafter, rope, ids, start, view, v.prefix_gradients)
+        return [slice(a - 1, a - 1 + v.anchor_tokens) for a in self.recipe.anchors()] if v.select != "window" else []
 
-    def _taught(self, x: Tensor, target: Target, span: slice, scale: list[float]) -> Tensor:
+    def _stacked_spans(self, length: int) -> list[slice]:
+        """Rows that full and window views teach."""
+        return self._anchor_spans() if self.recipe.views.teach == "anchored" else [slice(0, length)]
+
+    def _stacked_rows(self, rope: RopeTable, ids: Tensor, selections: Sequence[Selection]) -> Tensor | None:
+        """Rows [views, T, hidden] under selections that choose nothing; None without any."""
+        if not selections:
+            return None
+        return view_hidden(self.drafter, rope, ids, [s.view(len(ids)) for s in selections])
+
+    def _anchored_rows(self, rope: RopeTable, ids: Tensor, span: slice, selections: Sequence[Selection]) -> Tensor:
+        """Rows [views, span, hidden] under selections from a prompt that ends where `span` starts."""
+        ids, start = ids[: span.stop], span.start
+        rows = []
+        for selection in selections:
+            view = selection.view(start)
+            if view.depends_on_prompt:
+                rows.append(anchored_hidden(self.drafter, rope, ids, start, view, self.recipe.views.prefix_gradients))
+            else:  # the prompt fits whole
+                rows.append(view_hidden(self.drafter, rope, ids, [view])[0, start:])
+        return torch.stack(rows)
+
+    def _span_loss(self, x: Tensor, target: Target, span: slice, scale: list[float]) -> Tensor:
         """Σ over views of scale · mean loss over the rows of `span`; x [views, rows, hidden] before the final norm."""
         s, head = self.recipe.loss, self.drafter.head
         x = F.rms_norm(x, x.shape[-1:], self.drafter.norm, self.drafter.config.norm_eps).to(self.dtype)
