@@ -18,7 +18,7 @@ from bdcli.model.sizes import weight_count
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
 from bdcli.train.distill.memory import distill_memory
-from bdcli.train.distill.run import KEPT_TARGETS_BYTES
+from bdcli.train.distill.teacher import KEPT_TARGETS_BYTES
 from bdcli.train.forward import final_rows, view_hidden
 from bdcli.train.losses import HiddenTarget, head_loss
 from tests.support.models import tiny_model

@@ -1,4 +1,4 @@
-"""What a distil run will do and what it needs, before it starts."""
+"""What a distil run will do and what it needs, from its recipe and the configurations of its models alone."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from bdcli.base.errors import UserError
 from bdcli.cache.selection import Full, Selection, parse_selection
 from bdcli.cache.view import FULL
 from bdcli.config.distill import DistillRecipe
-from bdcli.model.llama import Model
-from bdcli.train.distill.material import bytes_per_token
+from bdcli.model.config import ModelConfig
+from bdcli.model.sizes import weight_count
 from bdcli.train.distill.memory import distill_memory, memory_line
+from bdcli.train.distill.teacher import KEPT_TARGETS_BYTES
+from bdcli.train.distill.windows import bytes_per_token
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.losses import HiddenTarget, kernel_rows
 
-KEPT_TARGETS_BYTES = 2**30  # hidden states of the target kept between passes over the windows
+TRAINED_BYTES = 4  # of a number of the drafter while it learns
 
 
 @dataclass
 class Plan:
-    """A recipe with its models loaded. Raises UserError where the target has too few positions for it."""
+    """Needs of a run in the folder `out`; products and the target run in `dtype`.
+
+    Raises UserError where the target has too few positions for the recipe.
+    """
 
     recipe: DistillRecipe
-    target: Model
-    drafter: Model
+    target: ModelConfig
+    drafter: ModelConfig
     dtype: torch.dtype
     device: torch.device
     out: Path
 
     def __post_init__(self):
-        d, e, held = self.recipe.data, self.recipe.evaluation, self.target.config.max_position
+        d, e = self.recipe.data, self.recipe.evaluation
         self.selections = draw_selections(self.recipe, 0)
         self.longest = max(d.context, *e.contexts) + e.new_tokens
-        if self.longest > held:
+        if self.longest > self.target.max_position:
             raise UserError(
-                f"the recipe needs {self.longest} positions, the target has {held}",
+                f"the recipe needs {self.longest} positions, the target has {self.target.max_position}",
                 "Lower data.context or evaluation.contexts",
             )
 
@@ -51,11 +56,11 @@ class Plan:
         tokens = r.optimizer.windows_per_step * d.context
         written = round(d.written * d.windows) * d.written_tokens
         written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
-        sizes = [f"{sum(t.numel() for t in m.tensors()) / 1e6:.1f} M parameters" for m in (self.target, self.drafter)]
+        sizes = [f"{weight_count(config) / 1e6:.1f} M parameters" for config in (self.target, self.drafter)]
         drafter = r.drafter or f"of its first {r.layers} layers"
         yield f"target {r.target} ({sizes[0]}), drafter {drafter} ({sizes[1]})"
-        if self.longest > self.drafter.config.max_position:
-            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.config.max_position}"
+        if self.longest > self.drafter.max_position:
+            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.max_position}"
         yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
         yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
         yield f"{self.supervised:.2f} supervised positions per token the target reads"
@@ -72,32 +77,31 @@ class Plan:
         r, d = self.recipe, self.recipe.data
         views = [s.view(d.context) for s in self.selections if not s.chooses]
         lengths = [a + r.views.anchor_tokens for a in r.anchors() for s in self.selections if s.chooses]
-        models, rows = (self.target.config, self.drafter.config), self._loss[1]
-        parts = distill_memory(*models, d.context, views, lengths, self.dtype.itemsize, rows)
+        parts = distill_memory(self.target, self.drafter, d.context, views, lengths, self.dtype.itemsize, self._loss[1])
         return parts | {"kept hidden states": min(self.hidden_bytes, KEPT_TARGETS_BYTES)}
 
     @cached_property
     def _loss(self) -> tuple[Callable | None, int]:
         """Its kernel, and rows of logits at once."""
         x = torch.empty(0, dtype=self.dtype, device=self.device)
-        return kernel_rows(x, HiddenTarget(x, x), self.recipe.loss.temperature, self.drafter.config.vocab_size)
+        return kernel_rows(x, HiddenTarget(x, x), self.recipe.loss.temperature, self.drafter.vocab_size)
 
     @property
     def hidden_bytes(self) -> int:
         """The target's hidden states of all windows."""
         d = self.recipe.data
-        return d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
+        return d.windows * d.context * self.target.hidden_size * self.dtype.itemsize
 
     def seconds(self) -> float:
         """About how long all steps take; the target reads a window once where the hidden states of all are kept."""
         r, length = self.recipe, self.recipe.data.context
         views = [FULL if s.chooses else s.view(length) for s in self.selections]  # chunks are chosen of all keys
-        learned = sum(forward_operations(self.drafter.config, length, view.mean_keys(length)) for view in views)
+        learned = sum(forward_operations(self.drafter, length, view.mean_keys(length)) for view in views)
         windows = r.optimizer.steps * r.optimizer.windows_per_step
         read = min(windows, r.data.windows) if self.hidden_bytes <= KEPT_TARGETS_BYTES else windows
-        read *= forward_operations(self.target.config, length, length / 2)
-        taught = windows * BACKWARD * learned / speed(self.drafter.config, self.dtype, self.device)
-        return taught + read / speed(self.target.config, self.dtype, self.device)
+        read *= forward_operations(self.target, length, length / 2)
+        training_s = windows * BACKWARD * learned / speed(self.drafter, self.dtype, self.device)
+        return training_s + read / speed(self.target, self.dtype, self.device)
 
     @property
     def supervised(self) -> float:
@@ -112,7 +116,8 @@ class Plan:
     def disk_bytes(self) -> int:
         """Shards, state with optimizer moments, two drafters."""
         tokens = self.recipe.data.windows * self.recipe.data.context
-        return 4 * self.drafter.weight_bytes + bytes_per_token(self.recipe, self.target.config.hidden_size) * tokens
+        drafter = TRAINED_BYTES * weight_count(self.drafter)
+        return 4 * drafter + bytes_per_token(self.recipe, self.target.hidden_size) * tokens
 
 
 def draw_selections(recipe: DistillRecipe, step: int) -> list[Selection]:

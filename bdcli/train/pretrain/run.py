@@ -20,6 +20,7 @@ from bdcli.base.devices import pick_device, training_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.files import check_disk_space, digest
 from bdcli.base.interrupt import deferred_interrupt
+from bdcli.base.progress import SILENT, Progress
 from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import Corpus, make_corpus, ordinary_ids
@@ -62,17 +63,16 @@ class Pretrained:
 
 
 class Pretraining:
-    """One run in the folder `out`. `progress(phase, done, total, note)`, `measured(step, tokens, list)` are told."""
+    """One run in the folder `out`. Nothing is written before `run` is called."""
 
     def __init__(
         self,
         recipe: PretrainRecipe,
         out: Path,
-        progress: Callable[[str, int, int, str], None] = lambda *_: None,
-        measured: Callable[[int, int, list[Measured]], None] = lambda *_: None,
+        progress: Progress = SILENT,
         minutes: float | None = None,
     ):
-        self.recipe, self.out, self.progress, self.measured = recipe, out, progress, measured
+        self.recipe, self.out, self.progress = recipe, out, progress
         self.began, self.limit_s = time.monotonic(), math.inf if minutes is None else 60 * minutes
         self.device = pick_device(recipe.device)
         self.dtype = training_dtype(recipe.precision, self.device)
@@ -109,7 +109,7 @@ class Pretraining:
         """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
         state = self.out / STATE
         if state.exists() and not resume:
-            raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
+            raise UserError(f"{self.out} holds an earlier run", "Continue it with --resume, or give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         check_disk_space(self.out, self.disk_bytes)
         start = self._start()
@@ -126,7 +126,7 @@ class Pretraining:
         if state.exists():
             trainer.load(state, key)
         stopped, rate = self._train(trainer, corpus, start, key)
-        p = trainer.progress
+        p = trainer.state
         measured = [[Measured(**m) for m in entry["measured"]] for entry in p.history]
         return Pretrained(
             status="interrupted" if stopped == "interrupted" else "done",
@@ -177,7 +177,7 @@ class Pretraining:
 
     def _train(self, trainer: Trainer, corpus: Corpus, start: Path, key: str) -> tuple[str | None, float]:
         """Steps until the tokens are read. Returns why it stopped early, or None, and tokens a second of steps."""
-        p, s, r = trainer.progress, self.recipe.schedule, self.recipe
+        p, s, r = trainer.state, self.recipe.schedule, self.recipe
         p.cursor = p.cursor or [0] * len(corpus.streams)
         earlier_s, first = p.elapsed_s, p.tokens
         trained_s, stopped, saved_at = 0.0, None, time.monotonic()
@@ -201,7 +201,7 @@ class Pretraining:
                 trained_s += step_s
                 left = f", {(1 - done) * p.elapsed_s / done / 60:.0f} min left" if done > 0 else ""
                 said = f"loss {loss:.3f}, context {context}, {windows.numel() / step_s:.0f} tok/s{left}"
-                self.progress("pretrain", min(p.tokens, s.tokens), s.tokens, said)
+                self.progress.advance("pretrain", min(p.tokens, s.tokens), s.tokens, said)
                 if interrupt.requested:
                     stopped = "interrupted"
                 elif time.monotonic() - self.began + 1.5 * step_s + 1.2 * final_s > self.limit_s:
@@ -251,7 +251,7 @@ class Pretraining:
 
     def _measure(self, trainer: Trainer, contexts: tuple[int, ...]) -> float:
         """Add held-out losses of this step to the history. Returns seconds taken."""
-        p, began = trainer.progress, time.monotonic()
+        p, began = trainer.state, time.monotonic()
         if p.history and p.history[-1]["step"] == p.step:
             if len(p.history[-1]["measured"]) == len(contexts):
                 return 0.0
@@ -259,9 +259,9 @@ class Pretraining:
         found = []
         for n, context in enumerate(contexts):
             found.append(measure(self.model, self._held, context, self.dtype))
-            self.progress("held-out loss", n + 1, len(contexts), f"{found[-1].nll:.3f} at {context}")
+            self.progress.advance("held-out loss", n + 1, len(contexts), f"{found[-1].nll:.3f} at {context}")
         p.history.append({"step": p.step, "tokens": p.tokens, "measured": [asdict(m) for m in found]})
-        self.measured(p.step, p.tokens, found)
+        self.progress.measured(found, step=p.step, tokens=p.tokens)
         return time.monotonic() - began
 
 
@@ -278,7 +278,7 @@ def skipped(length: int, reach: int, seed: int, step: int) -> Tensor:
     return positions
 
 
-def missing(recipe: PretrainRecipe) -> Iterator[tuple[str, str]]:
+def missing_inputs(recipe: PretrainRecipe) -> Iterator[tuple[str, str]]:
     """(key, message) of models and data that a recipe names and that are not here."""
     for key in ("init", "tokenizer"):
         if getattr(recipe, key) is not None:
