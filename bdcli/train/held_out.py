@@ -20,8 +20,8 @@ TAIL = 1024  # last tokens of a window, over which the worth of a long context i
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Held-out loss at one context, nats a token: whole window; its tail given everything; given the last ~256."""
+class HeldOutLoss:
+    """Loss at one context, nats a token: of whole windows, of their tails given everything, and given ~256 tokens."""
 
     context: int
     windows: int
@@ -69,8 +69,8 @@ def window_losses(
     return whole, whole[-tail:], short
 
 
-def measure(model: Model, windows: Tensor, context: int, dtype: torch.dtype) -> Measured:
+def measure(model: Model, windows: Tensor, context: int, dtype: torch.dtype) -> HeldOutLoss:
     """Held-out loss of the last `context` tokens of windows [N, T], on the model's device."""
     losses = [window_losses(model, window, dtype) for window in windows[:, -context:].to(model.device)]
     nll, tail, short = (float(torch.stack(x).mean()) for x in zip(*losses))
-    return Measured(context, len(losses), nll, tail, short)
+    return HeldOutLoss(context, len(losses), nll, tail, short)

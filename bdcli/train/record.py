@@ -12,10 +12,10 @@ from bdcli.results.schema import Evaluation, Loss
 from bdcli.results.store import Store
 from bdcli.train.acceptance import Cell
 from bdcli.train.distill.run import Distillation
-from bdcli.train.held_out import Measured
+from bdcli.train.held_out import HeldOutLoss
 from bdcli.train.pretrain.run import Pretraining
 
-TABLES = {Cell: Evaluation, Measured: Loss}
+TABLES = {Cell: Evaluation, HeldOutLoss: Loss}
 
 
 class Recorder(Progress):
@@ -39,7 +39,7 @@ class Recorder(Progress):
     def text(self, piece: str) -> None:
         self._shown.text(piece)
 
-    def measured(self, rows: Sequence[Cell | Measured], **at: int) -> None:
+    def measured(self, rows: Sequence[Cell | HeldOutLoss], **at: int) -> None:
         """`at`: step, and tokens of a pretrain run. Raises RuntimeError before `begin`."""
         if self._run_id is None:
             raise RuntimeError("nothing can be stored before the run has begun")

@@ -12,7 +12,7 @@ from bdcli.data.corpus import ordinary_ids
 from bdcli.model.build import with_layers
 from bdcli.model.rope import RopeTable
 from bdcli.train.forward import attend
-from bdcli.train.pretrain.copying import LENGTH, WINDOWS, guide_loss, lesson
+from bdcli.train.pretrain.copying import LESSON_TOKENS, LESSON_WINDOWS, guide_loss, lesson
 from bdcli.train.trainer import Trainer
 from tests.support.models import tiny_model
 
@@ -49,8 +49,8 @@ def test_the_guide_asks_for_attention_where_a_copy_would_be_found(kv_heads):
 def test_lessons_repeat_themselves_and_move_the_heads(pocket):
     ids = ordinary_ids(pocket[2])
     once, again, other = lesson(0, 5, ids), lesson(0, 5, ids), lesson(0, 6, ids)
-    assert torch.equal(once, again) and not torch.equal(once, other) and once.shape == (WINDOWS, LENGTH)
-    known = [len(set(row)) / LENGTH for row in once.tolist()]
+    assert torch.equal(once, again) and not torch.equal(once, other) and once.shape == (LESSON_WINDOWS, LESSON_TOKENS)
+    known = [len(set(row)) / LESSON_TOKENS for row in once.tolist()]
     assert max(known) < 0.75 and 0 not in once and 1 not in once
     model = tiny_model(vocab=len(pocket[2]))
     made = Trainer(model, Updates(method="muon", lr=2e-2))

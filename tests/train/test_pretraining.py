@@ -12,7 +12,9 @@ from bdcli.cache.full import FullCache
 from bdcli.config.pretrain import Corpus as Mix
 from bdcli.config.pretrain import Schedule
 from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
-from bdcli.train.pretrain.run import Pretraining, skipped
+from bdcli.train.pretrain.batches import next_token_loss
+from bdcli.train.pretrain.run import Pretraining
+from bdcli.train.pretrain.stages import share_done, skip_positions, stage_context
 from tests.support.models import tiny_model
 from tests.support.training import Figures, same_weights, small_pretrain, weights_of, write_texts
 
@@ -84,16 +86,13 @@ def test_the_first_layers_of_a_model_are_a_start(tmp_path, text):
     assert [key for key, _ in small_pretrain(text, layers=1).problems()] == ["layers"]
 
 
-def test_loss_is_the_mean_over_following_tokens_whatever_the_micro_batches(tmp_path, text):
-    job = Pretraining(small_pretrain(text), tmp_path / "run")
-    job.model = tiny_model(vocab=300)
-    windows = torch.randint(0, 300, (4, 50))
-    parts = sum(float(job.loss(w, 4)) for w in windows.split(1))
-    logits = torch.stack([job.model.forward(w.tolist(), FullCache(job.model, 50), 50) for w in windows])
+def test_loss_is_the_mean_over_following_tokens_whatever_the_micro_batches():
+    model, windows = tiny_model(vocab=300), torch.randint(0, 300, (4, 50))
+    parts = sum(float(next_token_loss(model, w, 4)) for w in windows.split(1))
+    logits = torch.stack([model.forward(w.tolist(), FullCache(model, 50), 50) for w in windows])
     want = F.cross_entropy(logits[:, :-1].reshape(-1, 300), windows[:, 1:].reshape(-1))
-    assert parts == pytest.approx(float(want), rel=1e-4) and float(job.loss(windows, 4)) == pytest.approx(
-        parts, rel=1e-5
-    )
+    assert parts == pytest.approx(float(want), rel=1e-4)
+    assert float(next_token_loss(model, windows, 4)) == pytest.approx(parts, rel=1e-5)
 
 
 def test_a_guided_run_goes_on_after_a_stop_and_wants_two_layers(tmp_path, text):
@@ -113,18 +112,18 @@ def test_the_rate_follows_the_clock_where_the_recipe_says_so(tmp_path, text):
     timed = small_pretrain(text, schedule=replace(small_pretrain(text).schedule, follow="time"))
     with pytest.raises(UserError, match="--max-minutes"):
         Pretraining(timed, tmp_path / "x")
-    job = Pretraining(timed, tmp_path / "x", minutes=1)
-    assert job.share(0, 30, 60) == 0.5 and job.share(8192, 30, 60) == 1
-    assert Pretraining(small_pretrain(text), tmp_path / "x", minutes=1).share(0, 30, 60) == 0
-    assert [job.stage(s) for s in (0, 0.49, 0.51, 1.0)] == [128, 128, 512, 512]
+    assert Pretraining(timed, tmp_path / "x", minutes=1).limit_s == 60
+    assert share_done(timed.schedule, 0, 30, 60) == 0.5 and share_done(timed.schedule, 8192, 30, 60) == 1
+    assert share_done(small_pretrain(text).schedule, 0, 30, 60) == 0
+    assert [stage_context(timed.schedule, s) for s in (0, 0.49, 0.51, 1.0)] == [128, 128, 512, 512]
 
 
 def test_skips_spread_short_windows_over_the_reach():
-    made = [skipped(64, 1000, 3, step) for step in range(400)]
+    made = [skip_positions(64, 1000, 3, step) for step in range(400)]
     gaps = [int(p[-1]) - 63 for p in made]
     assert all(p[0] == 0 and p.diff().min() == 1 and (p.diff() > 1).sum() <= 1 and p[-1] < 1000 for p in made)
     assert 140 < gaps.count(0) < 260 and max(gaps) > 800 and sum(0 < gap < 30 for gap in gaps) > 60
-    assert torch.equal(skipped(64, 1000, 3, 7), made[7]) and skipped(64, 0, 3, 7).equal(torch.arange(64))
+    assert torch.equal(skip_positions(64, 1000, 3, 7), made[7]) and skip_positions(64, 0, 3, 7).equal(torch.arange(64))
 
 
 def test_the_command(tmp_path, cli, text):
