@@ -6,8 +6,8 @@
 
 `run` trains every arm, with every seed, on the same windows for the same number of steps; each arm keeps the best
 checkpoint of its own, judged as `bdcli distill` does. Then it measures all of them on the same held-out texts, which
-training never looked at: the exact grid context × budget at a fixed γ, without a rollout. It goes on where it was
-stopped. `cost` runs a few steps of every arm, each in a process of its own.
+training never looked at: the exact grid context × budget at a fixed γ, without a rollout. A stopped `run` continues
+where it was. `cost` runs a few steps of every arm, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -27,24 +28,28 @@ from typing import Annotated
 import torch
 import typer
 
-from bdcli.base.console import end_interrupted, note, phases, run_script
+from bdcli.base.console import end_interrupted, note, run_script
+from bdcli.base.devices import peak_memory
 from bdcli.base.errors import UserError
 from bdcli.base.files import read_json, write_file
-from bdcli.config.distill import DistillRecipe, Loss, Views
+from bdcli.base.progress import Progress
+from bdcli.cache.selection import parse_selection
+from bdcli.cli.output import DistillProgress
+from bdcli.config.distill import DistillRecipe, Evaluation, Loss, Views
 from bdcli.config.loader import load_recipe
-from bdcli.decode.session import peak_memory
 from bdcli.model.checkpoint import load_model
+from bdcli.model.llama import Model
 from bdcli.results.store import Store
 from bdcli.speculation.sampling import Sampling
 from bdcli.train.acceptance import Passage, acceptance_grid
-from bdcli.train.distill.checks import missing
+from bdcli.train.distill.checks import missing_inputs
 from bdcli.train.distill.material import Material
-from bdcli.train.distill.run import Distillation, Watcher
-from bdcli.train.record import distill_run
+from bdcli.train.distill.run import Distillation
+from bdcli.train.record import Recorder, distill_run
 from bdcli.train.trainer import Trainer
 
-PAPER_BUDGETS = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}
-FIXED = 1024
+PAPER_BUDGETS = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}  # with their probabilities
+FIXED_BUDGET = 1024
 READINGS = {"window": ("window", "rebased"), "official": ("official", "absolute")}  # selection and positions in decode
 
 
@@ -62,20 +67,20 @@ def _below(recipe: DistillRecipe, *budgets: int) -> tuple[int, ...]:
 
 
 def _fixed(r: DistillRecipe) -> DistillRecipe:
-    return replace(r, views=replace(r.views, mode="sampled", budgets=_below(r, FIXED)[:1], weights=()))
+    return replace(r, views=replace(r.views, mode="sampled", budgets=_below(r, FIXED_BUDGET)[:1], weights=()))
 
 
 def _paper(r: DistillRecipe) -> DistillRecipe:
     """Its views, selection and loss; learning rate, steps and texts are those of all arms."""
-    budgets, taught = _below(r, *PAPER_BUDGETS), min(256, r.data.context // 4)
+    budgets, tokens = _below(r, *PAPER_BUDGETS), min(256, r.data.context // 4)
     views = Views(
         mode="sampled",
         budgets=budgets,
         weights=tuple(PAPER_BUDGETS.get(b, 1.0) for b in budgets),
         positions="absolute",
         select="official",
-        anchors=(r.data.context - taught,),
-        anchor_tokens=taught,
+        anchors=(r.data.context - tokens,),
+        anchor_tokens=tokens,
         teach="anchored",
     )
     return replace(r, views=views, loss=Loss(kind="ce", sparse_weight=0.5))
@@ -84,7 +89,7 @@ def _paper(r: DistillRecipe) -> DistillRecipe:
 ARMS = {
     "none": Arm("no distillation", None),
     "full": Arm("full cache only", lambda r: replace(r, views=replace(r.views, mode="full"))),
-    "fixed": Arm(f"one fixed budget ({FIXED})", _fixed),
+    "fixed": Arm(f"one fixed budget ({FIXED_BUDGET})", _fixed),
     "paper": Arm("the paper's recipe", _paper, ("official", "window")),
     "one": Arm("one sampled view", lambda r: replace(r, views=replace(r.views, mode="sampled", weights=()))),
     "ours": Arm("ours", lambda r: r),
@@ -113,7 +118,7 @@ def run(
     db: Annotated[str | None, typer.Option(help="Store of the runs.")] = None,
 ) -> None:
     """Train and measure what is missing, then print the table."""
-    base, names = load(recipe, overrides), chosen(arms)
+    base, names = load(recipe, overrides), parse_arms(arms)
     evaluation = base.evaluation
     if on:
         contexts = tuple(int(c) for c in on_contexts.split(","))
@@ -122,70 +127,95 @@ def run(
         )
     plan = [(name, int(seed)) for seed in seeds.split(",") for name in names]
     out.mkdir(parents=True, exist_ok=True)
-    store = Store(db)
-    with phases(quiet=False) as (progress, grid):
+    experiment = Experiment(base, evaluation, out, Store(db))
+    with DistillProgress() as console:
         for number, (name, seed) in enumerate(plan):
-            progress("arms", number, len(plan), f"{name}, seed {seed}")
-            label = f"{name} {seed}: "
-
-            def tell(phase: str, done: int, total: int, said: str, label: str = label) -> None:
-                progress(label + phase, done, total, said)
-
-            one_arm(replace(base, seed=seed), name, evaluation, out, store, Watcher(tell, grid))
-        progress("arms", len(plan), len(plan), "")
+            console.advance("arms", number, len(plan), f"{name}, seed {seed}")
+            experiment.measure(name, seed, ArmProgress(console, f"{name} {seed}"))
+        console.advance("arms", len(plan), len(plan))
     typer.echo(as_markdown(results(out)))
 
 
 def load(recipe: Path, overrides: list[str] | None) -> DistillRecipe:
-    return load_recipe(recipe, DistillRecipe, overrides or [], missing)
+    return load_recipe(recipe, DistillRecipe, overrides or [], missing_inputs)
 
 
-def chosen(arms: str) -> list[str]:
-    names = arms.split(",")
+def parse_arms(text: str) -> list[str]:
+    """Names of arms. Raises UserError on an unknown one."""
+    names = text.split(",")
     unknown = [name for name in names if name not in ARMS]
     if unknown:
         raise UserError(f"--arms {unknown[0]}: no such arm", f"Arms: {', '.join(ARMS)}")
     return names
 
 
-def one_arm(recipe: DistillRecipe, name: str, evaluation, out: Path, store: Store, watcher: Watcher) -> None:
-    """Train an arm with one seed and measure it, as far as neither is done."""
-    folder, arm = out / f"{name}-{recipe.seed}", ARMS[name]
-    done = folder / "measured.json"
-    if done.exists():
-        return
-    changed = arm.change(recipe) if arm.change else recipe
-    job = Distillation(changed, folder, watcher, data=out / f"data-{recipe.seed}")
-    trained, told = None, folder / "trained.json"
-    if arm.change and not told.exists():
-        ended = distill_run(store, job, resume=True)
-        if ended["status"] == "interrupted":
-            end_interrupted()
-        kept = ("checkpoint", "steps", "best_step", "stopped", "skipped", "positions_per_target_token")
-        write_file(told, json.dumps({key: ended[key] for key in (*kept, "tokens_per_second")}))
-    drafter = job.drafter
-    if arm.change:
-        trained = read_json(told)
-        drafter = load_model(Path(trained["checkpoint"]), torch.float32, job.device)
-    judged = replace(changed, evaluation=evaluation)
-    passages = Material(judged, out / "measured", job.pair, job.folders, watcher.progress).passages()
-    found = {
-        "arm": name,
-        "seed": recipe.seed,
-        "trained": trained,
-        "readings": {
-            reading: list(cells(drafter, passages, judged, reading, watcher.progress)) for reading in arm.readings
-        },
-    }
-    write_file(done, json.dumps(found))
+class ArmProgress(Progress):
+    """Phases of one arm, apart from those of others."""
+
+    def __init__(self, console: Progress, arm: str):
+        self._console, self._arm = console, arm
+
+    def note(self, line: str) -> None:
+        self._console.note(line)
+
+    def advance(self, phase: str, done: float, total: float, detail: str = "") -> None:
+        self._console.advance(f"{self._arm}: {phase}", done, total, detail)
+
+    def measured(self, rows: Sequence, **at: int) -> None:
+        self._console.measured(rows, **at)
 
 
-def cells(drafter, passages: list[Passage], recipe: DistillRecipe, reading: str, progress) -> Iterator[dict]:
+@dataclass(frozen=True)
+class Experiment:
+    """All arms of one recipe in the folder `out`, measured by `evaluation`."""
+
+    base: DistillRecipe
+    evaluation: Evaluation
+    out: Path
+    store: Store
+
+    def measure(self, name: str, seed: int, progress: Progress) -> None:
+        """Train an arm with one seed and measure it, as far as neither is done."""
+        arm, folder = ARMS[name], self.out / f"{name}-{seed}"
+        if (folder / "measured.json").exists():
+            return
+        recipe = replace(self.base, seed=seed)
+        recipe = arm.change(recipe) if arm.change else recipe
+        recorder = Recorder(self.store, progress)
+        job = Distillation(recipe, folder, recorder, data=self.out / f"data-{seed}")
+        trained = self._train(job, recorder) if arm.change else None
+        models = job.models()
+        drafter = models.drafter
+        if trained:
+            drafter = load_model(Path(trained["checkpoint"]), torch.float32, job.device)
+        recipe = replace(recipe, evaluation=self.evaluation)
+        passages = Material(recipe, self.out / "measured", models.pair, models.folders, progress).passages()
+        readings = {r: list(cells(drafter, passages, recipe, r, progress)) for r in arm.readings}
+        found = {"arm": name, "seed": seed, "trained": trained, "readings": readings}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "measured.json", json.dumps(found))
+
+    def _train(self, job: Distillation, recorder: Recorder) -> dict:
+        """What came of training: of an earlier run, or of this one."""
+        done = job.out / "trained.json"
+        if not done.exists():
+            outcome = distill_run(recorder, job, resume=True)
+            if outcome["status"] == "interrupted":
+                end_interrupted()
+            kept = ("checkpoint", "steps", "best_step", "stopped", "skipped", "positions_per_target_token")
+            write_file(done, json.dumps({key: outcome[key] for key in (*kept, "tokens_per_second")}))
+        return read_json(done)
+
+
+def cells(
+    drafter: Model, passages: list[Passage], recipe: DistillRecipe, reading: str, progress: Progress
+) -> Iterator[dict]:
     """Acceptance of every data set, context and budget, the drafter read in one way."""
-    e, keys = recipe.evaluation, {(p.dataset, len(p.prompt)) for p in passages}
-    found = acceptance_grid(drafter, passages, e.budgets, *READINGS[reading], e.gamma, Sampling(recipe.temperature))
+    e, groups = recipe.evaluation, {(p.dataset, len(p.prompt)) for p in passages}
+    selections = [parse_selection(budget, *READINGS[reading], e.gamma) for budget in e.budgets]
+    found = acceptance_grid(drafter, passages, selections, e.gamma, Sampling(recipe.temperature))
     for number, cell in enumerate(found, 1):
-        progress(f"measure, {reading}", number, len(keys) * len(e.budgets), "")
+        progress.advance(f"measure, {reading}", number, len(groups) * len(selections))
         yield asdict(cell)
 
 
@@ -221,35 +251,40 @@ def as_markdown(found: list[dict]) -> str:
     names = ["arm", "read", "seeds", *map(str, budgets), f"full - {least}", f"{short} - {long} at {least}"]
     names += [f"gained at {least}", "mean of budgets", "supervised positions a target token", "target tok/s"]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * 3 + " ---: |" * (len(names) - 3)]
-    before: dict[str, tuple[float, float]] = {}  # of the row above that is read the same way
+    above: dict[str, tuple[float, float]] = {}  # means of the last row that is read the same way
     for name, reading in dict.fromkeys((r["arm"], reading) for r in found for reading in r["readings"]):
-        mine = [r for r in found if r["arm"] == name and reading in r["readings"]]
-        grids = [r["readings"][reading] for r in mine]
-
-        def over_seeds(value: Callable[[list[dict]], float], grids=grids) -> tuple[float, float]:
-            values = [value(grid) for grid in grids]
-            return sum(values) / len(values), (max(values) - min(values)) / 2
-
-        at = {b: over_seeds(lambda g, b=b: rate(g, budget=b)) for b in budgets}
-        flat = over_seeds(lambda g: rate(g, budget="full") - rate(g, budget=least))
-        far = over_seeds(lambda g: rate(g, budget=least, context=short) - rate(g, budget=least, context=long))
-        mean = sum(at[b][0] for b in numbers) / len(numbers)
-        gained = [f"{100 * (x - y):+.1f}" for x, y in zip((at[least][0], mean), before.get(reading, ()))]
-        gained, before[reading] = gained or ["", ""], (at[least][0], mean)
-        trained = [r["trained"] for r in mine if r["trained"]]
-        cost = ["", ""]
-        if trained:
-            speed = statistics.median(t["tokens_per_second"] for t in trained)
-            cost = [f"{trained[0]['positions_per_target_token']:.3g}", f"{speed:.0f}"]
-        row = [ARMS[name].meaning, " ".join(READINGS[reading]), str(len(mine))]
+        runs = [r for r in found if r["arm"] == name and reading in r["readings"]]
+        grids = [r["readings"][reading] for r in runs]
+        at = {b: over_seeds(grids, lambda g, b=b: rate(g, budget=b)) for b in budgets}
+        flat = over_seeds(grids, lambda g: rate(g, budget="full") - rate(g, budget=least))
+        far = over_seeds(grids, lambda g: rate(g, budget=least, context=short) - rate(g, budget=least, context=long))
+        means = at[least][0], sum(at[b][0] for b in numbers) / len(numbers)
+        gained = [f"{100 * (x - y):+.1f}" for x, y in zip(means, above.get(reading, ()))] or ["", ""]
+        above[reading] = means
+        row = [ARMS[name].meaning, " ".join(READINGS[reading]), str(len(runs))]
         row += [f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in at.values()]
         row += [f"{100 * m:+.1f} ± {100 * s:.1f}" for m, s in (flat, far)]
-        lines.append("| " + " | ".join([*row, *gained, *cost]) + " |")
+        lines.append("| " + " | ".join([*row, *gained, *training_cost(runs)]) + " |")
     kinds = ", ".join(dict.fromkeys(c["dataset"] for c in sample))
     passages = sum(c["passages"] for c in sample if c["budget"] == least)
     foot = f"Acceptance outside loops in %, γ {sample[0]['gamma']}, {passages} passages of {kinds}; "
     foot += "gained: against the row above that is read the same way."
     return "\n".join([*lines, "", foot])
+
+
+def over_seeds(grids: list[list[dict]], value: Callable[[list[dict]], float]) -> tuple[float, float]:
+    """Mean of a value over the grids of the seeds, and half its range."""
+    values = [value(grid) for grid in grids]
+    return sum(values) / len(values), (max(values) - min(values)) / 2
+
+
+def training_cost(runs: list[dict]) -> list[str]:
+    """Supervised positions and target tokens a second, empty where nothing was trained."""
+    trained = [r["trained"] for r in runs if r["trained"]]
+    if not trained:
+        return ["", ""]
+    speed = statistics.median(t["tokens_per_second"] for t in trained)
+    return [f"{trained[0]['positions_per_target_token']:.3g}", f"{speed:.0f}"]
 
 
 # -- what it costs
@@ -272,22 +307,23 @@ class RandomWindows:
 
 
 def cost_of(recipe: DistillRecipe, steps: int) -> dict:
-    """Seconds a step (median, after one that does not count), the process's peak memory, positions taught."""
+    """Seconds a step (median, after one that does not count), the process's peak memory, supervised positions."""
     with tempfile.TemporaryDirectory() as folder:
-        job = Distillation(recipe, Path(folder), Watcher())
+        job = Distillation(recipe, Path(folder))
+        models = job.models()
         loaded = peak_memory(job.device)
-        trainer, taken = Trainer(job.drafter, recipe.optimizer), []
-        windows = RandomWindows(recipe, job.target.config.vocab_size)
+        trainer, seconds = Trainer(models.drafter, recipe.optimizer), []
+        batches = job.batches(RandomWindows(recipe, models.pair.target.config.vocab_size))
         for step in range(steps + 1):
             began = time.perf_counter()
-            trainer.step(lambda pieces, step=step: job.parts(windows, step, pieces), 0.1)
-            taken.append(time.perf_counter() - began)
+            trainer.step(partial(batches.losses, step), 0.1)
+            seconds.append(time.perf_counter() - began)
         return {
-            "views": len(job.plan.views),
-            "positions": round(job.plan.supervised * recipe.data.context),
+            "views": len(job.plan().selections),
+            "positions": round(job.plan().supervised * recipe.data.context),
             "windows": recipe.optimizer.windows_per_step,
             "context": recipe.data.context,
-            "seconds": statistics.median(taken[1:]),
+            "seconds": statistics.median(seconds[1:]),
             "loaded": loaded,
             "peak": peak_memory(job.device),
         }
@@ -302,7 +338,7 @@ def cost(
 ) -> None:
     """Supervised positions per target forward, speed and memory of the arms side by side."""
     base = load(recipe, overrides)
-    names = [name for name in chosen(arms) if ARMS[name].change]
+    names = [name for name in parse_arms(arms) if ARMS[name].change]
     found = {}
     for name in names:
         note(f"{name}: {steps + 1} steps of {base.optimizer.windows_per_step} × {base.data.context} tokens")

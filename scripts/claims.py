@@ -14,23 +14,13 @@ from typing import Annotated
 
 import typer
 
-from bdcli.base.console import note, phases, run_script
-from bdcli.base.progress import Progress
+from bdcli.base.console import ConsoleProgress, run_script
 from bdcli.bench.claims import read_measurement, report
 from bdcli.bench.claims_texts import ClaimsSettings, Measurement
 from bdcli.config.decode import parse_budget, parse_context
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 FOLDER, ENOUGH_TOKENS = Path("runs/claims"), 5000
-
-
-class PhaseBars(Progress):
-    """Shows notes, and a bar for each phase."""
-
-    note = staticmethod(note)
-
-    def __init__(self, advance):
-        self.advance = advance
 
 
 @app.command()
@@ -61,8 +51,8 @@ def run(
         dtype=dtype,
     )
     models = {"target": target, "drafter": drafter} | ({"naive": naive} if naive else {})
-    with phases(quiet=False) as (advance, _):
-        measurement = Measurement(out, settings, on, models, jobs, PhaseBars(advance))
+    with ConsoleProgress(resumable=True) as progress:
+        measurement = Measurement(out, settings, on, models, jobs, progress)
         measurement.measure_worth()
         measurement.run(enough)
     show(out, enough)

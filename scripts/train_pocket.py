@@ -28,20 +28,20 @@ from typing import Annotated
 
 import typer
 
-from bdcli.base.console import end_interrupted, note, phases, run_script
+from bdcli.base.console import ConsoleProgress, end_interrupted, note, run_script
 from bdcli.base.errors import BdcliError, UserError
 from bdcli.base.files import digest, write_file
-from bdcli.cli.output import show_grids, show_losses
+from bdcli.cli.output import DistillProgress, PretrainProgress, show_grids, show_losses
 from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import load_recipe
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.sources import documents
 from bdcli.results.store import Store
-from bdcli.train.distill.checks import missing as missing_for_distilling
-from bdcli.train.distill.run import Distillation, Watcher
+from bdcli.train.distill import checks
+from bdcli.train.distill.run import Distillation
+from bdcli.train.pretrain import run as pretraining
 from bdcli.train.pretrain.run import Pretraining
-from bdcli.train.pretrain.run import missing as missing_for_pretraining
-from bdcli.train.record import distill_run, pretrain_run
+from bdcli.train.record import Recorder, distill_run, pretrain_run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MIB = 2**20
@@ -70,7 +70,7 @@ def pack(
     kept = characters = 0
     with (
         out.open("wb") as raw,
-        phases(quiet=False) as (progress, _),
+        ConsoleProgress(resumable=True) as progress,
         lzma.LZMAFile(raw, "wb", filters=FILTERS) as packed,
         tarfile.open(fileobj=packed, mode="w|") as archive,
     ):
@@ -83,7 +83,7 @@ def pack(
             entry.size = len(body)
             archive.addfile(entry, io.BytesIO(body))
             kept, characters = kept + 1, characters + len(found[name])
-            progress("packed", min(raw.tell(), limit), limit, f"{kept} texts")
+            progress.advance("packed", min(raw.tell(), limit), limit, f"{kept} texts")
     size = out.stat().st_size
     if size > limit:
         raise BdcliError(f"{out} has {size / MIB:.1f} MiB, more than {limit_mib:g}", "Lower --limit-mib a little")
@@ -108,8 +108,8 @@ def stages(corpus: Path, out: Path, extra: dict[str, list[str]]) -> list[Stage]:
     texts = json.dumps([str(corpus), "stdlib", "recall"])
     mix = [f"corpus.sources={texts}", "corpus.weights=[0.72, 0.15, 0.13]", "held_out.sources=[]"]
     target, start = out / "target" / "model", out / "start" / "model"
-    taught = [f"target={target}", f"data.sources={texts}"]
-    pair = [*taught, f"drafter={out / 'short' / 'drafter'}"]
+    windows = [f"target={target}", f"data.sources={texts}"]
+    pair = [*windows, f"drafter={out / 'short' / 'drafter'}"]
     target_recipe, start_recipe, short_recipe, drafter_recipe = (
         RECIPES / f"pocket_{name}.yaml" for name in ("target", "start", "short", "drafter")
     )
@@ -118,7 +118,7 @@ def stages(corpus: Path, out: Path, extra: dict[str, list[str]]) -> list[Stage]:
     made = [
         Stage("target", "pretrain", target_recipe, (*mix, "init=null", *tokens, *extra["target"])),
         Stage("start", "pretrain", start_recipe, (*mix, f"init={target}", *tokens, *extra["start"])),
-        Stage("short", "distill", short_recipe, (*taught, f"drafter={start}", *steps, *extra["short"])),
+        Stage("short", "distill", short_recipe, (*windows, f"drafter={start}", *steps, *extra["short"])),
         Stage("drafter", "distill", drafter_recipe, (*pair, *steps, *extra["drafter"]), out / "data"),
     ]
     rival = ("views.mode=full",)
@@ -132,7 +132,7 @@ Settings = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="C
 def train(
     corpus: Annotated[Path, typer.Option(help="The archive, or any source of text.")],
     out: Annotated[Path, typer.Option(help="Folder of all stages.")] = Path("runs/pocket"),
-    minutes: Annotated[float | None, typer.Option(help="Stop in time; the same command goes on.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop in time; the same command continues.")] = None,
     set_target: Settings = None,
     set_start: Settings = None,
     set_short: Settings = None,
@@ -147,42 +147,49 @@ def train(
     for stage in stages(corpus, out, extra):
         if (out / stage.name / RESULT).exists():
             continue
-        if time.monotonic() > deadline or not one_stage(stage, out / stage.name, store, deadline):
-            note(f"out of time in the stage {stage.name}; the same command goes on")
+        if time.monotonic() > deadline or not run_stage(stage, out / stage.name, store, deadline):
+            note(f"out of time in the stage {stage.name}; the same command continues")
             raise typer.Exit(3)
     note(f"done; take it home with: python scripts/train_pocket.py pieces {out} --out FOLDER")
 
 
-def one_stage(stage: Stage, folder: Path, store: Store, deadline: float) -> bool:
+def run_stage(stage: Stage, folder: Path, store: Store, deadline: float) -> bool:
     """Run a stage until it is done or out of time; its result is written where it is done."""
-    with phases(quiet=False) as (progress, grid):
-        if stage.command == "pretrain":
-            settings = load_recipe(stage.recipe, PretrainRecipe, list(stage.settings), missing_for_pretraining)
-            left = (deadline - time.monotonic()) / 60
-            job = Pretraining(settings, folder, progress, minutes=None if left == float("inf") else left)
-            result = pretrain_run(store, job, resume=True)
-        else:
-            settings = load_recipe(stage.recipe, DistillRecipe, list(stage.settings), missing_for_distilling)
-            job = Distillation(settings, folder, Watcher(progress, grid), deadline, stage.data)
-            result = distill_run(store, job, resume=True)
+    run, show = (_pretrain, show_losses) if stage.command == "pretrain" else (_distill, show_grids)
+    result = run(stage, folder, store, deadline)
     if result["status"] == "interrupted":
         end_interrupted()
-    (show_losses if stage.command == "pretrain" else show_grids)(result)
+    show(result)
     if result["stopped"] == "out of time":
         return False
     write_file(folder / RESULT, json.dumps(result, default=str))
     return True
 
 
+def _pretrain(stage: Stage, folder: Path, store: Store, deadline: float) -> dict:
+    settings = load_recipe(stage.recipe, PretrainRecipe, list(stage.settings), pretraining.missing_inputs)
+    with PretrainProgress() as console:
+        recorder, left = Recorder(store, console), (deadline - time.monotonic()) / 60
+        job = Pretraining(settings, folder, recorder, None if left == float("inf") else left)
+        return pretrain_run(recorder, job, resume=True)
+
+
+def _distill(stage: Stage, folder: Path, store: Store, deadline: float) -> dict:
+    settings = load_recipe(stage.recipe, DistillRecipe, list(stage.settings), checks.missing_inputs)
+    with DistillProgress() as console:
+        recorder = Recorder(store, console)
+        return distill_run(recorder, Distillation(settings, folder, recorder, deadline, stage.data), resume=True)
+
+
 # -- bringing it home
 
 
-def taken_home(out: Path) -> Iterator[tuple[str, Path]]:
+def files_to_carry(out: Path) -> Iterator[tuple[str, Path]]:
     """(name in the archive, file) of the models and the results of all stages."""
     for stage, model in (("target", "model"), ("drafter", "drafter"), ("naive", "drafter"), ("start", "model")):
         folder = out / stage
         if not (folder / RESULT).exists():
-            raise UserError(f"the stage {stage} of {out} is not done", "Go on with train")
+            raise UserError(f"the stage {stage} of {out} is not done", "Continue with train")
         yield f"{stage}/{RESULT}", folder / RESULT
         for path in sorted((folder / model).iterdir()):
             yield f"{stage}/{path.name}", path
@@ -197,7 +204,7 @@ def pieces(
     """Cut weights and results into files of a bounded size."""
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as archive:
-        for name, path in taken_home(run):
+        for name, path in files_to_carry(run):
             archive.add(path, name)
     body, size = whole.getvalue(), int(mib * MIB)
     out.mkdir(parents=True, exist_ok=True)

@@ -57,8 +57,8 @@ def read_json(path: Path) -> dict:
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise BdcliError when the disk of `folder` has not so many bytes free."""
-    info = os.statvfs(folder)
+    """Raise BdcliError when the disk of `folder`, which need not exist yet, has not so many bytes free."""
+    info = os.statvfs(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     free = info.f_bavail * info.f_frsize
     if free < needed_bytes:
         raise BdcliError(

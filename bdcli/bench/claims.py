@@ -15,7 +15,7 @@ from statistics import fmean
 from bdcli.base.errors import UserError
 from bdcli.base.files import write_file
 from bdcli.base.statistics import bootstrap
-from bdcli.train.held_out import SHORT
+from bdcli.train.held_out import SHORT_TOKENS
 
 TEXTS_FILE, WORTH_FILE = "prompts.jsonl", "worth.json"
 MAX_BUDGET_FALL = 0.02  # of acceptance, from the full cache or the largest budget to the smallest
@@ -250,9 +250,9 @@ def _claim_rows(texts: Sequence[Text], enough: int) -> Iterator[str]:
 
 
 def worth_rows(measured: Sequence[Worth]) -> Iterator[str]:
-    """The target's loss at the ends of prompts, and how much higher it is without all but its last `SHORT` tokens."""
+    """The target's loss at the ends of prompts, and how much higher it is given the last `SHORT_TOKENS` alone."""
     yield ""
-    ends = f"loss of their ends | given the last {SHORT}"
+    ends = f"loss of their ends | given the last {SHORT_TOKENS}"
     yield f"| data set | context | prompts | {ends} | context is worth | lower bound | limit | |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
     for name, mine in _by_dataset(measured, measured):

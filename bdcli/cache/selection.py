@@ -44,6 +44,7 @@ class Full:
     budget = None
     label = method = "full"
     positions = "absolute"
+    chooses = False  # chunks of the prompt, once it is read
     reads_whole_prompt = True  # with full attention
     copied_layers = 0  # layers whose keys of the whole prompt exist besides the cache while it is read
 
@@ -73,6 +74,7 @@ class Window:
 
     label = "window"
     method = "bd"
+    chooses = False
     reads_whole_prompt = False
 
     @property
@@ -95,6 +97,7 @@ class Chunk(Window):
     """As `Window`, and the prompt's best chunks besides."""
 
     label = "chunk"
+    chooses = True
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Official:
 
     label = method = "official"
     positions = "absolute"
+    chooses = True
     reads_whole_prompt = True
     copied_layers = 1
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdcli.base.console import end_interrupted, note, phases, status_line
+from bdcli.base.console import end_interrupted, note, status_line
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import show_accounts, show_grids, show_losses
+from bdcli.cli.output import DistillProgress, PretrainProgress, show_accounts, show_grids, show_losses
+
+if TYPE_CHECKING:
+    from bdcli.base.progress import Progress
+    from bdcli.results.store import Store
+    from bdcli.train.distill.run import Distillation
+    from bdcli.train.record import Recorder
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
 ]
 DataOption = Annotated[Path | None, typer.Option(help="Folder that prepare made. [default: data in --out]")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/RECIPE]")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 
 
@@ -34,40 +42,30 @@ def pretrain(
     db: DbOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a small language model from nothing, or on from a checkpoint."""
+    """Train a small language model from random weights, or from a checkpoint."""
     from bdcli.config.loader import load_recipe
     from bdcli.config.pretrain import PretrainRecipe
 
     def check(settings: PretrainRecipe):
-        from bdcli.train.pretrain.run import missing
+        from bdcli.train.pretrain.run import missing_inputs
 
-        return missing(settings)
+        return missing_inputs(settings)
 
     settings = load_recipe(recipe, PretrainRecipe, overrides or [], check)
-    folder = out or Path("runs") / recipe.stem
-    from bdcli.results.store import Store
-
-    store = None if dry_run else Store(db)
+    store = _open_store(db, dry_run)
     with status_line("loading torch"):
         from bdcli.train.pretrain.run import Pretraining
-        from bdcli.train.record import pretrain_run
-
-    def measured(_step: int, tokens: int, found: list) -> None:
-        for m in found:
-            gain = m.tail_nll_short - m.tail_nll
-            note(f"{tokens} tokens: held-out loss {m.nll:.3f} at {m.context}, long context is worth {gain:+.3f} nat")
-
-    with phases(quiet=as_json) as (progress, _):
-        job = Pretraining(settings, folder, progress, measured, max_minutes)
-        for line in job.plan():
-            note(line)
-        if dry_run:
-            return
-        result = pretrain_run(store, job, resume)
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show_losses(result)
+        from bdcli.train.record import Recorder, pretrain_run
+    console = PretrainProgress()
+    recorder = Recorder(store, console)
+    job = Pretraining(settings, out or Path("runs") / recipe.stem, recorder, max_minutes)
+    for line in job.plan():
+        note(line)
+    if dry_run:
+        return
+    with console:
+        result = pretrain_run(recorder, job, resume)
+    _show(result, show_losses, as_json)
     _end(result)
 
 
@@ -80,19 +78,17 @@ def prepare(
     db: DbOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make what a distil run learns from, in shards, and what it is measured on. Goes on where it was stopped."""
-    job, store, folder = _distillation(recipe, overrides, out, max_minutes, dry_run, db)
+    """Make what a distil run learns from, in shards, and what it is measured on. Continues where it was stopped."""
+    console = DistillProgress(quiet=as_json)
+    job, recorder = _distillation(recipe, overrides, out, None, max_minutes, db, dry_run, console)
     if dry_run:
         return
     from bdcli.train.record import prepare_run
 
-    with phases(quiet=as_json) as (job.watcher.progress, _):
-        result = prepare_run(store, job)
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show_accounts(result)
-    note(f"learn from it with: bdcli distill {recipe} --out {folder}")
+    with console:
+        result = prepare_run(recorder, job)
+    _show(result, show_accounts, as_json)
+    note(f"learn from it with: bdcli distill {recipe} --out {job.out}")
 
 
 def distill(
@@ -107,52 +103,69 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Train one drafter whose acceptance holds under any KV budget."""
-    job, store, _ = _distillation(recipe, overrides, out, max_minutes, dry_run, db, data)
+    console = DistillProgress(quiet=as_json)
+    job, recorder = _distillation(recipe, overrides, out, data, max_minutes, db, dry_run, console)
     if dry_run:
         return
     from bdcli.train.record import distill_run
 
-    with phases(quiet=as_json) as watched:
-        if job.ranks.first:
-            job.watcher.progress, job.watcher.grid = watched
-        result = distill_run(store, job, resume)
-    if not job.ranks.first:
-        return
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show_grids(result)
-    _end(result)
+    with console:
+        result = distill_run(recorder, job, resume)
+    if job.ranks.first:
+        _show(result, show_grids, as_json)
+        _end(result)
 
 
 def _distillation(
-    recipe: Path, overrides, out: Path | None, max_minutes: float | None, dry_run: bool, db: str | None,
-    data: Path | None = None,
-):  # fmt: skip
-    """(job, store, folder) of a distil recipe, its plan told; the store is None on a dry run."""
-    deadline = time.monotonic() + (60 * max_minutes if max_minutes is not None else float("inf"))
+    recipe: Path,
+    overrides: list[str] | None,
+    out: Path | None,
+    data: Path | None,
+    max_minutes: float | None,
+    db: str | None,
+    dry_run: bool,
+    console: Progress,
+) -> tuple[Distillation, Recorder]:
+    """The run of a distil recipe, its plan printed, and what it reports to."""
+    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     from bdcli.config.distill import DistillRecipe
     from bdcli.config.loader import load_recipe
 
     folder = out or Path("runs") / recipe.stem
 
     def check(settings: DistillRecipe):
-        from bdcli.train.distill.checks import missing
+        from bdcli.train.distill.checks import missing_inputs
 
-        return missing(settings, folder, data or folder / "data")
+        return missing_inputs(settings, folder, data or folder / "data")
 
     settings = load_recipe(recipe, DistillRecipe, overrides or [], check)
+    store = _open_store(db, dry_run)
+    with status_line("loading torch"):
+        from bdcli.train.distill.run import Distillation
+        from bdcli.train.record import Recorder
+    recorder = Recorder(store, console)
+    job = Distillation(settings, folder, recorder, deadline, data)
+    for line in job.plan().lines() if job.ranks.first else ():
+        note(line)
+    return job, recorder
+
+
+def _open_store(db: str | None, dry_run: bool) -> Store | None:
+    """Opening the store may write it, so a dry run has none."""
     from bdcli.results.store import Store
 
-    store = None if dry_run else Store(db)
-    with status_line("loading torch and models"):
-        from bdcli.train.distill.run import Distillation, Watcher
-    job = Distillation(settings, folder, Watcher(), deadline, data)
-    for line in job.plan.lines() if job.ranks.first else ():
-        note(line)
-    return job, store, folder
+    return None if dry_run else Store(db)
+
+
+def _show(result: dict, show: Callable[[dict], None], as_json: bool) -> None:
+    """The result on stdout."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show(result)
 
 
 def _end(result: dict) -> None:
+    """Exit as an interrupted run does, where it was."""
     if result["status"] == "interrupted":
         end_interrupted("--resume", where=f" after step {result['steps']}")

@@ -22,6 +22,10 @@ class Shape:
     rope_theta: float = setting(500000.0, "RoPE base")
     vocab_size: int = setting(4096, "entries of a tokenizer trained here")
 
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads
+
 
 @dataclass(frozen=True)
 class Corpus:

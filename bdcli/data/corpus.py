@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
+from bdcli.base.progress import SILENT, Progress
 from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.sources import CHARACTERS, documents
@@ -45,9 +45,7 @@ class Corpus:
         return torch.stack(windows)
 
 
-def make_corpus(
-    recipe: PretrainRecipe, tokenizer, vocabulary: str, path: Path, progress: Callable[[str, int, int, str], None]
-) -> Corpus:
+def make_corpus(recipe: PretrainRecipe, tokenizer, vocabulary: str, path: Path, progress: Progress = SILENT) -> Corpus:
     """The corpus of `recipe`, kept in the file `path`. `vocabulary` is a digest of the tokenizer.
 
     Raises UserError where a source holds no whole window.
@@ -85,7 +83,7 @@ def _shares(recipe: PretrainRecipe) -> list[float]:
     return [(1 - c.copies) * w / sum(weights) for w in weights] + [c.copies] * (c.copies > 0)
 
 
-def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Callable[[str, int, int, str], None]) -> Tensor:
+def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Progress) -> Tensor:
     docs = [d.text for d in documents(source, enough=CHARACTERS * wanted) if not d.held_out]
     random.Random(seed).shuffle(docs)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -94,7 +92,7 @@ def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Callable[[
         for ids in tokenizer(docs[at : at + _AT_ONCE], verbose=False)["input_ids"]:
             parts.append(torch.tensor(ids + end, dtype=torch.int32))
             size += len(parts[-1])
-        progress(f"tokens of {Path(source).name}", min(size, wanted), wanted, "")
+        progress.advance(f"tokens of {Path(source).name}", min(size, wanted), wanted)
         if size >= wanted:
             break
     return torch.cat(parts)[:wanted].clone() if parts else torch.empty(0, dtype=torch.int32)

@@ -1,32 +1,31 @@
 """The drafter's forward for training: every position of a text at once, under several budgeted views, with gradients.
 
-The same law as the decode caches (`bdcli.cache.view`): a position's logits here equal what `BudgetCache` gives the same
-token while decoding (a parity test holds the two together). All views of a text are stacked on the row axis, so that
+The views are those of the decode caches (`bdcli.cache.view`): a position's logits here equal what `BudgetCache` gives
+the same token while decoding (a parity test compares them). All views of a text are stacked on the row axis, so that
 every linear layer runs once over all of them; only attention is taken view by view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.cache.chunks import SCORING_QUERIES, official_chunks, prompt_chunks
-from bdcli.cache.view import CHUNK_KEYS, View
+from bdcli.cache.chunks import SCORING_QUERIES
+from bdcli.cache.view import FullView, OfficialView, View
 from bdcli.model.llama import PREFILL_BLOCK, Layer, Model
 from bdcli.model.rope import RopeTable
 
 MIN_BLOCK, MAX_BLOCK = 128, 512  # query rows of a block: narrower ones cost overhead, wider ones read too many keys
 
 
-def view_hidden(model: Model, rope: RopeTable, ids: Tensor, views: Sequence[View | None]) -> Tensor:
+def view_hidden(model: Model, rope: RopeTable, ids: Tensor, views: Sequence[View | FullView]) -> Tensor:
     """Residual rows before the final norm, [R, T, hidden], of token ids [T] under each of R views.
 
-    A view None is the full causal cache at absolute positions; a View is `window` selection (nothing chosen).
-    Selections that choose from a prompt depend on where it ends: see `anchored_hidden`.
+    Views that choose chunks depend on where the prompt ends: see `anchored_hidden`.
     """
     c, length = model.config, ids.shape[0]
     x = F.embedding(ids, model.embedding)
@@ -90,13 +89,12 @@ def causal_block(model: Model, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
 
 
 def anchored_hidden(
-    model: Model, rope: RopeTable, ids: Tensor, start: int, view: View | int, prefix_gradients: str = "full"
+    model: Model, rope: RopeTable, ids: Tensor, start: int, view: View | OfficialView, prefix_gradients: str = "full"
 ) -> Tensor:
     """Residual rows before the final norm, [T - start, hidden], of ids[start:] decoded after a prefill of ids[:start].
 
-    `view` has chosen chunks (`chunk` selection), or is the budget of the paper's `official` selection. What the keys
-    and values of the prefix learn: `none`; `selected`, those that are kept learn down to their own layer's input;
-    `full`, the prefix learns through all layers.
+    `view` chooses chunks of the prefix. What the prefix's keys and values learn: `none`; `selected`, those that are
+    kept learn down to their own layer's input; `full`, the prefix learns through all layers.
     """
     x = F.embedding(ids, model.embedding)
     for i, layer in enumerate(model.layers):
@@ -105,62 +103,85 @@ def anchored_hidden(
         qk, v = model.project(layer, x)
         if prefix_gradients == "none":
             qk, v = (torch.cat((t[:start].detach(), t[start:])) for t in (qk, v))
-        after = _continued(rope, qk, v, start, view)
+        continued = _attend_after(rope, qk, v, start, view)
         if i == len(model.layers) - 1:
-            return model.mix(layer, x[start:], after)
-        x = model.mix(layer, x, torch.cat((attend(rope, qk[:start], v[:start], _prompt_view(view)), after)))
+            return model.mix(layer, x[start:], continued)
+        x = model.mix(layer, x, torch.cat((attend(rope, qk[:start], v[:start], view.reading()), continued)))
     raise ValueError("a model without layers")
 
 
-def _prompt_view(view: View | int) -> View | None:
-    """How a prompt reads itself before anything is chosen of it, as the decode caches have it."""
-    if isinstance(view, int) or not view.rebased:
-        return None
-    return replace(view, budget=view.budget - view.chosen, chosen=0)
+class _KeptPrefix(NamedTuple):
+    """Keys and values [K, Hkv, D] of a prefix that every later query sees: sinks, then chosen chunks."""
+
+    keys: Tensor
+    values: Tensor
 
 
-def _continued(rope: RopeTable, qk: Tensor, v: Tensor, start: int, view: View | int) -> Tensor:
-    """Attention output [T - start, H·D] of positions start.., which see what was kept of the prefix and each other."""
+def _attend_after(rope: RopeTable, qk: Tensor, v: Tensor, start: int, view: View | OfficialView) -> Tensor:
+    """Attention output [T - start, H·D] of positions start.., which see what is kept of the prefix and recent keys.
+
+    qk [T, H+Hkv, D] unrotated, v [T, Hkv, D]. With rebased positions a query looks at the kept prefix from the view's
+    last rank, and at recent keys from its own position.
+    """
     length, kv_heads, dim = v.shape
     heads = qk.shape[1] - kv_heads
-    rotated, raw_k = rope.rotate(qk, rope.rows(slice(0, length))), qk[:, heads:]
+    rotated = rope.rotate(qk, rope.rows(slice(0, length)))
     q, k = rotated[start:, :heads], rotated[:, heads:]
-    at = torch.arange(length, device=v.device)
-    if isinstance(view, int):
-        kept = official_chunks(k[:start].detach(), view, CHUNK_KEYS)
-        first, kept_k, q_rank, sinks = start, k, q, 0
-        seen = at[start:] <= at[start:, None]
-    else:
-        raw_q = qk[start - SCORING_QUERIES : start, :heads] if start > SCORING_QUERIES else qk[:start, :heads]
-        last = rope.rows(slice(view.last_rank, view.last_rank + 1))
-        asking = rope.rotate(raw_q, last) if view.rebased else rotated[:start, :heads][-SCORING_QUERIES:]
-        kept = prompt_chunks(rope, view, asking.detach(), k[:start].detach(), raw_k[:start].detach())
-        first, kept_k, sinks = start - view.window + 1, raw_k if view.rebased else k, view.sinks
-        q_rank = rope.rotate(qk[start:, :heads], last) if view.rebased else q
-        seen = view.allowed(at[start:], at[first:])
-    index = kept.T[..., None].expand(-1, -1, dim)
-    kept_k, kept_v = kept_k.gather(0, index), v.gather(0, index)
-    if not isinstance(view, int) and view.rebased:
-        kept_k = rope.rotate(kept_k, rope.rows(slice(view.sinks, view.prefix)))
-    prefix_k, prefix_v = torch.cat((k[:sinks], kept_k)), torch.cat((v[:sinks], kept_v))
-    # two rotations of a query inside one softmax: side by side, against keys that are zero in the other half
-    queries = torch.cat((q, q_rank), -1)
-    keys = torch.cat((F.pad(prefix_k, (dim, 0)), F.pad(k[first:], (0, dim))))
-    values = F.pad(torch.cat((prefix_v, v[first:])), (0, dim))
-    mask = torch.cat((seen.new_ones(length - start, prefix_k.shape[0]), seen), 1)
+    q_prefix = _from_last_rank(rope, qk[start:, :heads], view) if view.rebased else q
+    prefix = _keep_prefix(rope, qk, rotated, v, start, view)
+    first = view.first_recent(start)
+    positions = torch.arange(length, device=v.device)
+    seen = view.allowed(positions[start:], positions[first:])
+    queries = torch.cat((q, q_prefix), -1)
+    keys = torch.cat((_second_half(prefix.keys), _first_half(k[first:])))
+    values = _first_half(torch.cat((prefix.values, v[first:])))
+    mask = torch.cat((seen.new_ones(length - start, prefix.keys.shape[0]), seen), 1)
     queries, keys, values = (t.transpose(0, 1)[None] for t in (queries, keys, values))
     gqa = heads != kv_heads
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=dim**-0.5, enable_gqa=gqa)
     return out[0, ..., :dim].transpose(0, 1).reshape(length - start, -1)
 
 
-def attend(rope: RopeTable, qk: Tensor, v: Tensor, view: View | None) -> Tensor:
-    """Attention output [T, H·D] of one text; qk [T, H+Hkv, D] unrotated, v [T, Hkv, D]."""
+def _keep_prefix(
+    rope: RopeTable, qk: Tensor, rotated: Tensor, v: Tensor, start: int, view: View | OfficialView
+) -> _KeptPrefix:
+    """What a prefill of `start` positions leaves; `rotated` is qk at its positions. The choice learns nothing."""
+    heads, dim = qk.shape[1] - v.shape[1], v.shape[2]
+    k, raw_k = rotated[:, heads:], qk[:, heads:]
+    last = slice(max(0, start - SCORING_QUERIES), start)
+    scoring = _from_last_rank(rope, qk[last, :heads], view) if view.rebased else rotated[last, :heads]
+    chosen = view.choose(rope, scoring.detach(), k[:start].detach(), raw_k[:start].detach())
+    index = chosen.T[..., None].expand(-1, -1, dim)
+    chosen_k, chosen_v = (raw_k if view.rebased else k).gather(0, index), v.gather(0, index)
+    if view.rebased:
+        chosen_k = rope.rotate(chosen_k, rope.rows(slice(view.sinks, view.prefix)))
+    return _KeptPrefix(torch.cat((k[: view.sinks], chosen_k)), torch.cat((v[: view.sinks], chosen_v)))
+
+
+def _from_last_rank(rope: RopeTable, raw_q: Tensor, view: View) -> Tensor:
+    """Queries [T, H, D] rotated as those of a full view, which all stand at its last rank."""
+    return rope.rotate(raw_q, rope.rows(slice(view.last_rank, view.last_rank + 1)))
+
+
+# Two rotations of a query inside one softmax make one ordinary attention: the rotated queries stand side by side on
+# the head dimension, [.., 2·D], against keys that are zero in the other half.
+
+
+def _first_half(x: Tensor) -> Tensor:
+    return F.pad(x, (0, x.shape[-1]))
+
+
+def _second_half(x: Tensor) -> Tensor:
+    return F.pad(x, (x.shape[-1], 0))
+
+
+def attend(rope: RopeTable, qk: Tensor, v: Tensor, view: View | FullView) -> Tensor:
+    """Attention output [T, H·D] of one text in which nothing is chosen; qk [T, H+Hkv, D] unrotated, v [T, Hkv, D]."""
     length, kv_heads = v.shape[:2]
     heads = qk.shape[1] - kv_heads
     rotated = rope.rotate(qk, rope.rows(slice(0, length)))
     q, k = rotated[:, :heads], rotated[:, heads:]
-    if view is None or length <= view.sinks + view.window:
+    if view.covers(length):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
         return out[0].transpose(0, 1).reshape(length, -1)
@@ -175,9 +196,7 @@ def attend(rope: RopeTable, qk: Tensor, v: Tensor, view: View | None) -> Tensor:
 def _banded(q: Tensor, q_rank: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     """Sinks and the last `window` keys, in blocks of queries that see their own block of keys and those before it.
 
-    Under rebased positions a query looks at sinks with one rotation and at recents with another, inside one softmax.
-    Putting the two side by side on the head dimension, against keys that are zero in the other half, makes that one
-    ordinary attention.
+    Under rebased positions a query looks at sinks with one rotation, `q_rank`, and at recent keys with another, `q`.
     """
     length, heads, dim = q.shape
     block = min(max(view.window, MIN_BLOCK), MAX_BLOCK)
@@ -195,8 +214,8 @@ def _banded(q: Tensor, q_rank: Tensor, k: Tensor, v: Tensor, view: View) -> Tens
     sinks_k, sinks_v = k[: view.sinks], v[: view.sinks]
     if q_rank is not q:
         queries = torch.cat((blocks(q), blocks(q_rank)), -1)
-        keys = with_past(F.pad(k, (0, dim)), F.pad(sinks_k, (dim, 0)))
-        values = F.pad(with_past(v, sinks_v), (0, dim))
+        keys = with_past(_first_half(k), _second_half(sinks_k))
+        values = _first_half(with_past(v, sinks_v))
     else:
         queries, keys, values = blocks(q), with_past(k, sinks_k), with_past(v, sinks_v)
     mask = _band_mask(count, block, before, view, q.device)

@@ -13,15 +13,15 @@ from bdcli.model.rope import RopeTable
 from bdcli.train.forward import causal_block, causal_hidden
 from bdcli.train.losses import ArgmaxTarget, head_loss
 
-SHORT = 256  # what "no long context" means: tokens seen by the first of SHORT_ROWS predicted together
+SHORT_TOKENS = 256  # what "no long context" means: tokens seen by the first of SHORT_ROWS predicted together
 SHORT_ROWS = 64
-PIECES = 64  # cut texts read side by side
-TAIL = 1024  # last tokens of a window, over which the worth of a long context is measured
+PIECES_AT_ONCE = 64  # cut texts read side by side
+TAIL_TOKENS = 1024  # last tokens of a window, over which the worth of a long context is measured
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Held-out loss at one context, nats a token: whole window; its tail given everything; given the last ~256."""
+class HeldOutLoss:
+    """Loss at one context, nats a token: of whole windows, of their tails given everything, and given ~256 tokens."""
 
     context: int
     windows: int
@@ -36,7 +36,7 @@ def next_token_rows(
     """Normed last hidden states [N·(T - 1), hidden] of windows [N, T] but the last position, and the ids that follow.
 
     `dtype` is what products run in; weights may be fp32. `positions` [T] are rising places of a window's tokens; by
-    default they stand side by side.
+    default they are consecutive.
     """
     c, device = model.config, windows.device
     length = windows.shape[1] if positions is None else int(positions[-1]) + 1
@@ -59,18 +59,18 @@ def window_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [T - 1] of a window [T], and those of its tail given everything, [tail], and given little, [tail].
 
-    Little is the last SHORT to SHORT + short_rows - 1 tokens: fewer rows are closer to SHORT and cost more forwards.
-    `short_rows` divides TAIL.
+    Little is the last SHORT_TOKENS to SHORT_TOKENS + short_rows - 1 tokens: fewer rows are closer to SHORT_TOKENS and
+    cost more forwards. `short_rows` divides TAIL_TOKENS.
     """
-    tail = min(TAIL, len(window) - SHORT) // short_rows * short_rows
+    tail = min(TAIL_TOKENS, len(window) - SHORT_TOKENS) // short_rows * short_rows
     whole = token_losses(model, window[None], dtype)[0]
-    pieces = window[-tail - SHORT :].unfold(0, SHORT + short_rows, short_rows).split(PIECES)
+    pieces = window[-tail - SHORT_TOKENS :].unfold(0, SHORT_TOKENS + short_rows, short_rows).split(PIECES_AT_ONCE)
     short = torch.cat([token_losses(model, some, dtype)[:, -short_rows:].flatten() for some in pieces])
     return whole, whole[-tail:], short
 
 
-def measure(model: Model, windows: Tensor, context: int, dtype: torch.dtype) -> Measured:
+def measure(model: Model, windows: Tensor, context: int, dtype: torch.dtype) -> HeldOutLoss:
     """Held-out loss of the last `context` tokens of windows [N, T], on the model's device."""
     losses = [window_losses(model, window, dtype) for window in windows[:, -context:].to(model.device)]
     nll, tail, short = (float(torch.stack(x).mean()) for x in zip(*losses))
-    return Measured(context, len(losses), nll, tail, short)
+    return HeldOutLoss(context, len(losses), nll, tail, short)

@@ -1,23 +1,56 @@
-"""Training runs that leave a row: what they are, and everything they measure on the way."""
+"""Training runs that leave a row in the store, with everything they measure."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
+from bdcli.base.progress import Progress
 from bdcli.config.loader import as_dict
 from bdcli.decode.run import recorded
 from bdcli.results.schema import Evaluation, Loss
 from bdcli.results.store import Store
 from bdcli.train.acceptance import Cell
 from bdcli.train.distill.run import Distillation
-from bdcli.train.held_out import Measured
+from bdcli.train.held_out import HeldOutLoss
 from bdcli.train.pretrain.run import Pretraining
 
+TABLES = {Cell: Evaluation, HeldOutLoss: Loss}
 
-def pretrain_run(store: Store, job: Pretraining, resume: bool) -> dict:
-    """Run `job` and store it with every held-out loss it measures."""
+
+class Recorder(Progress):
+    """Stores the figures of one run as they come, and passes everything on to `shown`. A dry run has no store."""
+
+    def __init__(self, store: Store | None, shown: Progress):
+        self.store, self._shown = store, shown
+        self._run_id: str | None = None
+
+    def begin(self, command: str, config: dict, **columns: object) -> str:
+        """Add the run to the store; what is measured from here on belongs to it. Returns its id."""
+        self._run_id = self.store.begin(command, config, **columns)
+        return self._run_id
+
+    def note(self, line: str) -> None:
+        self._shown.note(line)
+
+    def advance(self, phase: str, done: float, total: float, detail: str = "") -> None:
+        self._shown.advance(phase, done, total, detail)
+
+    def text(self, piece: str) -> None:
+        self._shown.text(piece)
+
+    def measured(self, rows: Sequence[Cell | HeldOutLoss], **at: int) -> None:
+        """`at`: step, and tokens of a pretrain run. Raises RuntimeError before `begin`."""
+        if self._run_id is None:
+            raise RuntimeError("nothing can be stored before the run has begun")
+        self.store.add_measurements([TABLES[type(row)](run_id=self._run_id, **at, **asdict(row)) for row in rows])
+        self._shown.measured(rows, **at)
+
+
+def pretrain_run(recorder: Recorder, job: Pretraining, resume: bool) -> dict:
+    """Run `job`, which reports to `recorder`; returns the contract's fields."""
     recipe = job.recipe
-    run_id = store.begin(
+    run_id = recorder.begin(
         "pretrain",
         as_dict(recipe),
         method="pretrain",
@@ -28,26 +61,19 @@ def pretrain_run(store: Store, job: Pretraining, resume: bool) -> dict:
         dtype=str(job.dtype).removeprefix("torch."),
         seed=recipe.seed,
     )
-    watch = job.measured
-
-    def keep(step: int, tokens: int, found: list[Measured]) -> None:
-        store.add_measurements([Loss(run_id=run_id, step=step, tokens=tokens, **asdict(m)) for m in found])
-        watch(step, tokens, found)
-
-    job.measured = keep
-    with recorded(store, run_id):
+    with recorded(recorder.store, run_id):
         outcome = job.run(resume)
-    store.finish(run_id, outcome.status)
+    recorder.store.finish(run_id, outcome.status)
     return {"run_id": run_id, **asdict(outcome), "checkpoint": str(outcome.checkpoint)}
 
 
-def prepare_run(store: Store, job: Distillation) -> dict:
-    """Make the material of `job` and store that it was made; returns folder and accounts."""
-    run_id = _begin(store, "prepare", job)
-    with recorded(store, run_id):
+def prepare_run(recorder: Recorder, job: Distillation) -> dict:
+    """Make the material of `job`, which reports to `recorder`; returns its folder and accounts."""
+    run_id = _begin(recorder, "prepare", job)
+    with recorded(recorder.store, run_id):
         material = job.material(share=1.0)
         passages, windows = material.passages(), material.windows()
-    store.finish(run_id, "done")
+    recorder.store.finish(run_id, "done")
     return {
         "run_id": run_id,
         "folder": str(job.data),
@@ -61,28 +87,27 @@ def prepare_run(store: Store, job: Distillation) -> dict:
     }
 
 
-def distill_run(store: Store, job: Distillation, resume: bool) -> dict:
-    """Run `job` and store it with every grid it measures; returns the contract's fields. Only rank 0 stores."""
+def distill_run(recorder: Recorder, job: Distillation, resume: bool) -> dict:
+    """Run `job`, which reports to `recorder`; returns the contract's fields. Only the first rank stores."""
     if not job.ranks.first:
         return asdict(job.run(resume))
-    run_id = _begin(store, "distill", job)
-    watch = job.watcher.grid
-
-    def keep(step: int, cells: list[Cell]) -> None:
-        store.add_measurements([Evaluation(run_id=run_id, step=step, **asdict(cell)) for cell in cells])
-        watch(step, cells)
-
-    job.watcher.grid = keep
-    with recorded(store, run_id):
+    run_id = _begin(recorder, "distill", job)
+    with recorded(recorder.store, run_id):
         outcome = job.run(resume)
-    result = asdict(outcome) | {"initial": str(outcome.initial), "checkpoint": str(outcome.checkpoint)}
-    store.finish(run_id, outcome.status)
-    return {"run_id": run_id, **result}
+    recorder.store.finish(run_id, outcome.status)
+    return {
+        "run_id": run_id,
+        **asdict(outcome),
+        "initial": str(outcome.initial),
+        "checkpoint": str(outcome.checkpoint),
+    }
 
 
-def _begin(store: Store, command: str, job: Distillation) -> str:
+def _begin(recorder: Recorder, command: str, job: Distillation) -> str:
+    """Load the models, so that bad input raises before a row is written, and add the row."""
     recipe = job.recipe
-    return store.begin(
+    job.models()
+    return recorder.begin(
         command,
         as_dict(recipe),
         method=command,

@@ -25,14 +25,14 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """What a run has done; goes into the checkpoint."""
 
     step: int = 0
     tokens: int = 0  # target positions read
     skipped: int = 0  # steps without update because loss or gradient was not finite
     skipped_in_a_row: int = 0
-    out_of_memory: int = 0  # steps begun anew
+    out_of_memory: int = 0  # steps repeated in smaller pieces
     pieces: int = 1  # into which micro-batches are cut since
     latest: float = 0.0  # acceptance of the last measurement, and of the best one
     best: float = -1.0
@@ -50,17 +50,17 @@ class Trainer:
         self.parameters = [t.requires_grad_() for t in model.tensors() if id(t) not in frozen]
         self._clip, self._ranks = settings.clip, ranks
         self._optimizers = make_optimizers(model, settings)
-        self.progress = Progress()
+        self.state = TrainingState()
 
     def step(self, parts: Callable[[int], Sequence[Callable[[], Tensor]]], rate: float = 1.0) -> float:
         """One update, at `rate` times the peak learning rates. Returns the loss; NaN when skipped.
 
         `parts(pieces)` gives micro-batches whose losses are shares of one sum, each cut into up to `pieces`. When one
-        does not fit into memory the step begins anew with pieces of half the size, which later steps keep.
+        does not fit into memory the step is repeated with pieces of half the size, which later steps keep.
 
         Raises NonFiniteError after several skipped steps in a row, BdcliError where nothing is left to cut.
         """
-        p = self.progress
+        p = self.state
         while True:
             losses = parts(p.pieces)
             try:
@@ -113,21 +113,21 @@ class Trainer:
         state = {
             "weights": [t.detach() for t in self.parameters],
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "progress": vars(self.progress),
+            "progress": vars(self.state),
         }
         write_state(path, key, state)
 
     def load(self, path: Path, key: str) -> None:
-        """Go on from `save`. Raises UserError on a damaged file or one of another recipe; nothing is overwritten."""
+        """Resume from `save`. Raises UserError on a damaged file or one of another recipe; nothing is overwritten."""
         state = read_state(path, key)
         with torch.no_grad():
             for mine, saved in zip(self.parameters, state["weights"], strict=True):
                 mine.copy_(saved)
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
+        self.state = TrainingState(**state["progress"])
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's allocator has an error of its own; the CPU's says it in words."""
+    """A GPU's allocator has an error of its own; the CPU's is recognised by its message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -11,14 +11,14 @@ from bdcli.base.devices import RUNTIME_BYTES
 from bdcli.base.errors import UserError
 from bdcli.bench.shapes import parse_shape
 from bdcli.cache.selection import CacheSize, Chunk, Full, Official, Window
-from bdcli.cache.view import plan_view
+from bdcli.cache.view import FULL, plan_view
 from bdcli.decode.memory import decode_plan
 from bdcli.model.rope import RopeTable
 from bdcli.model.sizes import weight_count
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
 from bdcli.train.distill.memory import distill_memory
-from bdcli.train.distill.run import KEPT_TARGETS_BYTES
+from bdcli.train.distill.teacher import KEPT_TARGETS_BYTES
 from bdcli.train.forward import final_rows, view_hidden
 from bdcli.train.losses import HiddenTarget, head_loss
 from tests.support.models import tiny_model
@@ -112,7 +112,7 @@ SMALL, LARGE = (plan_view(b, "window", p, None, 2048) for b, p in ((64, "rebased
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("views", [[None], [None, SMALL, LARGE]], ids=["full", "views"])
+@pytest.mark.parametrize("views", [[FULL], [FULL, SMALL, LARGE]], ids=["full", "views"])
 def test_a_training_step_holds_what_was_planned(views, dtype):
     """Activations and loss of one window, forward and backward; what a rank-0 run adds is counted from weights."""
     target, drafter = tiny_model(layers=2, **STEP, dtype=dtype), tiny_model(layers=2, **STEP, spread=0.1)
@@ -140,6 +140,6 @@ def test_a_training_step_holds_what_was_planned(views, dtype):
 
 def test_a_7b_target_at_16k_fits_an_80_gb_card():
     target, drafter = parse_shape("llama2-7b+68m")
-    views = [None, *(plan_view(b, "window", "rebased", None, 16384) for b in (256, 2048, 1024))]
+    views = [FULL, *(plan_view(b, "window", "rebased", None, 16384) for b in (256, 2048, 1024))]
     plan = distill_memory(target, drafter, 16384, views, (), 2, 2**25 // 32000)
     assert 14e9 < sum(plan.values()) + KEPT_TARGETS_BYTES + RUNTIME_BYTES < 60e9

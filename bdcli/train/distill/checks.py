@@ -17,7 +17,9 @@ MANIFEST, PASSAGES = "manifest.json", "passages.json"
 START = "start"  # folder of a drafter made of the target's first layers
 
 
-def missing(recipe: DistillRecipe, out: Path | None = None, data: Path | None = None) -> Iterator[tuple[str, str]]:
+def missing_inputs(
+    recipe: DistillRecipe, out: Path | None = None, data: Path | None = None
+) -> Iterator[tuple[str, str]]:
     """(key, message) of models and texts that are not here or do not fit together, or to what `data` was made from.
 
     `out` is the folder of the run where there may be one, `data` what prepare made for it.
@@ -41,7 +43,7 @@ def missing(recipe: DistillRecipe, out: Path | None = None, data: Path | None = 
             yield "drafter", str(error)
         if data is not None:
             try:
-                yield from _foreign(recipe, data, *folders.values())
+                yield from _made_for_another(recipe, data, *folders.values())
             except UserError as error:
                 yield "data", str(error)
     for key, sources in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):
@@ -75,7 +77,7 @@ def differing(made: dict, parts: dict) -> list[str]:
     return [name for name, part in json.loads(json.dumps(parts)).items() if made.get(name) != part]
 
 
-def _foreign(recipe: DistillRecipe, data: Path, target: Path, drafter: Path) -> Iterator[tuple[str, str]]:
+def _made_for_another(recipe: DistillRecipe, data: Path, target: Path, drafter: Path) -> Iterator[tuple[str, str]]:
     hint = "Give another --out, or remove the folder to make it again"
     manifest = data / MANIFEST
     if manifest.exists():

@@ -4,7 +4,7 @@ documents -> candidate windows -> some with an end written by the target -> filt
 held-out documents -> prompts of every context -> what the target writes after each
 
 Everything is made once under a key of all it depends on. A shard appears whole or not at all and is then listed in
-the manifest; a stopped run goes on at the first shard that is missing, and ends with the same files and accounts. A
+the manifest; a stopped run continues at the first shard that is missing, and ends with the same files and accounts. A
 shard holds columns of equal length; `datasets.Dataset.from_dict(safetensors.numpy.load_file(shard))` is a table of it.
 """
 
@@ -14,16 +14,18 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest, read_json, write_file
+from bdcli.base.progress import SILENT, Progress
 from bdcli.config.distill import DistillRecipe
 from bdcli.data.sources import CHARACTERS, Candidate, Documents, held_out_prompts
 from bdcli.decode.pair import Pair
@@ -31,27 +33,23 @@ from bdcli.results.metrics import looped_tokens
 from bdcli.speculation.sampling import Sampling, non_finite
 from bdcli.train.acceptance import Passage, text_probs
 from bdcli.train.distill.checks import MANIFEST, PASSAGES, differing, passages_made_from, windows_made_from
+from bdcli.train.distill.teacher import answers_to_store
+from bdcli.train.distill.windows import Accounts, Windows
 from bdcli.train.distill.writer import Writer
-from bdcli.train.forward import final_rows
-from bdcli.train.losses import ArgmaxTarget, HiddenTarget, Target, TopKTarget
+
+Numbered = tuple[int, Candidate]  # a candidate and its number among those of the documents
 
 
-@dataclass
-class Accounts:
-    """What became of what was read: read = kept + Σ dropped + failed."""
+class Sample(NamedTuple):
+    """What became of a candidate: its fate as `Accounts` counts it, and the columns of its window where it was kept.
 
-    read: int
-    kept: int
-    dropped: dict[str, int]
-    failed: int
+    loop_rate: of the text that the target wrote for it, dropped or not; None where it wrote none.
+    """
 
-    def count(self, fate: str) -> None:
-        """`fate` is kept, failed, or why it was dropped."""
-        self.read += 1
-        if fate in ("kept", "failed"):
-            setattr(self, fate, getattr(self, fate) + 1)
-        else:
-            self.dropped[fate] = self.dropped.get(fate, 0) + 1
+    number: int
+    fate: str
+    loop_rate: float | None
+    columns: dict[str, Tensor] | None
 
 
 class Material:
@@ -67,7 +65,7 @@ class Material:
         out: Path,
         pair: Pair,
         folders: tuple[Path, Path],
-        progress: Callable[[str, int, int, str], None] = lambda *_: None,
+        progress: Progress = SILENT,
         deadline: float = math.inf,
     ):
         self._recipe, self._out, self._pair, self._progress = recipe, out, pair, progress
@@ -87,7 +85,7 @@ class Material:
             documents = Documents(d.sources, CHARACTERS * d.windows * d.context)
             manifest["documents"] = asdict(Accounts(*documents.accounts))
             self._make_shards(manifest, documents)
-        return Windows(self._out, manifest, self._pair.target.head, self._recipe)
+        return Windows(self._out, manifest, self._pair.target.head, self._recipe.loss.temperature)
 
     def _manifest(self) -> dict:
         path = self._out / MANIFEST
@@ -100,7 +98,7 @@ class Material:
                 f"{path} was made for another {other[0]}", "Use the recipe it was made by, or another --out"
             )
         for shard in manifest["shards"]:
-            _check(self._out / shard["file"], shard["sha256"])
+            _check_shard(self._out / shard["file"], shard["sha256"])
         return manifest
 
     def _make_shards(self, manifest: dict, documents: Documents) -> None:
@@ -108,207 +106,154 @@ class Material:
         d, shards = self._recipe.data, manifest["shards"]
         answer = d.written_tokens if d.written else 0
         candidates = documents.windows(self._pair.tokenizer, d.context, self._recipe.seed, answer)
-        made, at = sum(s["accounts"]["kept"] for s in shards), shards[-1]["next"] if shards else 0
-        next(islice(candidates, at, at), None)  # pass over what earlier shards were made of
-        ended = False
-        while made < d.windows and not ended:
-            wanted, accounts, kept, rates = min(d.shard_windows, d.windows - made), Accounts(0, 0, {}, 0), [], {}
-            while len(kept) < wanted and not ended:
-                group = list(islice(candidates, min(self._writer.together, wanted - len(kept))))
-                ended = not group
-                for number, (fate, loop_rate, sample) in enumerate(self._samples(at, group), at):
-                    accounts.count(fate)
-                    kept += [] if sample is None else [sample]
-                    rates |= {} if loop_rate is None else {number: loop_rate}
-                at += len(group)
-                self._progress("windows", made + len(kept), d.windows, f"{sum(accounts.dropped.values())} dropped")
+        first = shards[-1]["next"] if shards else 0  # earlier shards were made of the candidates before
+        numbered = islice(enumerate(candidates), first, None)
+        made, wanted = sum(shard["accounts"]["kept"] for shard in shards), 0
+        while made < d.windows:
+            wanted = min(d.shard_windows, d.windows - made)
+            samples = self._samples(numbered, wanted, made)
+            kept = [sample.columns for sample in samples if sample.columns is not None]
             if kept:
-                name = f"windows-{len(shards):05}.safetensors"
-                sha = self._write_shard(self._out / name, kept)
-                late = sum(int(sample["late"]) for sample in kept)
-                shard = {"file": name, "sha256": sha, "next": at, "late": late, "accounts": asdict(accounts)}
-                shards.append(shard | {"loop_rates": rates})  # of every text written, by candidate, dropped ones too
+                shards.append(self._write_shard(f"windows-{len(shards):05}.safetensors", kept, samples))
                 made += len(kept)
                 write_file(self._out / MANIFEST, _dump(manifest))
-        if made < d.windows:
-            raise UserError(
-                f"{', '.join(d.sources)} holds {made} windows of {d.context} tokens, not {d.windows}",
-                "Lower data.windows or add sources",
-            )
+            if len(kept) < wanted:
+                raise UserError(
+                    f"{', '.join(d.sources)} holds {made} windows of {d.context} tokens, not {d.windows}",
+                    "Lower data.windows or add sources",
+                )
         manifest["complete"] = True
         write_file(self._out / MANIFEST, _dump(manifest))
 
-    def _samples(
-        self, first: int, group: list[Candidate]
-    ) -> Iterator[tuple[str, float | None, dict[str, Tensor] | None]]:
-        """(fate, loop rate of what was written, tensors of the window) of candidates `first`, `first` + 1, ..."""
-        r, d = self._recipe, self._recipe.data
-        late = time.monotonic() > self._deadline
-        chosen = [c.asked or random.Random(f"{r.seed}/{n}").random() < d.written for n, c in enumerate(group, first)]
-        numbers = [n for n, wanted in enumerate(chosen, first) if wanted and not late]
-        prompts = {n: c.ids if c.asked else c.ids[: -d.written_tokens] for n, c in enumerate(group, first)}
-        warmth = r.temperature if d.written_temperature is None else d.written_temperature
-        texts = self._writer.write([prompts[n] for n in numbers], d.written_tokens, warmth, seeds=numbers)
-        texts = dict(zip(numbers, texts, strict=True))
-        for number, (candidate, wanted) in enumerate(zip(group, chosen), first):
-            if number not in texts:
-                unanswered = candidate.asked  # corpus text goes on, a question does not
-                yield ("late", None, None) if unanswered else ("kept", None, self._window(candidate.ids, None, wanted))
-                continue
-            text, prompt = texts[number], prompts[number]
-            looped = sum(looped_tokens(prompt, text)) / len(text) if text else None
-            if text is None:
-                yield "failed", None, None
-            elif len(text) < d.written_tokens:
-                yield "ended early", looped, None
-            elif looped > d.max_loop_rate:
-                yield "loops", looped, None
-            else:
-                yield "kept", looped, self._window(prompt + text, looped, False)
+    def _write_shard(self, name: str, kept: list[dict[str, Tensor]], samples: Sequence[Sample]) -> dict:
+        """Write a shard of the windows `kept` of `samples`, atomically; returns its entry in the manifest."""
+        from safetensors.torch import save
 
-    def _window(self, ids: list[int], loop_rate: float | None, late: bool) -> dict[str, Tensor]:
-        """Tensors of a window; `loop_rate` None where the target wrote none of it."""
-        sample = {
+        body = save({column: torch.stack([row[column] for row in kept]) for column in kept[0]}, {"format": "pt"})
+        write_file(self._out / name, body)
+        accounts = Accounts.empty()
+        for sample in samples:
+            accounts.count(sample.fate)
+        return {
+            "file": name,
+            "sha256": digest(body),
+            "next": samples[-1].number + 1,
+            "late": sum(int(row["late"]) for row in kept),
+            "accounts": asdict(accounts),
+            "loop_rates": {s.number: s.loop_rate for s in samples if s.loop_rate is not None},
+        }
+
+    def _samples(self, candidates: Iterator[Numbered], wanted: int, made: int) -> list[Sample]:
+        """What became of the next candidates until `wanted` were kept or none is left; `made` windows exist before."""
+        samples: list[Sample] = []
+        kept = 0
+        while kept < wanted:
+            group = list(islice(candidates, min(self._writer.together, wanted - kept)))
+            if not group:
+                break
+            samples += self._judged(group)
+            kept = sum(sample.columns is not None for sample in samples)
+            dropped = sum(sample.fate not in ("kept", "failed") for sample in samples)
+            self._progress.advance("windows", made + kept, self._recipe.data.windows, f"{dropped} dropped")
+        return samples
+
+    def _judged(self, group: Sequence[Numbered]) -> Iterator[Sample]:
+        """Samples of candidates, after the target has written the ends of some."""
+        d = self._recipe.data
+        late = time.monotonic() > self._deadline
+        chosen = {number for number, candidate in group if self._is_chosen(number, candidate)}
+        prompts = {n: c.ids if c.asked else c.ids[: -d.written_tokens] for n, c in group if n in chosen and not late}
+        texts = self._write_ends(prompts)
+        for number, candidate in group:
+            if number in texts:
+                yield self._written_sample(number, prompts[number], texts[number])
+            elif candidate.asked:  # the corpus continues a text, but does not answer a question
+                yield Sample(number, "late", None, None)
+            else:
+                yield Sample(number, "kept", None, self._columns(candidate.ids, None, late=number in chosen))
+
+    def _is_chosen(self, number: int, candidate: Candidate) -> bool:
+        """Whether the target is to write the end of a candidate; a function of the seed and its number."""
+        share = random.Random(f"{self._recipe.seed}/{number}").random()
+        return candidate.asked or share < self._recipe.data.written
+
+    def _write_ends(self, prompts: dict[int, list[int]]) -> dict[int, list[int] | None]:
+        """What the target writes after each numbered prompt, whose number is its seed."""
+        r, d = self._recipe, self._recipe.data
+        temperature = r.temperature if d.written_temperature is None else d.written_temperature
+        texts = self._writer.write(list(prompts.values()), d.written_tokens, temperature, seeds=list(prompts))
+        return dict(zip(prompts, texts, strict=True))
+
+    def _written_sample(self, number: int, prompt: list[int], text: list[int] | None) -> Sample:
+        """A window whose end is `text`, dropped where that is too short or loops."""
+        d = self._recipe.data
+        loop_rate = sum(looped_tokens(prompt, text)) / len(text) if text else None
+        if text is None:
+            return Sample(number, "failed", None, None)
+        if len(text) < d.written_tokens:
+            return Sample(number, "ended early", loop_rate, None)
+        if loop_rate > d.max_loop_rate:
+            return Sample(number, "loops", loop_rate, None)
+        return Sample(number, "kept", loop_rate, self._columns(prompt + text, loop_rate, late=False))
+
+    def _columns(self, ids: list[int], loop_rate: float | None, late: bool) -> dict[str, Tensor]:
+        """A row of a shard; `loop_rate` None where the target wrote none of it."""
+        row = {
             "ids": torch.tensor(ids, dtype=torch.int32),
             "written": torch.tensor(loop_rate is not None),
             "late": torch.tensor(late),
             "loop_rate": torch.tensor(loop_rate or 0.0),
         }
-        return sample | self._answers(sample["ids"])
-
-    @torch.no_grad()
-    def _answers(self, ids: Tensor) -> dict[str, Tensor]:
-        """The target's answers that `data.cache` asks for."""
-        d, target = self._recipe.data, self._pair.target
-        if d.cache == "none":
-            return {}
-        hidden = final_rows(target, ids.long().to(target.device))
-        if d.cache == "hidden":
-            return {"hidden": hidden.bfloat16().cpu()}
-        index, log_probs, best = [], [], []
-        for rows in hidden.split(512):
-            logits = torch.nn.functional.linear(rows, target.head).float()
-            best.append(logits.argmax(-1).int().cpu())
-            if d.cache == "topk":
-                top = (logits / self._recipe.loss.temperature).log_softmax(-1).topk(d.top_k)
-                index.append(top.indices.int().cpu())
-                log_probs.append(top.values.half().cpu())
-        if d.cache == "argmax":
-            return {"argmax": torch.cat(best)}
-        return {"index": torch.cat(index), "log_probs": torch.cat(log_probs)}
-
-    def _write_shard(self, path: Path, kept: list[dict[str, Tensor]]) -> str:
-        """Write samples stacked, atomically; returns the file's sha256."""
-        from safetensors.torch import save
-
-        body = save({name: torch.stack([sample[name] for sample in kept]) for name in kept[0]}, {"format": "pt"})
-        write_file(path, body)
-        return digest(body)
+        return row | answers_to_store(self._recipe, self._pair.target, row["ids"])
 
     # -- passages
 
     def passages(self) -> list[Passage]:
         """Held-out prompts, all contexts of one ending at the same token, and what the target writes; made once."""
-        path, r = self._out / PASSAGES, self._recipe
-        e, saved = r.evaluation, {"key": self._passages_key, "complete": False, "passages": []}
+        path = self._out / PASSAGES
+        saved = {"key": self._passages_key, "complete": False, "passages": []}
         if path.exists():
             saved = read_json(path)
             if saved["key"] != self._passages_key:
                 raise UserError(f"{path} was made for another recipe or target", "Give another --out")
         if not saved["complete"]:
             self._out.mkdir(parents=True, exist_ok=True)
-            longest, sampling = max(e.contexts), Sampling(r.temperature)
-            prompts = held_out_prompts(
-                self._pair.tokenizer, e.sources or r.data.sources, longest, e.passages, bool(e.sources)
-            )
-            wanted = [(n, name, ids, c) for n, (name, ids) in enumerate(prompts) for c in e.contexts]
-            at_once = max(1, self._writer.together // len(e.contexts)) * len(e.contexts)  # whole prompts
-            for place in range(len(saved["passages"]), len(wanted), at_once):
-                if time.monotonic() > self._deadline and place:
-                    break
-                group = [(n, name, ids[longest - context :]) for n, name, ids, context in wanted[place:][:at_once]]
-                texts = self._writer.write(
-                    [prompt for _, _, prompt in group], e.new_tokens, r.temperature, seeds=[n for n, _, _ in group]
-                )
-                for (_, name, prompt), text in zip(group, texts, strict=True):
-                    saved["passages"].append(self._passage(name, prompt, text, sampling))
-                self._progress("held-out passages", len(saved["passages"]), len(wanted), "")
-                write_file(path, json.dumps(saved))
-            saved["complete"] = True
-            write_file(path, json.dumps(saved))
+            self._write_passages(saved, path)
         return [
             Passage(p["dataset"], tuple(p["prompt"]), tuple(p["text"]), p["limit"], tuple(p["probs"]))
             for p in saved["passages"]
         ]
 
-    def _passage(self, name: str, prompt: list[int], text: list[int] | None, sampling: Sampling) -> dict:
+    def _write_passages(self, saved: dict, path: Path) -> None:
+        """Add what is missing of `saved`, some prompts at a time, and save it in `path` after each."""
+        e, temperature = self._recipe.evaluation, self._recipe.temperature
+        sources, longest = e.sources or self._recipe.data.sources, max(e.contexts)
+        prompts = held_out_prompts(self._pair.tokenizer, sources, longest, e.passages, bool(e.sources))
+        wanted = [(n, name, ids[longest - c :]) for n, (name, ids) in enumerate(prompts) for c in e.contexts]
+        at_once = max(1, self._writer.together // len(e.contexts)) * len(e.contexts)  # whole prompts
+        for place in range(len(saved["passages"]), len(wanted), at_once):
+            if time.monotonic() > self._deadline and place:
+                break
+            seeds, names, ids = zip(*wanted[place : place + at_once])
+            texts = self._writer.write(ids, e.new_tokens, temperature, seeds)
+            saved["passages"] += map(self._passage, names, ids, texts)
+            self._progress.advance("held-out passages", len(saved["passages"]), len(wanted))
+            write_file(path, json.dumps(saved))
+        saved["complete"] = True
+        write_file(path, json.dumps(saved))
+
+    def _passage(self, name: str, prompt: list[int], text: list[int] | None) -> dict:
         """A passage as it is saved, with its loop rate. Raises NonFiniteError where the target broke."""
         if text is None:
             raise non_finite("target")
+        sampling, limit = Sampling(self._recipe.temperature), self._recipe.evaluation.new_tokens
         probs = () if sampling.greedy else text_probs(self._pair.target, prompt, text, sampling)
-        limit = self._recipe.evaluation.new_tokens
         loop_rate = sum(looped_tokens(prompt, text)) / len(text)
         return asdict(Passage(name, tuple(prompt), tuple(text), limit, tuple(probs))) | {"loop_rate": loop_rate}
 
 
-class Windows:
-    """Finished shards, read when asked for."""
-
-    def __init__(self, folder: Path, manifest: dict, head: Tensor, recipe: DistillRecipe):
-        self._folder, self._shards, self._head, self._recipe = folder, manifest["shards"], head, recipe
-        self._places = [(n, i) for n, shard in enumerate(self._shards) for i in range(shard["accounts"]["kept"])]
-        self._open: tuple[int, dict[str, Tensor]] | None = None
-        self.documents = Accounts(**manifest["documents"])
-        self.accounts = Accounts(0, 0, {}, 0)
-        self.loop_rates = [rate for shard in self._shards for rate in shard.get("loop_rates", {}).values()]
-        for shard in self._shards:
-            part = Accounts(**shard["accounts"])
-            self.accounts.read, self.accounts.kept = self.accounts.read + part.read, self.accounts.kept + part.kept
-            self.accounts.failed += part.failed
-            for why, count in part.dropped.items():
-                self.accounts.dropped[why] = self.accounts.dropped.get(why, 0) + count
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @property
-    def shards(self) -> int:
-        return len(self._shards)
-
-    @property
-    def bytes(self) -> int:
-        return sum((self._folder / shard["file"]).stat().st_size for shard in self._shards)
-
-    def ids(self, window: int) -> Tensor:
-        """Token ids [T], int64."""
-        return self._row(window)["ids"].long()
-
-    def target(self, window: int) -> Target | None:
-        """The target's cached answers for every position; None where none are cached."""
-        row, device = self._row(window), self._head.device
-        if "hidden" in row:
-            return HiddenTarget(row["hidden"].to(device, self._head.dtype), self._head)
-        if "index" in row:
-            index, log_probs = row["index"].to(device), row["log_probs"].to(device)
-            return TopKTarget(index, log_probs, self._recipe.loss.temperature)
-        return ArgmaxTarget(row["argmax"].to(device)) if "argmax" in row else None
-
-    def _row(self, window: int) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        number, place = self._places[window]
-        if self._open is None or self._open[0] != number:
-            self._open = number, load_file(self._folder / self._shards[number]["file"])
-        return {name: t[place] for name, t in self._open[1].items()}
-
-
-def bytes_per_token(recipe: DistillRecipe, hidden_size: int) -> int:
-    """Disk bytes of one position of a window in a shard."""
-    answers = {"none": 0, "hidden": 2 * hidden_size, "topk": 6 * recipe.data.top_k, "argmax": 4}
-    return 4 + answers[recipe.data.cache]
-
-
-def _check(path: Path, sha256: str) -> None:
+def _check_shard(path: Path, sha256: str) -> None:
+    """Raise UserError where a shard is not what the manifest says."""
     if not path.exists():
         raise UserError(f"{path} is missing", "Restore it, or remove the folder to make all shards again")
     if digest(path.read_bytes()) != sha256:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bdcli.cache.view import View
+from bdcli.cache.view import FULL, FullView, View
 from bdcli.model.config import ModelConfig
 from bdcli.model.llama import PREFILL_BLOCK
 from bdcli.model.sizes import gigabytes, weight_count
@@ -18,7 +18,7 @@ def distill_memory(
     target: ModelConfig,
     drafter: ModelConfig,
     tokens: int,
-    views: Sequence[View | None],
+    views: Sequence[View | FullView],
     anchored: Sequence[int],
     size: int,
     chunk: int = LOGIT_ROWS,
@@ -34,7 +34,7 @@ def distill_memory(
         "drafter, gradients, moments": (4 + 4 + MOMENTS + size) * parameters,  # and its copy in the products' dtype
         "target's forward": size * target_forward(target, tokens),
         "drafter's activations": sum(_layers(drafter, tokens, view, size) for view in views)
-        + sum(_layers(drafter, length, None, size) for length in anchored),
+        + sum(_layers(drafter, length, FULL, size) for length in anchored),
         "loss": _loss(target, drafter, tokens, (len(views) + len(anchored)), size, chunk),
     }
 
@@ -50,13 +50,13 @@ def target_forward(c: ModelConfig, tokens: int) -> int:
     return tokens * (2 * c.hidden_size + 3 * (q + kv) + kv + q) + 4 * min(tokens, PREFILL_BLOCK) * c.intermediate_size
 
 
-def _layers(c: ModelConfig, tokens: int, view: View | None, size: int) -> int:
+def _layers(c: ModelConfig, tokens: int, view: View | FullView, size: int) -> int:
     """Bytes that all layers of one view keep for the way back; the residual stream is fp32."""
     q, kv, mlp = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.intermediate_size
     wide = 0 if size == 4 else 4  # what autocast makes of an fp32 value is another copy
     stream = (4 * 4 + 2 * (wide and size)) * c.hidden_size
     rows = size * (q + 2 * kv + 2 * (q + kv) + 2 * q + 5 * mlp)
-    copies = size * _banded(c, view) if view is not None and tokens > view.sinks + view.window else size * (q + 2 * kv)
+    copies = size * (q + 2 * kv) if view.covers(tokens) else size * _banded(c, view)
     return c.layers * tokens * (stream + rows + copies)
 
 

@@ -1,4 +1,4 @@
-"""What a distil run will do and what it needs, before it starts."""
+"""What a distil run will do and what it needs, from its recipe and the configurations of its models alone."""
 
 from __future__ import annotations
 
@@ -12,49 +12,55 @@ from pathlib import Path
 import torch
 
 from bdcli.base.errors import UserError
-from bdcli.cache.view import View, plan_view
+from bdcli.cache.selection import Full, Selection, parse_selection
+from bdcli.cache.view import FULL
 from bdcli.config.distill import DistillRecipe
-from bdcli.model.llama import Model
-from bdcli.train.distill.material import bytes_per_token
+from bdcli.model.config import ModelConfig
+from bdcli.model.sizes import weight_count
 from bdcli.train.distill.memory import distill_memory, memory_line
+from bdcli.train.distill.teacher import KEPT_TARGETS_BYTES
+from bdcli.train.distill.windows import bytes_per_token
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.losses import HiddenTarget, kernel_rows
 
-KEPT_TARGETS_BYTES = 2**30  # hidden states of the target kept between passes over the windows
+TRAINED_BYTES = 4  # of a number of the drafter while it learns
 
 
 @dataclass
 class Plan:
-    """A recipe with its models loaded. Raises UserError where the target has too few positions for it."""
+    """Needs of a run in the folder `out`; products and the target run in `dtype`.
+
+    Raises UserError where the target has too few positions for the recipe.
+    """
 
     recipe: DistillRecipe
-    target: Model
-    drafter: Model
+    target: ModelConfig
+    drafter: ModelConfig
     dtype: torch.dtype
     device: torch.device
     out: Path
 
     def __post_init__(self):
-        d, e, held = self.recipe.data, self.recipe.evaluation, self.target.config.max_position
-        self.views = draw_views(self.recipe, 0)
+        d, e = self.recipe.data, self.recipe.evaluation
+        self.selections = draw_selections(self.recipe, 0)
         self.longest = max(d.context, *e.contexts) + e.new_tokens
-        if self.longest > held:
+        if self.longest > self.target.max_position:
             raise UserError(
-                f"the recipe needs {self.longest} positions, the target has {held}",
+                f"the recipe needs {self.longest} positions, the target has {self.target.max_position}",
                 "Lower data.context or evaluation.contexts",
             )
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        r, d, views = self.recipe, self.recipe.data, len(self.views)
+        r, d, views = self.recipe, self.recipe.data, len(self.selections)
         tokens = r.optimizer.windows_per_step * d.context
         written = round(d.written * d.windows) * d.written_tokens
         written += r.evaluation.passages * len(r.evaluation.contexts) * r.evaluation.new_tokens
-        sizes = [f"{sum(t.numel() for t in m.tensors()) / 1e6:.1f} M parameters" for m in (self.target, self.drafter)]
+        sizes = [f"{weight_count(config) / 1e6:.1f} M parameters" for config in (self.target, self.drafter)]
         drafter = r.drafter or f"of its first {r.layers} layers"
         yield f"target {r.target} ({sizes[0]}), drafter {drafter} ({sizes[1]})"
-        if self.longest > self.drafter.config.max_position:
-            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.config.max_position}"
+        if self.longest > self.drafter.max_position:
+            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.max_position}"
         yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
         yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
         yield f"{self.supervised:.2f} supervised positions per token the target reads"
@@ -69,41 +75,38 @@ class Plan:
     def memory(self) -> dict[str, int]:
         """Bytes of a step at the most demanding views, by what holds them."""
         r, d = self.recipe, self.recipe.data
-        views = [view for view in self.views if not isinstance(view, int)]
-        budgets = len(self.views) - len(views)
-        lengths = [a + r.views.anchor_tokens for a in r.anchors() for _ in range(budgets)]
-        models, rows = (self.target.config, self.drafter.config), self._loss[1]
-        parts = distill_memory(*models, d.context, views, lengths, self.dtype.itemsize, rows)
+        views = [s.view(d.context) for s in self.selections if not s.chooses]
+        lengths = [a + r.views.anchor_tokens for a in r.anchors() for s in self.selections if s.chooses]
+        parts = distill_memory(self.target, self.drafter, d.context, views, lengths, self.dtype.itemsize, self._loss[1])
         return parts | {"kept hidden states": min(self.hidden_bytes, KEPT_TARGETS_BYTES)}
 
     @cached_property
     def _loss(self) -> tuple[Callable | None, int]:
         """Its kernel, and rows of logits at once."""
         x = torch.empty(0, dtype=self.dtype, device=self.device)
-        return kernel_rows(x, HiddenTarget(x, x), self.recipe.loss.temperature, self.drafter.config.vocab_size)
+        return kernel_rows(x, HiddenTarget(x, x), self.recipe.loss.temperature, self.drafter.vocab_size)
 
     @property
     def hidden_bytes(self) -> int:
         """The target's hidden states of all windows."""
         d = self.recipe.data
-        return d.windows * d.context * self.target.config.hidden_size * self.target.embedding.element_size()
+        return d.windows * d.context * self.target.hidden_size * self.dtype.itemsize
 
     def seconds(self) -> float:
         """About how long all steps take; the target reads a window once where the hidden states of all are kept."""
         r, length = self.recipe, self.recipe.data.context
-        views = [view if isinstance(view, View) else None for view in self.views]  # chosen ones read it all
-        keys = [min(length / 2, length / 2 if view is None else view.prefix + view.window) for view in views]
-        learned = sum(forward_operations(self.drafter.config, length, k) for k in keys)
+        views = [FULL if s.chooses else s.view(length) for s in self.selections]  # chunks are chosen of all keys
+        learned = sum(forward_operations(self.drafter, length, view.mean_keys(length)) for view in views)
         windows = r.optimizer.steps * r.optimizer.windows_per_step
         read = min(windows, r.data.windows) if self.hidden_bytes <= KEPT_TARGETS_BYTES else windows
-        read *= forward_operations(self.target.config, length, length / 2)
-        taught = windows * BACKWARD * learned / speed(self.drafter.config, self.dtype, self.device)
-        return taught + read / speed(self.target.config, self.dtype, self.device)
+        read *= forward_operations(self.target, length, length / 2)
+        training_s = windows * BACKWARD * learned / speed(self.drafter, self.dtype, self.device)
+        return training_s + read / speed(self.target, self.dtype, self.device)
 
     @property
     def supervised(self) -> float:
         """Positions that teach the drafter, over all views, per token that the target reads."""
-        r, views = self.recipe, len(self.views)
+        r, views = self.recipe, len(self.selections)
         anchored = len(r.anchors()) * r.views.anchor_tokens / r.data.context
         if r.views.select == "window":
             return float(views)
@@ -113,19 +116,18 @@ class Plan:
     def disk_bytes(self) -> int:
         """Shards, state with optimizer moments, two drafters."""
         tokens = self.recipe.data.windows * self.recipe.data.context
-        return 4 * self.drafter.weight_bytes + bytes_per_token(self.recipe, self.target.config.hidden_size) * tokens
+        drafter = TRAINED_BYTES * weight_count(self.drafter)
+        return 4 * drafter + bytes_per_token(self.recipe, self.target.hidden_size) * tokens
 
 
-def draw_views(recipe: DistillRecipe, step: int) -> list[View | int | None]:
-    """Views of a step, the full one first; budgets where chunks are chosen. A function of (seed, step)."""
+def draw_selections(recipe: DistillRecipe, step: int) -> list[Selection]:
+    """What the drafter keeps in a step: all, then each budget. A function of (seed, step)."""
     v, rng = recipe.views, random.Random(f"{recipe.seed}/{step}")
     if v.mode == "full":
-        return [None]
+        return [Full()]
     if v.mode == "sampled":
         budgets = rng.choices(v.budgets, v.weights or None)
     else:
         low, high = min(v.budgets), max(v.budgets)
         budgets = [low, high, round(math.exp(rng.uniform(math.log(low), math.log(high))))]
-    if v.select != "window":
-        return [None, *budgets]
-    return [None, *(plan_view(b, "window", v.positions, None, recipe.data.context) for b in budgets)]
+    return [Full(), *(parse_selection(budget, v.select, v.positions) for budget in budgets)]

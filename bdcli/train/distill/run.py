@@ -1,4 +1,4 @@
-"""Distil a drafter: L = L_A + λ·L_C, full and budgeted views of one text in every step, all positions supervised.
+"""Distil a drafter: full and budgeted views of one text in every step, all positions supervised.
 
 windows (corpus, ends written by the target) -> target hidden states -> views of the drafter -> loss -> step
 held-out passages written by the target -> acceptance grid, before, while and after -> best drafter
@@ -7,50 +7,41 @@ held-out passages written by the target -> acceptance grid, before, while and af
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from bdcli.base.devices import peak_memory, pick_device, training_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.files import check_disk_space, digest
 from bdcli.base.interrupt import deferred_interrupt
-from bdcli.cache.selection import parse_selection
-from bdcli.cache.view import View, plan_view
+from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import DecodeOptions
 from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import as_dict
-from bdcli.decode.pair import load_pair
+from bdcli.decode.pair import Pair, load_pair
 from bdcli.model.build import write_first_layers
-from bdcli.model.checkpoint import fingerprint, load_model, resolve, save_model
-from bdcli.model.rope import RopeTable
-from bdcli.speculation.sampling import Sampling
-from bdcli.train.acceptance import Cell, Passage, acceptance_grid
+from bdcli.model.checkpoint import fingerprint, load_model, read_config, resolve, save_model
+from bdcli.model.config import ModelConfig
+from bdcli.model.llama import Model
+from bdcli.train.acceptance import Cell, Passage
+from bdcli.train.distill.batches import Batches
 from bdcli.train.distill.checks import START
-from bdcli.train.distill.material import Material, Windows
-from bdcli.train.distill.plan import KEPT_TARGETS_BYTES, Plan, draw_views
-from bdcli.train.distributed import join, local_device
-from bdcli.train.forward import anchored_hidden, final_rows, view_hidden
-from bdcli.train.losses import HiddenTarget, Target, accepted_length_weights, head_loss
+from bdcli.train.distill.judge import Judge, measured_grid
+from bdcli.train.distill.material import Material
+from bdcli.train.distill.objective import Objective
+from bdcli.train.distill.plan import Plan
+from bdcli.train.distill.teacher import WindowSource
+from bdcli.train.distill.windows import Windows
+from bdcli.train.distributed import Ranks, join, local_device
 from bdcli.train.optimizers import warm_cosine
 from bdcli.train.trainer import Trainer
 
-STATE = "state.pt"
-
-
-@dataclass
-class Watcher:
-    """Callbacks of a run; the defaults do nothing. `progress(phase, done, total, note)`, `grid(step, cells)`."""
-
-    progress: Callable[[str, int, int, str], None] = lambda *_: None
-    grid: Callable[[int, list[Cell]], None] = lambda *_: None
+STATE = "state.pt"  # file of the weights and moments that a resumed run starts from
+INITIAL, BEST = "initial", "drafter"  # folders of the drafter before training, and of the best one
 
 
 @dataclass(frozen=True)
@@ -73,30 +64,84 @@ class Outcome:
     peak_memory_bytes: int
 
 
+@dataclass(frozen=True)
+class Models:
+    """What a run loads: the pair that writes texts, from `folders`, and the drafter that learns, in fp32."""
+
+    folders: tuple[Path, Path]
+    pair: Pair
+    drafter: Model
+
+
 class Distillation:
     """One run in the folder `out`; every phase leaves files there and is not done twice.
 
-    `data` is where its windows and passages are or will be; several runs may share it.
+    `data` is where its windows and passages are or will be; several runs may share it. Nothing is loaded or written
+    before `models`, `material` or `run` is called: `plan` reads configurations only.
     """
 
     def __init__(
-        self, recipe: DistillRecipe, out: Path, watcher: Watcher, deadline: float = math.inf, data: Path | None = None
+        self,
+        recipe: DistillRecipe,
+        out: Path,
+        progress: Progress = SILENT,
+        deadline: float = math.inf,
+        data: Path | None = None,
     ):
-        self.recipe, self.out, self.watcher, self.deadline = recipe, out, watcher, deadline
+        self.recipe, self.out, self.deadline = recipe, out, deadline
         self.data = data or out / "data"
-        self.device = pick_device(local_device(recipe.device))
-        self.ranks = join(self.device)
-        out.mkdir(parents=True, exist_ok=True)
-        target = resolve(recipe.target, "target")
-        self.folders = target, self._start(target)
-        self.dtype = training_dtype(recipe.precision, self.device)
-        kind = str(self.dtype).removeprefix("torch.")
-        options = DecodeOptions(target=recipe.target, drafter=str(self.folders[1]), dtype=kind, device=str(self.device))
-        self.pair = load_pair(options)
-        self.target, self.drafter = self.pair.target, load_model(self.folders[1], torch.float32, self.device)
-        self.plan = Plan(recipe, self.target, self.drafter, self.dtype, self.device, out)
-        check_disk_space(out, self.plan.disk_bytes)
-        self._hidden: dict[int, Tensor] = {}
+        self._progress = progress
+        self._plan: Plan | None = None
+        self._models: Models | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        return pick_device(local_device(self.recipe.device))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the target, and of products of the drafter."""
+        return training_dtype(self.recipe.precision, self.device)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        return join(self.device)
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Only the first rank reports."""
+        return self._progress if self.ranks.first else SILENT
+
+    def plan(self) -> Plan:
+        """Needs of the run. Raises UserError where the models do not suffice, BdcliError where the disk does not."""
+        if self._plan is None:
+            target = read_config(resolve(self.recipe.target, "target"))
+            drafter = self._drafter_config(target)
+            self._plan = Plan(self.recipe, target, drafter, self.dtype, self.device, self.out)
+            check_disk_space(self.out, self._plan.disk_bytes)
+        return self._plan
+
+    def _drafter_config(self, target: ModelConfig) -> ModelConfig:
+        if self.recipe.drafter is not None:
+            return read_config(resolve(self.recipe.drafter, "drafter"))
+        if (self.out / STATE).exists():
+            return read_config(self.out / START)
+        return replace(target, layers=self.recipe.layers)
+
+    def models(self) -> Models:
+        """The models, loaded at the first call. Raises UserError on every fault of a folder.
+
+        Where the recipe names no drafter, one of the target's first layers is written to `out` and loaded.
+        """
+        if self._models is None:
+            self.plan()
+            target = resolve(self.recipe.target, "target")
+            folders = target, self._start(target)
+            kind = str(self.dtype).removeprefix("torch.")
+            names = {"target": self.recipe.target, "drafter": str(folders[1])}
+            pair = load_pair(DecodeOptions(**names, dtype=kind, device=str(self.device)), self.progress)
+            self._models = Models(folders, pair, load_model(folders[1], torch.float32, self.device))
+        return self._models
 
     def _start(self, target: Path) -> Path:
         """Folder of the drafter to start from; made of the target's first layers where the recipe names none."""
@@ -109,188 +154,100 @@ class Distillation:
 
     def material(self, share: float = 0.5) -> Material:
         """What the recipe's data and evaluation ask for; making it may take `share` of the time that is left."""
-        now = time.monotonic()
+        now, models = time.monotonic(), self.models()
         deadline = now + (self.deadline - now) * share
-        return Material(self.recipe, self.data, self.pair, self.folders, self.watcher.progress, deadline)
+        return Material(self.recipe, self.data, models.pair, models.folders, self.progress, deadline)
+
+    def batches(self, windows: WindowSource) -> Batches:
+        """The micro-batches of every step over `windows`."""
+        models = self.models()
+        objective = Objective(self.recipe, models.drafter, self.dtype)
+        return Batches(self.recipe, windows, models.pair.target, objective, self.ranks)
 
     def run(self, resume: bool) -> Outcome:
         """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
-        state = self.out / STATE
-        if state.exists() and not resume:
-            raise UserError(f"{self.out} holds an earlier run", "Go on with --resume, or give another --out")
+        state_file = self.out / STATE
+        if state_file.exists() and not resume:
+            raise UserError(f"{self.out} holds an earlier run", "Continue it with --resume, or give another --out")
+        models = self.models()
         with self.ranks.in_turn():
             material = self.material()
             passages, windows = material.passages(), material.windows()
-        key = digest([as_dict(self.recipe), len(windows), *map(fingerprint, self.folders)])
-        initial, best = self.out / "initial", self.out / "drafter"
-        if self.ranks.first and not initial.exists():
-            save_model(self.drafter, self.folders[1], initial)
-        trainer = Trainer(self.drafter, self.recipe.optimizer, self.ranks)
-        if state.exists():
-            trainer.load(state, key)
-        stopped, tokens_per_second = self._train(trainer, windows, passages, key)
-        p = trainer.progress
-        grids = {grid["step"]: [Cell(**cell) for cell in grid["cells"]] for grid in p.history}
+        key = digest([as_dict(self.recipe), len(windows), *map(fingerprint, models.folders)])
+        if self.ranks.first and not (self.out / INITIAL).exists():
+            save_model(models.drafter, models.folders[1], self.out / INITIAL)
+        trainer = Trainer(models.drafter, self.recipe.optimizer, self.ranks)
+        if state_file.exists():
+            trainer.load(state_file, key)
+        stopped, tokens_per_second = self._train(trainer, self.batches(windows), self._judge(passages), key)
+        return self._outcome(trainer, windows, stopped, tokens_per_second)
+
+    def _judge(self, passages: list[Passage]) -> Judge:
+        models = self.models()
+
+        def keep() -> None:
+            if self.ranks.first:
+                save_model(models.drafter, models.folders[1], self.out / BEST)
+
+        return Judge(self.recipe, models.drafter, passages, keep, self.progress)
+
+    def _outcome(self, trainer: Trainer, windows: Windows, stopped: str | None, tokens_per_second: float) -> Outcome:
+        state = trainer.state
         return Outcome(
             status="interrupted" if stopped == "interrupted" else "done",
             stopped=stopped,
-            initial=initial,
-            checkpoint=best,
-            before=grids[0],
-            after=grids[p.best_step],
-            steps=p.step,
-            best_step=p.best_step,
-            skipped=p.skipped,
+            initial=self.out / INITIAL,
+            checkpoint=self.out / BEST,
+            before=measured_grid(state, 0),
+            after=measured_grid(state, state.best_step),
+            steps=state.step,
+            best_step=state.best_step,
+            skipped=state.skipped,
             documents=asdict(windows.documents),
             windows=asdict(windows.accounts),
-            positions_per_target_token=self.plan.supervised,
+            positions_per_target_token=self.plan().supervised,
             tokens_per_second=tokens_per_second,
             peak_memory_bytes=peak_memory(self.device),
         )
 
-    def _train(self, trainer: Trainer, windows: Windows, passages: list[Passage], key: str) -> tuple[str | None, float]:
+    # -- training
+
+    def _train(self, trainer: Trainer, batches: Batches, judge: Judge, key: str) -> tuple[str | None, float]:
         """Steps with a grid every so often. Returns why it stopped early, or None, and target tokens per second."""
-        p, o = trainer.progress, self.recipe.optimizer
-        grid_s = self._measure(trainer, passages)
-        first, trained_s, stopped, opened = p.step, 0.0, self._flat(trainer), time.monotonic()
+        state, o = trainer.state, self.recipe.optimizer
+        grid_s = judge.measure(state)
+        first, trained_s, stopped = state.step, 0.0, judge.out_of_patience(state)
+        opened = time.monotonic()
         with deferred_interrupt() as interrupt:
-            while p.step < o.steps and not stopped:
+            while state.step < o.steps and not stopped:
                 began = time.monotonic()
-                at = p.step
-                if o.follow == "time" and self.deadline < math.inf:
-                    share = (began - opened) / max(1.0, self.deadline - 1.5 * grid_s - opened)
-                    at = max(at, round(first + share * (o.steps - first)))
+                at = self._schedule_step(state.step, first, began - opened, self.deadline - 1.5 * grid_s - opened)
                 rate = self.ranks.agreed(warm_cosine(at, o.warmup, o.steps))
-                loss = trainer.step(partial(self.parts, windows, p.step), rate)
+                loss = trainer.step(partial(batches.losses, state.step), rate)
                 step_s = time.monotonic() - began
                 trained_s += step_s
-                said = f"loss {loss:.3f}, outside loops {p.latest:.1%}, best {p.best:.1%} at step {p.best_step}"
-                self.watcher.progress("distil", p.step, o.steps, said)
+                best = f"best {state.best:.1%} at step {state.best_step}"
+                detail = f"loss {loss:.3f}, outside loops {state.latest:.1%}, {best}"
+                self.progress.advance("distil", state.step, o.steps, detail)
                 late = began + 2.5 * step_s + 2 * grid_s > self.deadline
                 stopped = self.ranks.agreed("interrupted" if interrupt.requested else "out of time" if late else None)
-                if p.step % self.recipe.evaluation.every == 0 and not stopped:
-                    grid_s = self._measure(trainer, passages)
+                if state.step % self.recipe.evaluation.every == 0 and not stopped:
+                    grid_s = judge.measure(state)
                     self._save(trainer, key)
-                    stopped = self._flat(trainer)
+                    stopped = judge.out_of_patience(state)
             if stopped != "interrupted":
-                self._measure(trainer, passages)
+                judge.measure(state)
             self._save(trainer, key)
-        tokens = (p.step - first) * o.windows_per_step * self.recipe.data.context
+        tokens = (state.step - first) * o.windows_per_step * self.recipe.data.context
         return stopped, tokens / trained_s if trained_s else 0.0
 
-    def _flat(self, trainer: Trainer) -> str | None:
-        """Why training may end early: the last `patience` grids were no better than one before."""
-        p, patience = trainer.progress, self.recipe.evaluation.patience
-        since = sum(grid["step"] > p.best_step for grid in p.history)
-        return f"no better for {since} measurements" if patience is not None and since >= patience else None
+    def _schedule_step(self, step: int, first: int, elapsed_s: float, horizon_s: float) -> int:
+        """Where the learning rate stands: at `step`, or further by the clock of a session that began at `first`."""
+        o = self.recipe.optimizer
+        if o.follow == "steps" or self.deadline == math.inf:
+            return step
+        return max(step, round(first + elapsed_s / max(1.0, horizon_s) * (o.steps - first)))
 
     def _save(self, trainer: Trainer, key: str) -> None:
         if self.ranks.first:
             trainer.save(self.out / STATE, key)
-
-    def order(self, step: int, windows: int) -> list[int]:
-        """Windows of a step, of so many: each pass over the data is a permutation of its own."""
-        per = self.recipe.optimizer.windows_per_step
-        places = range(step * per, (step + 1) * per)
-        return [_shuffled(self.recipe.seed, at // windows, windows)[at % windows] for at in places]
-
-    def parts(self, windows: Windows, step: int, pieces: int) -> list[Callable[[], Tensor]]:
-        """This rank's windows of a step, each under all views, or under some at a time where memory is short."""
-        views, picked = draw_views(self.recipe, step), self.order(step, len(windows))
-        some = -(-len(views) // min(pieces, len(views)))
-        groups = [views[at : at + some] for at in range(0, len(views), some)]
-        share, sparse = len(picked), len(views) - 1
-        mine = self.ranks.mine(picked)
-        return [partial(self.window_loss, windows, w, group, share, sparse) for w in mine for group in groups]
-
-    def window_loss(
-        self, windows: Windows, window: int, views: Sequence[View | int | None], share: int, sparse: int | None = None
-    ) -> Tensor:
-        """`loss` of one of `windows`, whose target's answers are cached, kept from an earlier pass, or made."""
-        ids, target = windows.ids(window).to(self.device), windows.target(window)
-        if target is None and window in self._hidden:
-            target = HiddenTarget(self._hidden[window], self.target.head)
-        if target is None:
-            with torch.no_grad():
-                hidden = final_rows(self.target, ids)
-            target = HiddenTarget(hidden, self.target.head)
-            if (len(self._hidden) + 1) * hidden.numel() * hidden.element_size() <= KEPT_TARGETS_BYTES:
-                self._hidden[window] = hidden
-        return self.loss(ids, target, views, share, sparse)
-
-    def loss(
-        self, ids: Tensor, target: Target, views: Sequence[View | int | None], share: int, sparse: int | None = None
-    ) -> Tensor:
-        """(L_A + λ·L_C) / share of one window: each a mean over its positions, L_C over the sparse views as well.
-
-        `sparse` is the number of sparse views of the step, where `views` are only some of them.
-
-        The full view and window views are stacked and teach every position; budgets of selections that choose chunks
-        teach what follows each anchor.
-        """
-        v = self.recipe.views
-        weight = self.recipe.loss.sparse_weight / max(1, len(views) - 1 if sparse is None else sparse)
-        rope = RopeTable(self.drafter.config.rope, len(ids), len(ids), self.dtype, self.device)
-        everywhere = [view for view in views if not isinstance(view, int)]
-        budgets = [view for view in views if isinstance(view, int)]
-        spans = [slice(a - 1, a - 1 + v.anchor_tokens) for a in self.recipe.anchors()] if v.select != "window" else []
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            stacked = view_hidden(self.drafter, rope, ids, everywhere) if everywhere else None
-            after = [[self._after(rope, ids[: s.stop], s.start, b) for b in budgets] for s in spans]
-        scale = [1.0 if view is None else weight for view in everywhere]
-        total = torch.zeros((), device=self.device)
-        for span in [] if not everywhere else spans if v.teach == "anchored" else [slice(0, len(ids))]:
-            part = 1 / len(spans) if v.teach == "anchored" else 1.0
-            total = total + self._taught(stacked[:, span], target, span, [w * part for w in scale])
-        for span, rows in zip(spans, after if budgets else []):
-            total = total + self._taught(torch.stack(rows), target, span, [weight / len(spans)] * len(rows))
-        return total / share
-
-    def _after(self, rope: RopeTable, ids: Tensor, start: int, budget: int) -> Tensor:
-        """Rows of ids[start:] under the recipe's selection from a prompt that ends at `start`."""
-        v = self.recipe.views
-        if v.select == "official":
-            return anchored_hidden(self.drafter, rope, ids, start, budget, v.prefix_gradients)
-        view = plan_view(budget, v.select, v.positions, None, start)
-        if not view.chosen:
-            return view_hidden(self.drafter, rope, ids, [view])[0, start:]
-        return anchored_hidden(self.drafter, rope, ids, start, view, v.prefix_gradients)
-
-    def _taught(self, x: Tensor, target: Target, span: slice, scale: list[float]) -> Tensor:
-        """Σ over views of scale · mean loss over the rows of `span`; x [views, rows, hidden] before the final norm."""
-        s, head = self.recipe.loss, self.drafter.head
-        x = F.rms_norm(x, x.shape[-1:], self.drafter.norm, self.drafter.config.norm_eps).to(self.dtype)
-        target = target.cut(span)
-        weights = torch.ones(x.shape[:-1], device=x.device)
-        if s.weights == "accepted_length":
-            with torch.no_grad():
-                alpha = head_loss(x, head, target, s.kind, s.temperature)[1].alpha
-            weights = accepted_length_weights(alpha, self.recipe.evaluation.gamma)
-            weights /= weights.mean(-1, keepdim=True).clamp(min=1e-6)
-        weights = weights * torch.tensor(scale, device=x.device)[:, None]
-        return head_loss(x, head, target, s.kind, s.temperature, weights, float(x.shape[1]))[0]
-
-    def _measure(self, trainer: Trainer, passages: Sequence[Passage]) -> float:
-        """Add this step's grid to the history, once; keep the drafter of the best mean score over budgets. Seconds."""
-        p, began = trainer.progress, time.monotonic()
-        if p.history and p.history[-1]["step"] == p.step:
-            return 0.0
-        e, v, sampling = self.recipe.evaluation, self.recipe.views, Sampling(self.recipe.temperature)
-        selections = [parse_selection(budget, v.select, v.positions, e.gamma) for budget in e.budgets]
-        cells = list(acceptance_grid(self.drafter, passages, selections, e.gamma, sampling))
-        p.history.append({"step": p.step, "cells": [asdict(c) for c in cells]})
-        full = self.recipe.views.mode == "full"  # such a drafter is judged by what it learns
-        counted = [c for c in cells if (c.budget == "full") == full] or cells
-        score = sum(c.score for c in counted) / len(counted)
-        p.latest = score
-        if score > p.best:
-            p.best, p.best_step = score, p.step
-            if self.ranks.first:
-                save_model(self.drafter, self.folders[1], self.out / "drafter")
-        self.watcher.grid(p.step, cells)
-        return time.monotonic() - began
-
-
-@lru_cache(maxsize=2)  # a step may stand between two passes
-def _shuffled(seed: int, turn: int, windows: int) -> list[int]:
-    return random.Random(f"{seed}:{turn}").sample(range(windows), windows)

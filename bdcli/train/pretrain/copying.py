@@ -1,8 +1,9 @@
-"""Showing a shallow model how to copy: two attention heads are told where to look, until they do it by themselves.
+"""Showing a shallow model how to copy: two attention heads are shown where to look, until they do it by themselves.
 
 Copying what followed the last time takes two heads in different layers: one that looks at the previous token, and an
 induction head after it that looks for places whose previous token is the present one (Olsson et al. 2022). Each is
-worth nothing without the other, so a model of two layers may not find them in millions of tokens (LOG.md).
+worth nothing without the other, so a model of two layers may not find them in millions of tokens
+(docs/log/2026-11-24-copy-alone.md).
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from bdcli.model.llama import Model
 from bdcli.model.rope import RopeTable
 from bdcli.train.forward import causal_block
 
-WINDOWS, LENGTH, LONGEST = 12, 256, 100  # of a lesson: rows, ids in each, longest sequence that is said again
-WEIGHT = 0.3  # of a lesson beside the next-token loss
+LESSON_WINDOWS, LESSON_TOKENS = 12, 256  # rows of a lesson, and ids in each
+LONGEST_COPY_TOKENS = 100  # of a sequence that a lesson repeats
+GUIDE_WEIGHT = 0.3  # of a lesson's loss beside the next-token loss
 
 
 def lesson(seed: int, step: int, vocabulary: Sequence[int]) -> Tensor:
-    """Ids [WINDOWS, LENGTH] of random sequences said again, a function of (seed, step)."""
-    ids = copied_ids(random.Random(f"lesson {seed} {step}"), vocabulary, WINDOWS * LENGTH, LONGEST)
-    return torch.tensor(ids).view(WINDOWS, LENGTH)
+    """Ids [LESSON_WINDOWS, LESSON_TOKENS] of repeated random sequences, a function of (seed, step)."""
+    rng, size = random.Random(f"lesson {seed} {step}"), LESSON_WINDOWS * LESSON_TOKENS
+    ids = copied_ids(rng, vocabulary, size, LONGEST_COPY_TOKENS)
+    return torch.tensor(ids).view(LESSON_WINDOWS, LESSON_TOKENS)
 
 
 def guide_loss(model: Model, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """-log of the attention that two heads pay where they should, each a mean over positions of ids [N, T].
+    """-log of the attention that two heads pay where they should, each a mean over positions of ids [N, T], in nats.
 
     The first head of the first layer should look at the previous token; that of the last layer at tokens that followed
     earlier occurrences of the present one, where there are any. Raises ValueError on a model of one layer.

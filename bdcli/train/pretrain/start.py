@@ -1,17 +1,60 @@
-"""What a model from random weights starts with: a byte-level BPE tokenizer and a configuration."""
+"""The model that pretraining starts from: a given one, its first layers, or random weights with a new tokenizer."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bdcli.config.pretrain import Shape
+from bdcli.config.pretrain import PretrainRecipe, Shape
+from bdcli.data.sources import documents
+from bdcli.model.build import random_model, write_first_layers
+from bdcli.model.checkpoint import load_tokenizer, resolve, save_model
 from bdcli.model.config import ModelConfig, parse_config
 
-SPECIAL = ("<s>", "</s>")  # ids 0 and 1; the tokenizer adds neither by itself
+SPECIAL_TOKENS = ("<s>", "</s>")  # ids 0 and 1; the tokenizer adds neither by itself
+TOKENIZER_CHARACTERS = 20_000_000  # of text that a tokenizer is trained on
+_START, _UNWEIGHTED = "start", "start.like"  # folders of a model made here, and of its files without weights
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
+
+
+def start_folder(recipe: PretrainRecipe, init: Path | None, out: Path) -> Path:
+    """Folder of the model that training starts from: `init`, one of another depth, or one from random weights.
+
+    The last two are made once, in `out`.
+    """
+    if init is not None and recipe.layers is None:
+        return init
+    folder = out / _START
+    if folder.exists():
+        return folder
+    if init is not None:
+        write_first_layers(init, folder, recipe.layers, recipe.seed)
+        return folder
+    unweighted = out / _UNWEIGHTED
+    unweighted.mkdir(exist_ok=True)
+    if recipe.tokenizer is not None:
+        copy_tokenizer(resolve(recipe.tokenizer, "target"), unweighted)
+    else:
+        write_tokenizer(unweighted, tokenizer_text(recipe.corpus.sources), recipe.shape.vocab_size)
+    tokenizer = load_tokenizer(unweighted)
+    config = write_config(unweighted, recipe.shape, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    save_model(random_model(config, recipe.seed), unweighted, folder)
+    return folder
+
+
+def tokenizer_text(sources: tuple[str, ...]) -> Iterator[str]:
+    """About TOKENIZER_CHARACTERS of training documents, the same amount of each source."""
+    for source in sources:
+        left = TOKENIZER_CHARACTERS // len(sources)
+        for doc in documents(source):
+            if doc.held_out:
+                continue
+            yield doc.text[:left]
+            left -= len(doc.text)
+            if left <= 0:
+                break
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
@@ -23,11 +66,12 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
+    bos, eos = SPECIAL_TOKENS
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
 
 
@@ -48,7 +92,7 @@ def write_config(folder: Path, shape: Shape, vocab_size: int, bos: int | None, e
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.hidden_size // shape.heads,
+        "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": shape.max_position,
         "rms_norm_eps": 1e-5,
