@@ -29,7 +29,8 @@ from bdcli.base.provenance import machine
 from bdcli.bench.peers import cache_argument
 from bdcli.bench.timing import fill_random
 from bdcli.cache.selection import CacheSize, Window
-from bdcli.model.checkpoint import POCKET, load_model
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import POCKET
 from bdcli.model.llama import Model
 from bdcli.model.sizes import kv_count
 from bdcli.speculation.drafter import ModelDrafter

@@ -33,8 +33,10 @@ from bdcli.bench import shapes
 from bdcli.bench.attention import AttentionBench
 from bdcli.cache.selection import CacheSize, Window
 from bdcli.data.prompts import stdlib_text
-from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import POCKET
 from bdcli.model.llama import Model
+from bdcli.model.tokenizer import load_tokenizer
 from bdcli.speculation.baseline import teacher_force
 from bdcli.speculation.draft_length import FixedGamma
 from bdcli.speculation.sampling import Sampling

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from bdcli.data.prompts import stdlib_text
-from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import POCKET
+from bdcli.model.tokenizer import load_tokenizer
 from tests.support.cli import Outcome
 
 torch.set_num_threads(1)  # two xdist workers share two cores

@@ -29,7 +29,8 @@ from bdcli.data.samples import Sample, load_samples
 from bdcli.data.sources import split_source
 from bdcli.decode.pair import Pair, load_pair
 from bdcli.decode.session import Session
-from bdcli.model.checkpoint import fingerprint, load_model, resolve
+from bdcli.model.checkpoint import fingerprint, load_model
+from bdcli.model.hub import resolve
 from bdcli.results.metrics import RoundFigures, looped_tokens, mark_loops
 from bdcli.speculation.draft_length import FixedGamma
 from bdcli.speculation.runner import Runner

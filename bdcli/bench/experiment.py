@@ -16,7 +16,8 @@ from bdcli.bench.outcome import Method
 from bdcli.config.bench import DRAFTING, BenchRecipe
 from bdcli.config.loader import as_dict
 from bdcli.data.samples import Sample, ids_digest, load_samples
-from bdcli.model.checkpoint import fingerprint, resolve
+from bdcli.model.checkpoint import fingerprint
+from bdcli.model.hub import resolve
 from bdcli.results.schema import Prompt, Run
 from bdcli.results.store import Store, running
 

@@ -23,7 +23,9 @@ from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.config.decode import DecodeOptions
 from bdcli.decode.pair import Pair, load_pair
 from bdcli.decode.session import Session
-from bdcli.model.checkpoint import check_vocabulary, load_model, resolve
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import resolve
+from bdcli.model.tokenizer import check_vocabulary
 from bdcli.results.metrics import RoundFigures
 from bdcli.speculation.baseline import warm_up
 from bdcli.speculation.drafter import Drafter

@@ -18,7 +18,7 @@ import torch
 
 from bdcli.bench.outcome import Method, Outcome, PreparedTarget
 from bdcli.config.bench import Arm, BenchRecipe
-from bdcli.model.checkpoint import resolve
+from bdcli.model.hub import resolve
 from bdcli.results.metrics import RoundFigures
 
 PREFILL_ROWS = 512

@@ -22,7 +22,9 @@ from bdcli.base.progress import SILENT
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.cache.selection import CacheSize, parse_selection
 from bdcli.data.prompts import cut_prompt, stdlib_text
-from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import POCKET
+from bdcli.model.tokenizer import load_tokenizer
 from bdcli.results.store import Store
 
 LOGIT_TOLERANCE = 1e-4  # of fp32 logits between two backends, over their spread

@@ -28,7 +28,8 @@ def prompt(
 
     tokens = parse_context(ctx)
     text = stdlib_text() if source == "stdlib" else read_prompt(source)
-    from bdcli.model.checkpoint import load_tokenizer, resolve
+    from bdcli.model.hub import resolve
+    from bdcli.model.tokenizer import load_tokenizer
 
     piece = cut_prompt(load_tokenizer(resolve(target, "target")), text, tokens)
     if out is None:

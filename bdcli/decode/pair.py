@@ -10,9 +10,11 @@ from bdcli.base.devices import free_memory, pick_device, pick_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import DecodeOptions
-from bdcli.model.checkpoint import check_vocabulary, eos_tokens, load_model, load_tokenizer, read_config, resolve
+from bdcli.model.checkpoint import eos_tokens, load_model, read_config
+from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
 from bdcli.model.sizes import gigabytes, weight_count
+from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Model folders in: find them (pocket, local folder, hub name), read config, safetensors and tokenizer."""
+"""Model folders in and out: configuration, EOS tokens and safetensors weights."""
 
 from __future__ import annotations
 
@@ -12,58 +12,21 @@ from torch import Tensor
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest, new_folder
 from bdcli.model.config import ModelConfig, parse_config
+from bdcli.model.hub import read_model_json
 from bdcli.model.llama import Layer, Model
 
-POCKET = Path(__file__).parent.parent / "assets" / "pocket"
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-_HUB_DUPLICATES = ["consolidated*", "original/*"]  # second copies of the weights in other layouts
-_NAMES = "Give a folder, a hub name like owner/model, or pocket"
 _IGNORED = ("rotary_emb.inv_freq",)  # tables that old checkpoints carry
 
 
-def resolve(name: str, role: str, pickles: bool = False) -> Path:
-    """Folder of a model. `name` is `pocket`, a folder, or a hub name `owner/model`; role is target or drafter.
-
-    From the hub come safetensors, or with `pickles` .bin weights, for `bdcli convert`.
-    """
-    if name == "pocket":
-        return POCKET / role
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"--{role} {name} is a file", "Give the model's folder, the one that holds config.json")
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise UserError(f"--{role} {name}: no such folder", _NAMES)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    hint = f"Download it where there is a network: hf download {name}; then pass its folder"
-    try:
-        wanted = [*_HUB_FILES, *(["pytorch_model*.bin"] if pickles else [])]
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HUB_DUPLICATES))
-    except GatedRepoError:
-        raise UserError(f"--{role} {name}: its owner asks for a login", f"Run hf auth login, then: {hint}") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"--{role} {name}: neither a folder here nor a model on the hub", hint) from None
-    except HFValidationError:
-        raise UserError(f"--{role} {name}: neither a folder here nor a hub name", _NAMES) from None
-    except Exception as error:  # the hub raises many kinds, those of its HTTP library among them
-        reason = type(error).__name__
-        raise UserError(
-            f"--{role} {name}: not in the local cache and the hub did not answer ({reason})", hint
-        ) from None
-
-
 def read_config(folder: Path) -> ModelConfig:
-    return parse_config(_read_json(folder / "config.json"), str(folder))
+    return parse_config(read_model_json(folder / "config.json"), str(folder))
 
 
 def eos_tokens(folder: Path) -> frozenset[int]:
     """EOS ids of a model: generation_config.json first, as `transformers` has it, else config.json."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        eos = _read_json(path).get("eos_token_id") if path.exists() else None
+        eos = read_model_json(path).get("eos_token_id") if path.exists() else None
         if eos is not None:
             return frozenset(eos if isinstance(eos, list) else [eos])
     return frozenset()
@@ -126,7 +89,7 @@ class _Weights:
         self._corrupt = SafetensorError
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            shards = _read_json(index).get("weight_map")
+            shards = read_model_json(index).get("weight_map")
             if not shards:
                 raise UserError(f"{index} lists no weights", "Download it again")
             files = sorted(set(shards.values()))
@@ -178,59 +141,6 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged or truncated ({error})", "Download it again")
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        parsed = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "Point at a Hugging Face model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})", "Download it again") from None
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path} is not a JSON object", "Download it again")
-    return parsed
-
-
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer_class of a tokenizer.json that says it all
-
-
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer as `transformers` builds it; no remote code."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{folder} holds no tokenizer", "Copy tokenizer.json and tokenizer_config.json into it")
-    settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    if settings.get("tokenizer_class") in _GENERIC and (folder / "tokenizer.json").exists():
-        # what AutoTokenizer would choose, without its 150 MB of other models' modules
-        from transformers import PreTrainedTokenizerFast as AutoTokenizer
-    else:
-        from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds for a broken file
-        raise UserError(f"{folder}: the tokenizer cannot be read ({error})", "Download it again") from None
-
-
-def check_vocabulary(target: Path, drafter: Path, target_tokenizer) -> None:
-    """Raise UserError unless every id that both know means the same token."""
-    files = [folder / "tokenizer.json" for folder in (target, drafter)]
-    if all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes():
-        return
-    ours = {i: token for token, i in target_tokenizer.get_vocab().items()}
-    theirs = {i: token for token, i in load_tokenizer(drafter).get_vocab().items()}
-    other = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
-    if other or abs(len(ours) - len(theirs)) > 0.01 * len(ours):
-        first = min(other, default=None)
-        detail = (
-            f"id {first} is {theirs[first]!r}, not {ours[first]!r}"
-            if other
-            else f"{len(theirs)} tokens, not {len(ours)}"
-        )
-        raise UserError(
-            f"drafter {drafter} has another vocabulary than target {target} ({detail})",
-            "Use a drafter distilled for this target",
-        )
-
-
 def fingerprint(folder: Path) -> str:
     """Changes when the model does: config and the first and last MiB of the weights, with their sizes."""
     parts = [(folder / "config.json").read_bytes()]
@@ -271,7 +181,7 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
             weights[at + "self_attn.q_norm.weight"] = layer.qk_norm[0]
             weights[at + "self_attn.k_norm.weight"] = layer.qk_norm[c.heads]
     flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
-    raw = _read_json(like / "config.json") | {"dtype": "bfloat16", "num_hidden_layers": c.layers}
+    raw = read_model_json(like / "config.json") | {"dtype": "bfloat16", "num_hidden_layers": c.layers}
     if "layer_types" in raw:  # full attention in all of them, or it would not have been read
         raw["layer_types"] = raw["layer_types"][:1] * c.layers
     with new_folder(folder) as fresh:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import new_folder
-from bdcli.model.checkpoint import read_config, resolve
+from bdcli.model.checkpoint import read_config
+from bdcli.model.hub import resolve
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 KEPT = (".json", ".model", ".jinja")

@@ -10,7 +10,7 @@ import pytest
 from bdcli.base.errors import UserError
 from bdcli.bench.claims import Text, Worth, claimed_falls, clean_tokens, report, worth_rows
 from bdcli.data.synthetic import recall_documents
-from bdcli.model.checkpoint import POCKET
+from bdcli.model.hub import POCKET
 from tests.support.scripts import SCRIPTS, call, load
 
 

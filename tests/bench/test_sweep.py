@@ -21,7 +21,7 @@ from bdcli.data.prompts import stdlib_text
 from bdcli.data.samples import load_samples
 from bdcli.decode.pair import load_pair
 from bdcli.decode.session import Session
-from bdcli.model.checkpoint import POCKET
+from bdcli.model.hub import POCKET
 from bdcli.results.store import Store
 from bdcli.speculation import speculator as speculate
 from bdcli.speculation.baseline import teacher_force

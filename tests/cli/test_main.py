@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bdcli.model.checkpoint import POCKET
+from bdcli.model.hub import POCKET
 from bdcli.results.store import Store
 from tests.support.cli import compiled_only
 

@@ -116,7 +116,7 @@ def test_broken_files(tmp_path, text, message):
 
 def test_a_bad_recipe_gets_all_its_errors_at_once(tmp_path, cli):
     """Wrong keys and types, values that do not fit, and what is not on this machine: one message, a line each."""
-    from bdcli.model.checkpoint import POCKET
+    from bdcli.model.hub import POCKET
 
     other = tmp_path / "other"
     shutil.copytree(POCKET / "drafter", other)
@@ -147,7 +147,7 @@ def test_a_bad_recipe_gets_all_its_errors_at_once(tmp_path, cli):
 
 
 def test_material_made_for_other_models_is_one_of_the_errors(tmp_path, cli):
-    from bdcli.model.checkpoint import POCKET
+    from bdcli.model.hub import POCKET
     from bdcli.train.distill.checks import passages_made_from, windows_made_from
 
     folders = POCKET / "target", POCKET / "drafter"

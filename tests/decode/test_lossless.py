@@ -12,7 +12,8 @@ from bdcli.cache.selection import SELECTIONS
 from bdcli.config.decode import DecodeOptions
 from bdcli.decode.pair import Pair
 from bdcli.decode.session import Session
-from bdcli.model.checkpoint import POCKET, eos_tokens
+from bdcli.model.checkpoint import eos_tokens
+from bdcli.model.hub import POCKET
 from bdcli.speculation.baseline import warm_up
 
 BUDGETS, GAMMAS, POSITIONS = (64, 256, 512, None), (1, 3, 8, None), ("rebased", "absolute")

@@ -6,7 +6,8 @@ import torch
 from bdcli.cache.full import FullCache
 from bdcli.config.optimizer import Updates
 from bdcli.model.build import with_layers
-from bdcli.model.checkpoint import POCKET, load_model, save_model
+from bdcli.model.checkpoint import load_model, save_model
+from bdcli.model.hub import POCKET
 from bdcli.model.rope import RopeTable
 from bdcli.train.forward import causal_hidden
 from bdcli.train.trainer import Trainer

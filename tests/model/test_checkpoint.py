@@ -14,16 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from bdcli.base.devices import pick_device, pick_dtype, training_dtype
 from bdcli.base.errors import UserError
-from bdcli.model.checkpoint import (
-    POCKET,
-    check_vocabulary,
-    eos_tokens,
-    load_model,
-    load_tokenizer,
-    read_config,
-    resolve,
-)
+from bdcli.model.checkpoint import eos_tokens, load_model, read_config
 from bdcli.model.config import ROPE_TYPES, SUPPORTED
+from bdcli.model.hub import POCKET, resolve
+from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 
 CPU = torch.device("cpu")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

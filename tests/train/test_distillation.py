@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bdcli.base.errors import UserError
-from bdcli.model.checkpoint import POCKET, load_model
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import POCKET
 from bdcli.train.acceptance import Cell
 from bdcli.train.distill.checks import missing_inputs
 from bdcli.train.distill.run import Distillation

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bdcli.config.pretrain import Shape
-from bdcli.model.checkpoint import POCKET, load_model
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import POCKET
 from bdcli.model.rope import RopeTable
 from bdcli.train.forward import causal_hidden
 

@@ -8,7 +8,8 @@ import safetensors.numpy
 from datasets import Dataset
 
 from bdcli.base.errors import UserError
-from bdcli.model.checkpoint import POCKET, save_model
+from bdcli.model.checkpoint import save_model
+from bdcli.model.hub import POCKET
 from bdcli.train.distill.run import Distillation
 from tests.support.training import SMALL_DISTILL, Stop, StopAt, adds_up
 

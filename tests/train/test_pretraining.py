@@ -11,7 +11,9 @@ from bdcli.base.errors import UserError
 from bdcli.cache.full import FullCache
 from bdcli.config.pretrain import Corpus as Mix
 from bdcli.config.pretrain import Schedule
-from bdcli.model.checkpoint import POCKET, load_model, load_tokenizer
+from bdcli.model.checkpoint import load_model
+from bdcli.model.hub import POCKET
+from bdcli.model.tokenizer import load_tokenizer
 from bdcli.train.pretrain.batches import next_token_loss
 from bdcli.train.pretrain.run import Pretraining
 from bdcli.train.pretrain.stages import share_done, skip_positions, stage_context

@@ -11,7 +11,9 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import digest, read_json
 from bdcli.config.distill import DistillRecipe
 from bdcli.data.sources import missing_sources
-from bdcli.model.checkpoint import check_vocabulary, fingerprint, load_tokenizer, read_config, resolve
+from bdcli.model.checkpoint import fingerprint, read_config
+from bdcli.model.hub import resolve
+from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 
 MANIFEST, PASSAGES = "manifest.json", "passages.json"
 START = "start"  # folder of a drafter made of the target's first layers

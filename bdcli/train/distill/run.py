@@ -24,8 +24,9 @@ from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import as_dict
 from bdcli.decode.pair import Pair, load_pair
 from bdcli.model.build import write_first_layers
-from bdcli.model.checkpoint import fingerprint, load_model, read_config, resolve, save_model
+from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
 from bdcli.model.config import ModelConfig
+from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
 from bdcli.train.acceptance import Cell, Passage
 from bdcli.train.distill.batches import Batches

@@ -23,8 +23,10 @@ from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import make_corpus, ordinary_ids
 from bdcli.data.sources import measured_windows, missing_sources
-from bdcli.model.checkpoint import fingerprint, load_model, load_tokenizer, read_config, resolve, save_model
+from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
+from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
+from bdcli.model.tokenizer import load_tokenizer
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, parameters, speed
 from bdcli.train.held_out import HeldOutLoss, measure
 from bdcli.train.optimizers import trapezoid

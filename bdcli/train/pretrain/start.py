@@ -10,8 +10,10 @@ from pathlib import Path
 from bdcli.config.pretrain import PretrainRecipe, Shape
 from bdcli.data.sources import documents
 from bdcli.model.build import random_model, write_first_layers
-from bdcli.model.checkpoint import load_tokenizer, resolve, save_model
+from bdcli.model.checkpoint import save_model
 from bdcli.model.config import ModelConfig, parse_config
+from bdcli.model.hub import resolve
+from bdcli.model.tokenizer import load_tokenizer
 
 SPECIAL_TOKENS = ("<s>", "</s>")  # ids 0 and 1; the tokenizer adds neither by itself
 TOKENIZER_CHARACTERS = 20_000_000  # of text that a tokenizer is trained on
