@@ -23,7 +23,7 @@ _AT_ONCE = 16  # documents given to the tokenizer together, which spreads them o
 
 
 class Corpus:
-    """Streams of one recipe. A window is the next stretch of one source's stream; a stream that ends begins anew."""
+    """Streams of one recipe. A window is the next stretch of one source's stream; a stream that ends starts again."""
 
     def __init__(self, recipe: PretrainRecipe, streams: list[Tensor]):
         self.shares = _shares(recipe)
