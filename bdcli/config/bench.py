@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
-from bdcli.config.optimizer import setting
+from bdcli.config.settings import TEMPERATURE, at_least, setting
 
 ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
 PEER_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
@@ -43,14 +43,14 @@ class BenchRecipe:
         metadata={"help": "name: stdlib, text files, a folder, .jsonl, .parquet or a hub data set"},
     )
     contexts: tuple[int, ...] = setting((4096,), "prompt tokens; all contexts of a sample end at the same token")
-    samples: int = setting(4, "prompts of each data set")
-    max_new_tokens: int = setting(128, "tokens written after each")
+    samples: int = setting(4, "prompts of each data set", at_least(1))
+    max_new_tokens: int = setting(128, "tokens written after each", at_least(1))
     warmup_samples: int = setting(0, "first prompts that are run but not counted")
     protocol: Literal["default", "paper"] = setting("default", "paper: show the published figures beside ours")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bf16 where it is native")
     device: str = setting("auto", "auto, cpu, cuda, ...")
     engine: Literal["auto", "compiled", "torch"] = setting("auto", "what runs the forwards of our arms")
-    temperature: float = setting(0.0, "0 is greedy")
+    temperature: float = setting(0.0, "0 is greedy", at_least(0, TEMPERATURE))
     top_k: int = setting(0, "0 is off")
     top_p: float = setting(1.0, "1 is off")
     seed: int = setting(0, "seed of sampling")
@@ -75,18 +75,13 @@ class BenchRecipe:
         return self.naive if name == NAIVE else name
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(key, message) of values that cannot work, all of them."""
-        for key in ("samples", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                yield key, "must be at least 1"
+        """(key, message) of values that do not fit together."""
         if not 0 <= self.warmup_samples < max(self.samples, 1):
             yield "warmup_samples", f"must lie in 0 .. samples - 1 ({self.samples - 1})"
         if not self.contexts or min(self.contexts) < 2:
             yield "contexts", "must be at least 2 tokens each"
         if not self.datasets:
             yield "datasets", "must name at least one"
-        if self.temperature < 0:
-            yield "temperature", "must be 0 (greedy) or more"
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             yield "top_p", "top_k must be 0 or more, top_p must lie in (0, 1]"
         if sum(arm.method == "ar" for arm in self.arms.values()) > 1:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
-from bdcli.config.optimizer import Updates, setting
+from bdcli.config.optimizer import Updates
+from bdcli.config.settings import NON_NEGATIVE, TEMPERATURE, above, at_least, setting, within
 
 
 @dataclass(frozen=True)
@@ -17,18 +18,24 @@ class Data:
         "stdlib, recall, pg19, lwm, longbench, longbench/TASK, a .txt, .jsonl, .parquet or tar, a folder of them, or a "
         "hub data set; NAME=PLACE names one",
     )
-    context: int = setting(4096, "tokens of a training window")
-    windows: int = setting(64, "training windows; steps beyond them start another pass in another order")
-    written: float = setting(0.5, "share of windows whose end is written by the target at the serving temperature")
+    context: int = setting(4096, "tokens of a training window", above(0))
+    windows: int = setting(64, "training windows; steps beyond them start another pass in another order", above(0))
+    written: float = setting(
+        0.5, "share of windows whose end is written by the target at the serving temperature", within(0, 1)
+    )
     written_tokens: int = setting(256, "length of that end")
-    written_temperature: float | None = setting(None, "temperature it is written at; none is the serving temperature")
-    together: int = setting(8, "texts written at once where the target's products are shared (not in compiled steps)")
+    written_temperature: float | None = setting(
+        None, "temperature it is written at; none is the serving temperature", at_least(0, TEMPERATURE)
+    )
+    together: int = setting(
+        8, "texts written at once where the target's products are shared (not in compiled steps)", above(0)
+    )
     max_loop_rate: float = setting(0.25, "a window whose written end loops more is dropped")
     cache: Literal["none", "hidden", "topk", "argmax"] = setting(
         "none", "the target's answers kept on disk: hidden states, top-k and the tail's mass, or its choices"
     )
-    top_k: int = setting(64, "tokens a position of `topk`")
-    shard_windows: int = setting(16, "windows of a shard, which is made or missing as a whole")
+    top_k: int = setting(64, "tokens a position of `topk`", above(0))
+    shard_windows: int = setting(16, "windows of a shard, which is made or missing as a whole", above(0))
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Views:
         "window", "window views train every position; chunk and official ones what follows the anchors"
     )
     anchors: tuple[int, ...] = setting((), "prompt lengths at which chunks are chosen; empty is 1K, 2K, 4K, ...")
-    anchor_tokens: int = setting(256, "tokens taught after each anchor")
+    anchor_tokens: int = setting(256, "tokens taught after each anchor", above(0))
     teach: Literal["all", "anchored"] = setting("all", "positions of the full branch: all, or those after anchors")
     prefix_gradients: Literal["full", "selected", "none"] = setting(
         "full", "what keys and values before an anchor learn: all layers, kept ones one layer deep, nothing"
@@ -55,8 +62,8 @@ class Loss:
     kind: Literal["ce", "kl", "log_alpha", "lk"] = setting(
         "kl", "ce on the target's argmax, forward KL, -log acceptance, LK hybrid"
     )
-    sparse_weight: float = setting(1.0, "λ in L = L_A + λ·L_C; the full branch has weight 1")
-    temperature: float = setting(1.0, "softmax temperature of both sides in the loss")
+    sparse_weight: float = setting(1.0, "λ in L = L_A + λ·L_C; the full branch has weight 1", at_least(0, NON_NEGATIVE))
+    temperature: float = setting(1.0, "softmax temperature of both sides in the loss", above(0))
     weights: Literal["uniform", "accepted_length"] = setting(
         "uniform", "accepted_length weighs each position by what it adds to the expected accepted length"
     )
@@ -64,8 +71,8 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimizer(Updates):
-    steps: int = setting(150, "optimizer steps")
-    windows_per_step: int = setting(1, "windows whose gradients make one step")
+    steps: int = setting(150, "optimizer steps", above(0))
+    windows_per_step: int = setting(1, "windows whose gradients make one step", above(0))
     warmup: int = setting(10, "linear warm-up steps; a cosine to zero follows")
     follow: Literal["steps", "time"] = setting(
         "steps", "where the cosine stands: at the step, or further on where --max-minutes is nearer than the last step"
@@ -75,15 +82,17 @@ class Optimizer(Updates):
 @dataclass(frozen=True)
 class Evaluation:
     sources: tuple[str, ...] = setting((), "texts to measure on; empty takes the held-out documents of data.sources")
-    every: int = setting(50, "steps between measurements of the acceptance grid")
+    every: int = setting(50, "steps between measurements of the acceptance grid", above(0))
     patience: int | None = setting(
-        None, "measurements without a better acceptance after which training stops; none trains on to the last step"
+        None,
+        "measurements without a better acceptance after which training stops; none trains to the last step",
+        above(0),
     )
     contexts: tuple[int, ...] = setting((1024, 4096), "prompt lengths of the held-out passages")
     budgets: tuple[int | Literal["full"], ...] = setting((256, 512, 1024, 2048, "full"), "budgets of the grid")
-    gamma: int = setting(5, "draft length of the replay")
-    passages: int = setting(6, "held-out passages per context")
-    new_tokens: int = setting(128, "tokens the target writes after each")
+    gamma: int = setting(5, "draft length of the replay", above(0))
+    passages: int = setting(6, "held-out passages per context", above(0))
+    new_tokens: int = setting(128, "tokens the target writes after each", above(0))
 
 
 @dataclass(frozen=True)
@@ -92,11 +101,13 @@ class DistillRecipe:
     drafter: str | None = setting(
         "pocket", "the drafter to start from: folder, hub name, or pocket; none takes the first layers of the target"
     )
-    layers: int = setting(2, "how many layers of the target, where drafter is none")
+    layers: int = setting(2, "how many layers of the target, where drafter is none", above(0))
     seed: int = setting(0, "seed of data order, views and sampling")
     device: str = setting("auto", "auto, cpu, cuda")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")
-    temperature: float = setting(0.0, "serving temperature: what the target writes is written at it")
+    temperature: float = setting(
+        0.0, "serving temperature: what the target writes is written at it", at_least(0, TEMPERATURE)
+    )
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)
     loss: Loss = field(default_factory=Loss)
@@ -110,10 +121,9 @@ class DistillRecipe:
         return self.views.anchors or doubling or (last,)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(key, message) of values that cannot work, all of them."""
+        """(key, message) of values that do not fit together."""
         smallest = SINKS + GAMMA_MAX + 2
-        d, v, o, e = self.data, self.views, self.optimizer, self.evaluation
-        yield from o.problems()
+        d, v, e = self.data, self.views, self.evaluation
         for key, budgets in (("views.budgets", v.budgets), ("evaluation.budgets", e.budgets)):
             numbers = [b for b in budgets if b != "full"]
             if not budgets:
@@ -133,36 +143,7 @@ class DistillRecipe:
             yield "data.cache", f"must hold more than argmax for loss.kind {self.loss.kind}"
         if v.weights and (len(v.weights) != len(v.budgets) or min(v.weights) < 0 or sum(v.weights) <= 0):
             yield "views.weights", f"must be {len(v.budgets)} non-negative numbers, one for each of views.budgets"
-        if self.loss.sparse_weight < 0:
-            yield "loss.sparse_weight", "must not be negative"
-        if self.loss.temperature <= 0:
-            yield "loss.temperature", "must be above 0"
-        if self.temperature < 0:
-            yield "temperature", "must be 0 (greedy) or more"
-        if d.written_temperature is not None and d.written_temperature < 0:
-            yield "data.written_temperature", "must be 0 (greedy) or more"
-        if not 0 <= d.written <= 1:
-            yield "data.written", "must lie in 0 .. 1"
         if not 0 < d.written_tokens < d.context:
             yield "data.written_tokens", f"must lie between 0 and data.context ({d.context})"
-        positive = {
-            "layers": self.layers,
-            "data.context": d.context,
-            "data.windows": d.windows,
-            "data.top_k": d.top_k,
-            "data.shard_windows": d.shard_windows,
-            "data.together": d.together,
-            "views.anchor_tokens": v.anchor_tokens,
-            "optimizer.steps": o.steps,
-            "optimizer.windows_per_step": o.windows_per_step,
-            "evaluation.every": e.every,
-            "evaluation.patience": 1 if e.patience is None else e.patience,
-            "evaluation.gamma": e.gamma,
-            "evaluation.passages": e.passages,
-            "evaluation.new_tokens": e.new_tokens,
-        }
-        for key, value in positive.items():
-            if value <= 0:
-                yield key, "must be above 0"
         if not e.contexts or min(e.contexts) < 32:
             yield "evaluation.contexts", "must be at least 32 tokens each"

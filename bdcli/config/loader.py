@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from bdcli.base.errors import UserError
+from bdcli.config.settings import bounds_problems
 
 
 class Faults:
@@ -40,8 +41,9 @@ def load_recipe(path: Path | None, schema: type, overrides: list[str] = (), chec
 
     Raises UserError with every fault found.
 
-    `schema` may define `problems(self) -> Iterator[tuple[str, str]]` yielding (dotted key, message) for values that
-    are of the right type but do not fit together; `check(recipe)` does the same for what must exist on the machine.
+    Values have types and bounds of their own. `schema` may define `problems(self) -> Iterator[tuple[str, str]]` that
+    yields (dotted key, message) for values that do not fit together; `check(recipe)` does the same for what must exist
+    on the machine.
     Where some value has a wrong type, they speak of the settings that the file gives and that are right by themselves.
     """
     name = str(path) if path is not None else "the options"
@@ -54,7 +56,7 @@ def load_recipe(path: Path | None, schema: type, overrides: list[str] = (), chec
     if recipe is None:
         faults.raise_if_any()
     wrong = set(faults.keys)  # empty where nothing is wrong yet; unknown keys put in an empty name
-    found = [*getattr(recipe, "problems", list)(), *(check(recipe) if check else ())]
+    found = [*bounds_problems(recipe), *getattr(recipe, "problems", list)(), *(check(recipe) if check else ())]
     for key, message in found:
         if wrong and (key not in where or key in wrong):
             continue  # it may only be the default that stands in for a wrong value

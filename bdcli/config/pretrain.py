@@ -6,21 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bdcli.config.optimizer import Updates, setting
+from bdcli.config.optimizer import Updates
+from bdcli.config.settings import NON_NEGATIVE, above, at_least, setting, within
 
 
 @dataclass(frozen=True)
 class Shape:
     """Used where nothing is given as `init`."""
 
-    layers: int = setting(12, "decoder layers")
-    hidden_size: int = setting(256, "width of the residual stream")
-    intermediate_size: int = setting(704, "width of the MLP")
-    heads: int = setting(4, "query heads")
-    kv_heads: int = setting(4, "key and value heads")
-    max_position: int = setting(16896, "longest text, prompt and new tokens together")
-    rope_theta: float = setting(500000.0, "RoPE base")
-    vocab_size: int = setting(4096, "entries of a tokenizer trained here")
+    layers: int = setting(12, "decoder layers", above(0))
+    hidden_size: int = setting(256, "width of the residual stream", above(0))
+    intermediate_size: int = setting(704, "width of the MLP", above(0))
+    heads: int = setting(4, "query heads", above(0))
+    kv_heads: int = setting(4, "key and value heads", above(0))
+    max_position: int = setting(16896, "longest text, prompt and new tokens together", above(0))
+    rope_theta: float = setting(500000.0, "RoPE base", above(0))
+    vocab_size: int = setting(4096, "entries of a tokenizer trained here", above(0))
 
     @property
     def head_dim(self) -> int:
@@ -33,7 +34,7 @@ class Corpus:
         ("stdlib",), "stdlib, recall, text files, .jsonl, .parquet, tars of texts, folders, hub data sets"
     )
     weights: tuple[float, ...] = setting((), "share of tokens from each source; empty is equal shares")
-    copies: float = setting(0.0, "share of tokens, beside the sources, that are random ids said again: teaches copying")
+    copies: float = setting(0.0, "share of tokens, beside the sources, that are repeated random ids: teaches copying")
     guide: float = setting(
         0.0, "share of the run, at its start, in which two heads are shown where to look in copies; for few layers"
     )
@@ -41,16 +42,20 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Schedule:
-    tokens: int = setting(20_000_000, "tokens to read in all")
+    tokens: int = setting(20_000_000, "tokens to read in all", above(0))
     contexts: tuple[int, ...] = setting((1024, 4096), "window length of each stage, one after another")
     shares: tuple[float, ...] = setting((0.8, 0.2), "share of the run that each stage takes")
     reach: int = setting(
-        0, "positions that shorter windows are spread over, in half the steps, by one skip (PoSE); 0 never skips"
+        0,
+        "positions that shorter windows are spread over, in half the steps, by one skip (PoSE); 0 never skips",
+        at_least(0, NON_NEGATIVE),
     )
-    tokens_per_step: int = setting(16384, "tokens whose gradients make one step; a longer window is a step of its own")
-    micro_tokens: int = setting(8192, "tokens that go through the model at once; a longer window goes alone")
-    warmup: float = setting(0.02, "share of the run over which the learning rate rises")
-    decay: float = setting(0.6, "share of the run, at its end, over which it falls to zero")
+    tokens_per_step: int = setting(
+        16384, "tokens whose gradients make one step; a longer window is a step of its own", above(0)
+    )
+    micro_tokens: int = setting(8192, "tokens that go through the model at once; a longer window goes alone", above(0))
+    warmup: float = setting(0.02, "share of the run over which the learning rate rises", within(0, 1))
+    decay: float = setting(0.6, "share of the run, at its end, over which it falls to zero", within(0, 1))
     follow: Literal["tokens", "time"] = setting(
         "tokens", "what share of the run is done: tokens read, or the larger of that and the share of --max-minutes"
     )
@@ -60,20 +65,22 @@ class Schedule:
 class HeldOut:
     sources: tuple[str, ...] = setting((), "texts to measure on; empty takes the held-out documents of corpus.sources")
     contexts: tuple[int, ...] = setting((2048,), "lengths at which the loss is measured")
-    documents: int = setting(8, "held-out documents, one window each")
-    every: int = setting(200, "steps between measurements")
+    documents: int = setting(8, "held-out documents, one window each", above(0))
+    every: int = setting(200, "steps between measurements", above(0))
 
 
 @dataclass(frozen=True)
 class MuonUpdates(Updates):
     method: Literal["adamw", "muon"] = setting("muon", "muon orthogonalises the updates of matrices inside layers")
-    lr: float = setting(4e-3, "peak learning rate")
-    vector_lr: float | None = setting(2e-3, "with muon: AdamW's rate for embedding, head and norms; none is lr")
+    lr: float = setting(4e-3, "peak learning rate", above(0))
+    vector_lr: float | None = setting(
+        2e-3, "with muon: AdamW's rate for embedding, head and norms; none is lr", above(0)
+    )
 
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    init: str | None = setting(None, "model folder to go on from; none starts from nothing with `shape`")
+    init: str | None = setting(None, "model folder to start from; none starts from random weights of `shape`")
     layers: int | None = setting(
         None, "layers taken of init, the first ones; beyond its own, new ones that change nothing at first"
     )
@@ -86,7 +93,7 @@ class PretrainRecipe:
     compile: bool = setting(
         False, "torch.compile of a layer: slow to start, then faster; needs a C++ compiler on a CPU"
     )
-    checkpoint_minutes: float = setting(5.0, "minutes between checkpoints")
+    checkpoint_minutes: float = setting(5.0, "minutes between checkpoints", above(0))
     shape: Shape = field(default_factory=Shape)
     corpus: Corpus = field(default_factory=Corpus)
     schedule: Schedule = field(default_factory=Schedule)
@@ -94,9 +101,8 @@ class PretrainRecipe:
     held_out: HeldOut = field(default_factory=HeldOut)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(key, message) of values that cannot work, all of them."""
+        """(key, message) of values that do not fit together."""
         c, s, h = self.corpus, self.schedule, self.held_out
-        yield from self.optimizer.problems()
         if not c.sources:
             yield "corpus.sources", "must name at least one source"
         if c.weights and (len(c.weights) != len(c.sources) or min(c.weights) < 0 or sum(c.weights) <= 0):
@@ -110,24 +116,8 @@ class PretrainRecipe:
         for context in s.contexts:
             if context < 16 or (context < s.tokens_per_step and s.tokens_per_step % context):
                 yield "schedule.contexts", f"{context} must be at least 16 and divide schedule.tokens_per_step"
-        for key, value in {
-            "schedule.tokens": s.tokens,
-            "schedule.tokens_per_step": s.tokens_per_step,
-            "schedule.micro_tokens": s.micro_tokens,
-            "held_out.documents": h.documents,
-            "held_out.every": h.every,
-            "checkpoint_minutes": self.checkpoint_minutes,
-            **{f"shape.{name}": value for name, value in vars(self.shape).items()},
-        }.items():
-            if value <= 0:
-                yield key, "must be above 0"
         if self.layers is not None and (self.init is None or self.layers <= 0):
-            yield "layers", "must be above 0, and is for a model that goes on from init; else give shape.layers"
-        if s.reach < 0:
-            yield "schedule.reach", "must not be negative"
-        for key in ("warmup", "decay"):
-            if not 0 <= getattr(s, key) <= 1:
-                yield f"schedule.{key}", "must lie in 0 .. 1"
+            yield "layers", "must be above 0, and is for a model that starts from init; else give shape.layers"
         if self.shape.heads % max(1, self.shape.kv_heads) or self.shape.hidden_size % max(1, 2 * self.shape.heads):
             yield "shape.heads", "must divide hidden_size into even head sizes and be a multiple of kv_heads"
         if h.contexts and min(h.contexts) < 320:

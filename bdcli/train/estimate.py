@@ -10,7 +10,8 @@ from bdcli.config.pretrain import Shape
 from bdcli.model.build import random_model
 from bdcli.model.config import ModelConfig, RopeConfig
 from bdcli.train.held_out import next_token_rows
-from bdcli.train.losses import ArgmaxTarget, head_loss
+from bdcli.train.losses import head_loss
+from bdcli.train.targets import ArgmaxTarget
 
 TRIAL_TOKENS = 512
 BACKWARD = 3  # operations of forward and backward, in forwards

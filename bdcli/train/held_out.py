@@ -11,7 +11,8 @@ from torch import Tensor
 from bdcli.model.llama import Model
 from bdcli.model.rope import RopeTable
 from bdcli.train.forward import causal_block, causal_hidden
-from bdcli.train.losses import ArgmaxTarget, head_loss
+from bdcli.train.losses import head_loss
+from bdcli.train.targets import ArgmaxTarget
 
 SHORT_TOKENS = 256  # what "no long context" means: tokens seen by the first of SHORT_ROWS predicted together
 SHORT_ROWS = 64

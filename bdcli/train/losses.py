@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,92 +29,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bdcli.base.errors import UserError
+from bdcli.train.targets import ArgmaxTarget, HiddenTarget, LogProbs, Target, wide, wide_dtype
 
 KINDS = ("ce", "kl", "log_alpha", "lk")
 LK_DECAY = 3.0  # λ = exp(-LK_DECAY · α): KL while acceptance is low, TV once it is high
 LOGIT_ROWS = 256  # rows whose logits live at once
-NOTHING = -1e4  # log of no mass: its exp is 0 even in fp64, and 0 · NOTHING is 0 where 0 · -inf would be NaN
-
-Law = Callable[[Tensor], Tensor]  # log q [C, V] -> log p [C, V]; only a truncated target looks at q
-
-
-class Target(Protocol):
-    """The target's side of T rows. `read` gives argmax p [C] of a slice of them, -1 where it is not finite, and p
-    itself, or None where p is taken as one-hot.
-    """
-
-    def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]: ...
-    def cut(self, span: slice) -> Target: ...  # the same for a slice of the rows
-
-
-@dataclass(frozen=True)
-class HiddenTarget:
-    """Exact p of hidden states [T, hidden_t], after the target's final norm, and its lm head [V, hidden_t]."""
-
-    hidden: Tensor
-    head: Tensor
-
-    def cut(self, span: slice) -> HiddenTarget:
-        return replace(self, hidden=self.hidden[span])
-
-    def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]:
-        logits = _wide(F.linear(self.hidden[span], self.head))
-        top, best = logits.max(-1)
-        best.masked_fill_(~top.isfinite(), -1)
-        if temperature == 0:
-            return best, None
-        log_p = (logits.div_(temperature) if temperature != 1 else logits).log_softmax(-1)
-        return best, lambda _log_q: log_p
-
-
-@dataclass(frozen=True)
-class TopKTarget:
-    """Cached top-k: token indices and log-probabilities [T, k], falling, made at the serving `temperature`.
-
-    The rest of the mass, 1 - Σ_k p, is spread over the other tokens as q spreads its own there (detached). So the
-    tail acts as one bucket: it teaches how much mass lies outside the k tokens and never how it is shaped, and α is
-    at most min(tail of p, tail of q) above its exact value.
-    """
-
-    index: Tensor
-    log_probs: Tensor
-    temperature: float
-
-    def cut(self, span: slice) -> TopKTarget:
-        return replace(self, index=self.index[span], log_probs=self.log_probs[span])
-
-    def read(self, span: slice, temperature: float) -> tuple[Tensor, Law | None]:
-        index = self.index[span].long()
-        if temperature == 0:
-            return index[:, 0], None
-        if temperature != self.temperature:
-            raise UserError(
-                f"the cached top-k targets were made at temperature {self.temperature:g}, not {temperature:g}",
-                "Prepare them again at the serving temperature, or cache hidden states.",
-            )
-        known = _wide(self.log_probs[span])
-        known = known - known.logsumexp(-1, keepdim=True).clamp_(min=0)  # stored in half precision they may exceed 1
-        tail = (1 - known.exp().sum(-1, keepdim=True)).clamp_(min=0).log_()
-
-        def law(log_q: Tensor) -> Tensor:
-            rest = log_q.scatter(-1, index, -torch.inf)
-            rest.add_(tail - rest.logsumexp(-1, keepdim=True)).clamp_(min=NOTHING)
-            return rest.scatter_(-1, index, known.clamp(min=NOTHING).to(rest.dtype))
-
-        return index[:, 0], law
-
-
-@dataclass(frozen=True)
-class ArgmaxTarget:
-    """Cached argmax tokens [T]: p is known only as one-hot, which is all that greedy serving needs."""
-
-    index: Tensor
-
-    def cut(self, span: slice) -> ArgmaxTarget:
-        return ArgmaxTarget(self.index[span])
-
-    def read(self, span: slice, _temperature: float) -> tuple[Tensor, Law | None]:
-        return self.index[span].long(), None
 
 
 @dataclass(frozen=True)
@@ -161,13 +79,12 @@ def head_loss(
         )
     if weights is None:
         weights = torch.ones(x.shape[:-1], device=x.device)
-    weights = weights.detach().to(_wide_dtype(x))
+    weights = weights.detach().to(wide_dtype(x))
     if denominator is None:
         denominator = weights.sum().clamp_(min=torch.finfo(weights.dtype).tiny)  # no weight at all: loss 0, not 0 / 0
     kernel, rows = kernel_rows(x, target, temperature, head.shape[0])
-    loss, *stats = _HeadLoss.apply(
-        x, head, target, kind, temperature, weights, denominator, chunk or rows, torch.is_grad_enabled(), kernel
-    )
+    call = _Call(target, kind, temperature, weights, denominator, chunk or rows, torch.is_grad_enabled(), kernel)
+    loss, *stats = _HeadLoss.apply(x, head, call)
     return loss, Stats(*stats)
 
 
@@ -185,23 +102,38 @@ def kernel_rows(x: Tensor, target: Target, temperature: float, vocabulary: int) 
     return loss_rows, max(LOGIT_ROWS, PART_ELEMENTS // vocabulary)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of `head_loss` beside x and head. learn: gradients are wanted. kernel: `loss_rows`; None is torch."""
+
+    target: Target
+    kind: str
+    temperature: float
+    weights: Tensor
+    denominator: float | Tensor
+    chunk: int
+    learn: bool
+    kernel: Callable | None
+
+
 class _HeadLoss(torch.autograd.Function):
     """The chunk loop. Saves Σ w ∂ℓ/∂x and Σ w ∂ℓ/∂head; backward only scales (as fused linear cross-entropy does)."""
 
     @staticmethod
-    def forward(ctx, x, head, target, kind, temperature, weights, denominator, chunk, learn, kernel):
+    def forward(ctx, x, head, call: _Call):
+        target, kernel, kind = call.target, call.kernel, call.kind
         rows, width = x.shape[-2:]
         views, weight = x.reshape(-1, rows, width), head.to(x.dtype)
-        tau = temperature or 1.0
-        row_scale = (weights / tau).reshape(-1, rows, 1)
+        tau = call.temperature or 1.0
+        row_scale = (call.weights / tau).reshape(-1, rows, 1)
         losses, alpha = torch.empty_like(row_scale[..., 0]), torch.empty_like(row_scale[..., 0])
         hit = torch.empty_like(losses, dtype=torch.bool)
-        grad_x = torch.empty_like(views) if learn and x.requires_grad else None
-        grad_head = torch.zeros_like(head, dtype=losses.dtype) if learn and head.requires_grad else None
+        grad_x = torch.empty_like(views) if call.learn and x.requires_grad else None
+        grad_head = torch.zeros_like(head, dtype=losses.dtype) if call.learn and head.requires_grad else None
         learn = grad_x is not None or grad_head is not None
-        for start in range(0, rows, chunk):
-            span = slice(start, start + chunk)
-            best, law = (None, None) if kernel else target.read(span, temperature)
+        for start in range(0, rows, call.chunk):
+            span = slice(start, start + call.chunk)
+            best, log_p_of = (None, None) if kernel else target.read(span, call.temperature)
             exact = F.linear(target.hidden[span], target.head) if kernel else None
             for i, view in enumerate(views):
                 part = view[span]
@@ -211,10 +143,10 @@ class _HeadLoss(torch.autograd.Function):
                     losses[i, span], alpha[i, span], hit[i, span] = kernel(logits, exact, kind, tau, scale)
                     grad = logits  # which the kernel has made of it
                 else:
-                    logits = _wide(logits)
+                    logits = wide(logits)
                     hit[i, span] = logits.max(-1).indices == best
                     losses[i, span], alpha[i, span], grad = _rows(
-                        kind, logits.div_(tau) if tau != 1 else logits, best, law, learn
+                        kind, logits.div_(tau) if tau != 1 else logits, best, log_p_of, learn
                     )
                 if not learn:
                     continue
@@ -227,8 +159,8 @@ class _HeadLoss(torch.autograd.Function):
                     grad_head += grad.T @ part
         hit &= alpha.isfinite()
         ctx.save_for_backward(grad_x, grad_head)
-        ctx.denominator, ctx.head_dtype, ctx.shape = denominator, head.dtype, x.shape
-        loss = (weights.reshape(losses.shape) * losses).sum() / denominator
+        ctx.denominator, ctx.head_dtype, ctx.shape = call.denominator, head.dtype, x.shape
+        loss = (call.weights.reshape(losses.shape) * losses).sum() / call.denominator
         stats = [t.view(x.shape[:-1]) for t in (losses, alpha, hit)]
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
@@ -241,16 +173,16 @@ class _HeadLoss(torch.autograd.Function):
         return (
             None if grad_x is None else (grad_x * scale).to(grad_x.dtype).reshape(ctx.shape),
             None if grad_head is None else (grad_head * scale).to(ctx.head_dtype),
-            *[None] * 8,
+            None,
         )
 
 
 def _rows(
-    kind: str, logits: Tensor, best: Tensor, law: Law | None, learn: bool
+    kind: str, logits: Tensor, best: Tensor, log_p_of: LogProbs | None, learn: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(ℓ [C], α [C], ∂ℓ/∂u [C, V] or None) of scaled logits u [C, V]; the table at the top of this file."""
     log_q = logits.log_softmax(-1)
-    log_p = law(log_q) if law else None
+    log_p = log_p_of(log_q) if log_p_of else None
     if log_p is None or kind == "ce":
         unknown, best = best < 0, best[:, None].clamp(min=0)
         losses = -log_q.gather(-1, best)[:, 0].masked_fill(unknown, torch.nan)
@@ -314,7 +246,7 @@ def accepted_length_weights(alpha: Tensor, gamma: int, first: Tensor | None = No
 
 
 def plain_loss(kind: str, p: Tensor, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The law: (ℓ [T], α [T]) of serving probabilities p [T, V] and drafter logits [T, V], left to autograd."""
+    """The plain form: (ℓ [T], α [T]) of serving probabilities p [T, V] and drafter logits [T, V], left to autograd."""
     log_q = (logits / temperature).log_softmax(-1)
     q = log_q.exp()
     alpha = torch.where(q < p, q, p).sum(-1)
@@ -327,12 +259,3 @@ def plain_loss(kind: str, p: Tensor, logits: Tensor, temperature: float = 1.0) -
         "lk": blend * kl + (1 - blend) * (1 - alpha),
     }
     return losses[kind], alpha
-
-
-def _wide_dtype(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
-
-
-def _wide(t: Tensor) -> Tensor:
-    """fp32, or fp64 for fp64."""
-    return t.to(_wide_dtype(t))

@@ -20,7 +20,8 @@ from bdcli.speculation.speculator import Speculator
 from bdcli.train.distill.memory import distill_memory
 from bdcli.train.distill.teacher import KEPT_TARGETS_BYTES
 from bdcli.train.forward import final_rows, view_hidden
-from bdcli.train.losses import HiddenTarget, head_loss
+from bdcli.train.losses import head_loss
+from bdcli.train.targets import HiddenTarget
 from tests.support.models import tiny_model
 
 STATIC = static_backend("triton", "plain operations")

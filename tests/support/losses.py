@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from bdcli.train.losses import HiddenTarget, plain_loss
+from bdcli.train.losses import plain_loss
+from bdcli.train.targets import HiddenTarget
 
 T, V = 37, 61  # rows and vocabulary
 TEMPERATURES = (0.5, 1.0, 1.7)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bdcli.train.losses import KINDS, HiddenTarget, head_loss, plain_loss
+from bdcli.train.losses import KINDS, head_loss, plain_loss
+from bdcli.train.targets import HiddenTarget
 from tests.support.losses import TEMPERATURES, T, grads, plain, problem, target_probs
 
 

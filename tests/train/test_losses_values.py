@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from bdcli.train import losses
-from bdcli.train.losses import KINDS, LK_DECAY, ArgmaxTarget, HiddenTarget, TopKTarget, head_loss, plain_loss
+from bdcli.train.losses import KINDS, LK_DECAY, head_loss, plain_loss
+from bdcli.train.targets import ArgmaxTarget, HiddenTarget, TopKTarget
 from tests.support.losses import TEMPERATURES, T, V, grads, plain, problem, target_probs
 
 
-def test_the_law_by_hand():
+def test_the_plain_losses_by_hand():
     p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.4, 0.5, 0.1]])
     kl, overlap = 0.7 * math.log(0.7 / 0.4) + 0.2 * math.log(0.2 / 0.5), 0.7
     blend = math.exp(-3 * 0.7)
@@ -27,7 +28,7 @@ def test_the_law_by_hand():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", (0.0, *TEMPERATURES))
-def test_equal_to_the_law_at_every_chunk(kind, temperature):
+def test_equal_to_the_plain_losses_at_every_chunk(kind, temperature):
     for seed, (dtype, tolerance) in enumerate([(torch.float64, 1e-11), (torch.float32, 2e-5)]):
         a = problem(dtype=dtype, seed=seed)
         expected, losses, alpha = plain(kind, a, temperature)

@@ -11,7 +11,7 @@ from bdcli.config.distill import Views
 from bdcli.train.distill.objective import Objective
 from bdcli.train.distill.plan import draw_selections
 from bdcli.train.forward import final_rows
-from bdcli.train.losses import HiddenTarget
+from bdcli.train.targets import HiddenTarget
 from tests.support.training import SMALL_DISTILL, cache_of
 
 

@@ -13,7 +13,8 @@ from bdcli.config.distill import DistillRecipe
 from bdcli.model.llama import Model
 from bdcli.model.rope import RopeTable
 from bdcli.train.forward import anchored_hidden, view_hidden
-from bdcli.train.losses import Target, accepted_length_weights, head_loss
+from bdcli.train.losses import accepted_length_weights, head_loss
+from bdcli.train.targets import Target
 
 
 class Objective:

@@ -21,7 +21,8 @@ from bdcli.train.distill.memory import distill_memory, memory_line
 from bdcli.train.distill.teacher import KEPT_TARGETS_BYTES
 from bdcli.train.distill.windows import bytes_per_token
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
-from bdcli.train.losses import HiddenTarget, kernel_rows
+from bdcli.train.losses import kernel_rows
+from bdcli.train.targets import HiddenTarget
 
 TRAINED_BYTES = 4  # of a number of the drafter while it learns
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bdcli.config.distill import DistillRecipe
 from bdcli.model.llama import Model
 from bdcli.train.forward import final_rows
-from bdcli.train.losses import ArgmaxTarget, HiddenTarget, Target, TopKTarget
+from bdcli.train.targets import ArgmaxTarget, HiddenTarget, Target, TopKTarget
 
 KEPT_TARGETS_BYTES = 2**30  # hidden states of the target kept between passes over the windows
 LOGIT_ROWS = 512  # rows whose logits live at once while answers are stored

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bdcli.config.distill import DistillRecipe
 from bdcli.train.distill.teacher import stored_target
-from bdcli.train.losses import Target
+from bdcli.train.targets import Target
 
 
 @dataclass

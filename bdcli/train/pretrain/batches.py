@@ -14,9 +14,10 @@ from bdcli.data.corpus import Corpus
 from bdcli.model.llama import Model
 from bdcli.train.forward import causal_block
 from bdcli.train.held_out import next_token_rows
-from bdcli.train.losses import ArgmaxTarget, head_loss
+from bdcli.train.losses import head_loss
 from bdcli.train.pretrain.copying import GUIDE_WEIGHT, guide_loss, lesson
 from bdcli.train.pretrain.stages import skip_positions, stage_context
+from bdcli.train.targets import ArgmaxTarget
 from bdcli.train.trainer import TrainingState
 
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from bdcli.base.errors import UserError
-from bdcli.train.losses import KINDS, ArgmaxTarget, TopKTarget, head_loss, plain_loss
+from bdcli.train.losses import KINDS, head_loss, plain_loss
+from bdcli.train.targets import ArgmaxTarget, TopKTarget
 from tests.support.losses import TEMPERATURES, T, V, grads, plain, problem, target_probs
 
 
@@ -34,7 +35,7 @@ def bucketed(probs, index):
 
 @pytest.mark.parametrize("k", (1, 5, V - 1))
 def test_top_k_tail_is_one_bucket(k):
-    """Its law: KL, α and LK over k + 1 outcomes."""
+    """KL, α and LK are those of k + 1 outcomes."""
     a = problem()
     target = top_k(a.target, k, 1.0)
     index = target.index.long()

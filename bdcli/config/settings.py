@@ -1,0 +1,44 @@
+"""A setting of a recipe: one typed field with its default, its meaning and its bounds. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+
+NON_NEGATIVE = "must not be negative"
+TEMPERATURE = "must be 0 (greedy) or more"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which values a setting may have, and what is said of others."""
+
+    allows: Callable[[float], bool]
+    rule: str
+
+
+def above(limit: float) -> Bounds:
+    return Bounds(lambda value: not value <= limit, f"must be above {limit}")
+
+
+def at_least(limit: float, rule: str = "") -> Bounds:
+    return Bounds(lambda value: not value < limit, rule or f"must be at least {limit}")
+
+
+def within(low: float, high: float) -> Bounds:
+    return Bounds(lambda value: low <= value <= high, f"must lie in {low} .. {high}")
+
+
+def setting(default, meaning: str, bounds: Bounds | None = None):
+    """A field of a schema. `meaning` is for help texts and the reference; None has no bounds."""
+    return field(default=default, metadata={"help": meaning, "bounds": bounds})
+
+
+def bounds_problems(settings, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, message) of every value out of its own bounds, in a schema and those inside it."""
+    for f in fields(settings):
+        value, bounds = getattr(settings, f.name), f.metadata.get("bounds")
+        if is_dataclass(value):
+            yield from bounds_problems(value, f"{prefix}{f.name}.")
+        elif bounds is not None and value is not None and not bounds.allows(value):
+            yield f"{prefix}{f.name}", bounds.rule
