@@ -13,11 +13,10 @@ where it was. `cost` runs a few steps of every arm, each in a process of its own
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +26,8 @@ from typing import Annotated
 
 import torch
 import typer
+from ablation_arms import ARMS, READINGS
+from ablation_tables import as_markdown, cost_markdown
 
 from bdcli.base.console import end_interrupted, note, run_script
 from bdcli.base.devices import peak_memory
@@ -35,7 +36,7 @@ from bdcli.base.files import read_json, write_file
 from bdcli.base.progress import Progress
 from bdcli.cache.selection import parse_selection
 from bdcli.cli.output import DistillProgress
-from bdcli.config.distill import DistillRecipe, Evaluation, Loss, Views
+from bdcli.config.distill import DistillRecipe, Evaluation
 from bdcli.config.loader import load_recipe
 from bdcli.model.checkpoint import load_model
 from bdcli.model.llama import Model
@@ -48,52 +49,6 @@ from bdcli.train.distill.run import Distillation
 from bdcli.train.record import Recorder, distill_run
 from bdcli.train.trainer import Trainer
 
-PAPER_BUDGETS = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}  # with their probabilities
-FIXED_BUDGET = 1024
-READINGS = {"window": ("window", "rebased"), "official": ("official", "absolute")}  # selection and positions in decode
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to train: what it makes of the recipe, None where nothing is trained; and how its drafter is read."""
-
-    meaning: str
-    change: Callable[[DistillRecipe], DistillRecipe] | None
-    readings: tuple[str, ...] = ("window",)
-
-
-def _below(recipe: DistillRecipe, *budgets: int) -> tuple[int, ...]:
-    return tuple(b for b in budgets if b < recipe.data.context) or recipe.views.budgets
-
-
-def _fixed(r: DistillRecipe) -> DistillRecipe:
-    return replace(r, views=replace(r.views, mode="sampled", budgets=_below(r, FIXED_BUDGET)[:1], weights=()))
-
-
-def _paper(r: DistillRecipe) -> DistillRecipe:
-    """Its views, selection and loss; learning rate, steps and texts are those of all arms."""
-    budgets, tokens = _below(r, *PAPER_BUDGETS), min(256, r.data.context // 4)
-    views = Views(
-        mode="sampled",
-        budgets=budgets,
-        weights=tuple(PAPER_BUDGETS.get(b, 1.0) for b in budgets),
-        positions="absolute",
-        select="official",
-        anchors=(r.data.context - tokens,),
-        anchor_tokens=tokens,
-        teach="anchored",
-    )
-    return replace(r, views=views, loss=Loss(kind="ce", sparse_weight=0.5))
-
-
-ARMS = {
-    "none": Arm("no distillation", None),
-    "full": Arm("full cache only", lambda r: replace(r, views=replace(r.views, mode="full"))),
-    "fixed": Arm(f"one fixed budget ({FIXED_BUDGET})", _fixed),
-    "paper": Arm("the paper's recipe", _paper, ("official", "window")),
-    "one": Arm("one sampled view", lambda r: replace(r, views=replace(r.views, mode="sampled", weights=()))),
-    "ours": Arm("ours", lambda r: r),
-}
 DEFAULT_ARMS = "none,full,fixed,paper,ours"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -233,60 +188,6 @@ def table(out: Annotated[Path, typer.Argument(help="Folder of the experiment.")]
     typer.echo(as_markdown(results(out)))
 
 
-def rate(found: list[dict], **wanted) -> float:
-    """Mean acceptance outside loops over cells with these values; NaN where no clean token is there."""
-    rates = [c["acceptance_rate_no_loops"] for c in found if all(c[k] == v for k, v in wanted.items())]
-    rates = [r for r in rates if r is not None]
-    return sum(rates) / len(rates) if rates else math.nan
-
-
-def as_markdown(found: list[dict]) -> str:
-    """Acceptance outside loops, mean over data sets, contexts and seeds (± half the range of the seeds)."""
-    if not found:
-        return "Nothing is measured yet."
-    sample = found[0]["readings"]["window"]
-    budgets, contexts = (list(dict.fromkeys(c[key] for c in sample)) for key in ("budget", "context"))
-    numbers = [b for b in budgets if b != "full"]
-    least, short, long = min(numbers), min(contexts), max(contexts)
-    names = ["arm", "read", "seeds", *map(str, budgets), f"full - {least}", f"{short} - {long} at {least}"]
-    names += [f"gained at {least}", "mean of budgets", "supervised positions a target token", "target tok/s"]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * 3 + " ---: |" * (len(names) - 3)]
-    above: dict[str, tuple[float, float]] = {}  # means of the last row that is read the same way
-    for name, reading in dict.fromkeys((r["arm"], reading) for r in found for reading in r["readings"]):
-        runs = [r for r in found if r["arm"] == name and reading in r["readings"]]
-        grids = [r["readings"][reading] for r in runs]
-        at = {b: over_seeds(grids, lambda g, b=b: rate(g, budget=b)) for b in budgets}
-        flat = over_seeds(grids, lambda g: rate(g, budget="full") - rate(g, budget=least))
-        far = over_seeds(grids, lambda g: rate(g, budget=least, context=short) - rate(g, budget=least, context=long))
-        means = at[least][0], sum(at[b][0] for b in numbers) / len(numbers)
-        gained = [f"{100 * (x - y):+.1f}" for x, y in zip(means, above.get(reading, ()))] or ["", ""]
-        above[reading] = means
-        row = [ARMS[name].meaning, " ".join(READINGS[reading]), str(len(runs))]
-        row += [f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in at.values()]
-        row += [f"{100 * m:+.1f} ± {100 * s:.1f}" for m, s in (flat, far)]
-        lines.append("| " + " | ".join([*row, *gained, *training_cost(runs)]) + " |")
-    kinds = ", ".join(dict.fromkeys(c["dataset"] for c in sample))
-    passages = sum(c["passages"] for c in sample if c["budget"] == least)
-    foot = f"Acceptance outside loops in %, γ {sample[0]['gamma']}, {passages} passages of {kinds}; "
-    foot += "gained: against the row above that is read the same way."
-    return "\n".join([*lines, "", foot])
-
-
-def over_seeds(grids: list[list[dict]], value: Callable[[list[dict]], float]) -> tuple[float, float]:
-    """Mean of a value over the grids of the seeds, and half its range."""
-    values = [value(grid) for grid in grids]
-    return sum(values) / len(values), (max(values) - min(values)) / 2
-
-
-def training_cost(runs: list[dict]) -> list[str]:
-    """Supervised positions and target tokens a second, empty where nothing was trained."""
-    trained = [r["trained"] for r in runs if r["trained"]]
-    if not trained:
-        return ["", ""]
-    speed = statistics.median(t["tokens_per_second"] for t in trained)
-    return [f"{trained[0]['positions_per_target_token']:.3g}", f"{speed:.0f}"]
-
-
 # -- what it costs
 
 
@@ -345,20 +246,6 @@ def cost(
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # its peak memory is its own
             found[name] = fresh.submit(cost_of, ARMS[name].change(base), steps).result()
     typer.echo(cost_markdown(found))
-
-
-def cost_markdown(found: dict[str, dict]) -> str:
-    names = "arm, views, supervised positions per target forward, × the first, s a step, target tok/s, positions/s"
-    names += ", peak memory, above loading"
-    lines = ["| " + names.replace(", ", " | ") + " |", "| --- |" + " ---: |" * 8]
-    first = next(iter(found.values()))["positions"]
-    for name, c in found.items():
-        pace = c["windows"] / c["seconds"]
-        row = [ARMS[name].meaning, str(c["views"]), str(c["positions"]), f"{c['positions'] / first:.1f}"]
-        row += [f"{c['seconds']:.2f}", f"{pace * c['context']:.0f}", f"{pace * c['positions']:.0f}"]
-        row += [f"{c['peak'] / 1e9:.2f} GB", f"{(c['peak'] - c['loaded']) / 1e9:.2f} GB"]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from bdcli.base.files import digest
 from bdcli.base.progress import SILENT, Progress
 from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
-from bdcli.data.sources import CHARACTERS, documents
+from bdcli.data.sources import TOKEN_CHARACTERS, documents
 from bdcli.data.synthetic import copied_ids
 
-LONGEST_COPY = 4096  # ids, and half the shortest window
-_AT_ONCE = 16  # documents given to the tokenizer together, which spreads them over cores
+LONGEST_COPY_TOKENS = 4096  # and half the shortest window
+_DOCUMENTS_AT_ONCE = 16  # given to the tokenizer together, which spreads them over cores
 
 
 class Corpus:
@@ -65,7 +65,7 @@ def make_corpus(recipe: PretrainRecipe, tokenizer, vocabulary: str, path: Path, 
             )
     if recipe.corpus.copies:
         wanted = math.ceil(recipe.corpus.copies * s.tokens) + 2 * max(s.contexts)
-        rng, longest = random.Random(f"copies {recipe.seed}"), min(LONGEST_COPY, min(s.contexts) // 2)
+        rng, longest = random.Random(f"copies {recipe.seed}"), min(LONGEST_COPY_TOKENS, min(s.contexts) // 2)
         streams.append(torch.tensor(copied_ids(rng, ordinary_ids(tokenizer), wanted, longest), dtype=torch.int32))
     write_state(path, key, {"streams": streams})
     return Corpus(recipe, streams)
@@ -84,12 +84,12 @@ def _shares(recipe: PretrainRecipe) -> list[float]:
 
 
 def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Progress) -> Tensor:
-    docs = [d.text for d in documents(source, enough=CHARACTERS * wanted) if not d.held_out]
+    docs = [d.text for d in documents(source, enough=TOKEN_CHARACTERS * wanted) if not d.held_out]
     random.Random(seed).shuffle(docs)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     parts, size = [], 0
-    for at in range(0, len(docs), _AT_ONCE):
-        for ids in tokenizer(docs[at : at + _AT_ONCE], verbose=False)["input_ids"]:
+    for at in range(0, len(docs), _DOCUMENTS_AT_ONCE):
+        for ids in tokenizer(docs[at : at + _DOCUMENTS_AT_ONCE], verbose=False)["input_ids"]:
             parts.append(torch.tensor(ids + end, dtype=torch.int32))
             size += len(parts[-1])
         progress.advance(f"tokens of {Path(source).name}", min(size, wanted), wanted)

@@ -1,11 +1,10 @@
-"""Text for training and measuring: documents from named sources, split by document, cut into windows of token ids."""
+"""Documents of named sources: Python's own, files and folders, data sets of the hub, synthetic ones."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import random
 import re
 import sysconfig
 import tarfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
-from bdcli.data.prompts import HELD_OUT, encode, stdlib_text
+from bdcli.data.prompts import HELD_OUT, stdlib_text
 from bdcli.data.synthetic import recall_documents
 
 HELD_OUT_SHARE = 0.08  # of the documents of a file or folder; stdlib has a list of its own
@@ -24,7 +23,7 @@ LONGBENCH = "longbench"  # or longbench/TASK: on the hub too, but as a data.zip
 INSTRUCTIONS = {"lwm": "\n\nSummary of the text above:"}  # after each document, as the paper's LWM set asks for
 _TARS = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2")
 KINDS = (".txt", ".jsonl", ".parquet", *_TARS)
-CHARACTERS = 8  # of text to read from a hub data set for each token wanted
+TOKEN_CHARACTERS = 8  # of text to read from a hub data set for each token wanted
 TEXT_FIELDS = ("text", "context", "document_text", "content")
 _NAMED = re.compile(r"([\w-]+(?:/[\w-]+)?)=(.+)")
 _SKIPPED = ("test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__")
@@ -32,7 +31,10 @@ _SKIPPED = ("test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__
 
 @dataclass(frozen=True)
 class Document:
-    """`question` is what a prompt ends with after the text: a row's own, or the instruction of the data set."""
+    """A text. `held_out`: it is for measuring and never trained on.
+
+    `question` is what a prompt ends with after the text: a row's own, or the instruction of the data set.
+    """
 
     name: str
     text: str
@@ -54,14 +56,14 @@ def documents(source: str, broken: list[str] | None = None, enough: float = math
     `longbench/TASK`, any hub data set, or NAME=PLACE to give any of them a name.
 
     Files of a folder and members of a tar that are not UTF-8 go into `broken` by name; without it they are errors.
-    A hub data set ends after `enough` characters.
+    A hub data set ends after `enough` characters. Raises UserError where a source is missing or cannot be read.
     """
     name, place = split_source(source)
     instruction, path = INSTRUCTIONS.get(name, ""), Path(place).expanduser()
     if place == "stdlib":
         found = _stdlib()
     elif place == "recall":
-        found = (Document(title, text, _chosen_for_measuring(title)) for title, text in recall_documents())
+        found = (Document(title, text, is_held_out(title)) for title, text in recall_documents())
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS))
         if not files:
@@ -111,7 +113,7 @@ def _file(path: Path, broken: list[str] | None) -> Iterator[Document]:
     else:
         for name, data in _tar_members(path) if path.name.endswith(_TARS) else [(path.stem, path.read_bytes())]:
             try:
-                yield Document(name, data.decode("utf-8"), _chosen_for_measuring(name))
+                yield Document(name, data.decode("utf-8"), is_held_out(name))
             except UnicodeDecodeError as error:
                 if broken is None:
                     raise UserError(f"{path}: {name} is not UTF-8 (byte {error.start})", "Convert it first") from None
@@ -198,106 +200,10 @@ def _row(name: str, row: dict, where: str) -> Document:
         for field in TEXT_FIELDS:
             if isinstance(holder.get(field), str):
                 question = f"\n\n{row['input']}" if row.get("input") and field == "context" else ""
-                return Document(name, holder[field], _chosen_for_measuring(name), question)
+                return Document(name, holder[field], is_held_out(name), question)
     raise UserError(f"{where} has none of the fields {', '.join(TEXT_FIELDS)}", "Name the text field `text`")
 
 
-def _chosen_for_measuring(name: str) -> bool:
+def is_held_out(name: str) -> bool:
+    """Whether a document of this name is for measuring; a function of the name alone."""
     return int(digest(name.encode())[:8], 16) < HELD_OUT_SHARE * 2**32
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A training window to be. `asked`: the ids end with a question, and what follows is the target's to write."""
-
-    ids: list[int]
-    asked: bool = False
-
-
-class Documents:
-    """Training documents of several sources. accounts: (read, kept, dropped by reason, failed), which add up."""
-
-    def __init__(self, sources: Sequence[str], enough: float = math.inf):
-        broken: list[str] = []
-        found = [d for source in sources for d in documents(source, broken, enough)]
-        self._kept = [d for d in found if d.text and not d.held_out]
-        dropped = {"held out": sum(d.held_out for d in found), "empty": sum(not (d.text or d.held_out) for d in found)}
-        self.accounts = len(found) + len(broken), len(self._kept), dropped, len(broken)
-
-    def windows(self, tokenizer, length: int, seed: int, answer: int = 0) -> Iterator[Candidate]:
-        """Windows of `length` ids, one after another, of the documents in random order, joined by EOS.
-
-        With `answer`, a document that ends with a question also gives the `length` - `answer` ids up to there.
-        """
-        kept = list(self._kept)
-        random.Random(seed).shuffle(kept)
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        rest: list[int] = []
-        before: list[int] = []
-        for document in kept:
-            ids = encode(tokenizer, document.text + document.question)
-            if answer:
-                before = (before + ids)[answer - length :]
-                if document.question and len(before) == length - answer:
-                    yield Candidate(before, asked=True)
-                before = before + end
-            rest += ids + end
-            whole = len(rest) // length * length
-            yield from (Candidate(rest[at : at + length]) for at in range(0, whole, length))
-            del rest[:whole]
-
-
-def held_out_prompts(
-    tokenizer, sources: Sequence[str], length: int, count: int, everything: bool = False
-) -> list[tuple[str, list[int]]]:
-    """(data set, ids) of `count` prompts of `length` tokens from held-out documents, or from any with `everything`.
-
-    The prompts end at places that depend on `count` only, those of a document with a question at its end, once:
-    prompts of several lengths end at the same tokens.
-    """
-    found: list[tuple[str, list[int]]] = []
-    for source in sources:
-        name, here = split_source(source)[0], count // len(sources) + (len(found) < count % len(sources))
-        usable: list[tuple[list[int], bool]] = []
-        for d in documents(source) if here else ():
-            ids = encode(tokenizer, d.text + d.question) if d.held_out or everything else []
-            if len(ids) > length:
-                usable.append((ids, bool(d.question)))
-            if len(usable) == here:
-                break
-        for n in range(here if usable else 0):
-            (text, asks), nth = usable[n % len(usable)], n // len(usable)
-            of = -(-here // len(usable))
-            end = len(text) if asks else int(len(text) * (nth + 1) / (of + 1))
-            if end >= length and not (asks and nth):
-                found.append((name, text[end - length : end]))
-    if not found:
-        raise UserError(
-            f"no held-out document of {', '.join(sources)} has {length} tokens", "Lower evaluation.contexts"
-        )
-    return found
-
-
-def measured_windows(tokenizer, sources: Sequence[str], length: int, count: int, everything: bool) -> list[list[int]]:
-    """Up to `count` windows of `length` ids from the middles of documents, in turn from each source.
-
-    `everything` takes any document (a source kept for measuring), else only held-out ones.
-    """
-    pools = []
-    for source in sources:
-        pool = []
-        for doc in documents(source):
-            if doc.held_out or everything:
-                ids = encode(tokenizer, doc.text)
-                if len(ids) >= length:
-                    start = (len(ids) - length) // 2
-                    pool.append(ids[start : start + length])
-            if len(pool) == count:
-                break
-        pools.append(pool)
-    found = [window for row in itertools.zip_longest(*pools) for window in row if window is not None]
-    if not found:
-        raise UserError(
-            f"no held-out document of {', '.join(sources)} has {length} tokens", "Lower held_out.contexts or add text"
-        )
-    return found[:count]

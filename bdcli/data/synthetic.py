@@ -1,4 +1,4 @@
-"""Texts whose later parts can only be foretold by remembering earlier ones: training data for using a long context.
+"""Texts whose later parts only memory of earlier ones predicts: training data for using a long context.
 
 A document states things with made-up names and numbers, and repeats them later at distances drawn log-uniformly, so
 near and far copies are equally common. Nothing else predicts a repetition.
@@ -11,15 +11,16 @@ import random
 from collections.abc import Iterator, Sequence
 
 DOCUMENTS = 400
-SHORTEST_COPY, COPIED = 24, 512  # ids; shorter ones are repeated until so many are there
-CHARACTERS = 48_000  # a document; about 16K tokens of a 4,096-entry vocabulary
+SHORTEST_COPY_TOKENS = 24
+REPEATED_TOKENS = 512  # shorter sequences are repeated until there are so many
+DOCUMENT_CHARACTERS = 48_000  # about 16K tokens of a 4,096-entry vocabulary
 _SYLLABLES = [a + b for a in "bdfghklmnrstvz" for b in "aeo"]
 _PLACES = ("the mill", "the harbour", "the old church", "the library", "the north tower", "the garden", "the inn")
 _THINGS = ("lamp", "key", "letter", "coat", "sword", "book", "ring", "clock", "cup", "map", "rope", "flute", "seal")
 _COLOURS = ("red", "blue", "green", "white", "black", "brown", "grey", "yellow", "golden", "silver")
 
 
-def recall_documents(count: int = DOCUMENTS, characters: int = CHARACTERS) -> Iterator[tuple[str, str]]:
+def recall_documents(count: int = DOCUMENTS, characters: int = DOCUMENT_CHARACTERS) -> Iterator[tuple[str, str]]:
     """(name, text) of `count` documents, always the same ones."""
     for number in range(count):
         yield f"recall:{number}", _document(random.Random(f"recall {number}"), characters)
@@ -33,21 +34,21 @@ def copied_ids(rng: random.Random, vocabulary: Sequence[int], size: int, longest
     """
     found: list[int] = []
     while len(found) < size:
-        length = int(math.exp(rng.uniform(math.log(min(SHORTEST_COPY, longest)), math.log(longest))))
-        found += rng.choices(vocabulary, k=length) * max(2, COPIED // length)
+        length = int(math.exp(rng.uniform(math.log(min(SHORTEST_COPY_TOKENS, longest)), math.log(longest))))
+        found += rng.choices(vocabulary, k=length) * max(2, REPEATED_TOKENS // length)
     return found[:size]
 
 
 def _document(rng: random.Random, characters: int) -> str:
-    state, said = rng.choice((_fact, _passage, _assignment)), []
+    make, statements = rng.choice((_fact, _passage, _assignment)), []
     parts, size = [], 0
     while size < characters:
-        if not said or rng.random() < 0.45:
-            said.append(state(rng))
-            part = said[-1]
-        else:  # how far back: log-uniform over everything said
-            back = math.exp(rng.uniform(0, math.log(len(said) + 0.5)))
-            part = said[len(said) - min(len(said), int(back))]
+        if not statements or rng.random() < 0.45:
+            statements.append(make(rng))
+            part = statements[-1]
+        else:  # how far back: log-uniform over all statements
+            back = math.exp(rng.uniform(0, math.log(len(statements) + 0.5)))
+            part = statements[len(statements) - min(len(statements), int(back))]
         parts.append(part)
         size += len(part)
     return "".join(parts)

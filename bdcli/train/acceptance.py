@@ -1,9 +1,10 @@
 """Acceptance without a rollout: teacher-force a text the target wrote and replay what decoding would have done.
 
-Whatever the drafter, decoding emits text of the target's own law. Given that it emitted y, its drafter's proposal was
-accepted there with chance min(1, q(y) / p(y)), independently of the rest: it proposes y and keeps it with probability
-min(p, q), and y is emitted with probability p. Greedy is the case where these probabilities are 0 or 1, the drafter's
-hits; then the replay gives drafted and accepted tokens of real decoding exactly (fp32), else their expectation.
+Whatever the drafter, decoding emits text of the target's own distribution. Given that it emitted y, its drafter's
+proposal was accepted there with probability min(1, q(y) / p(y)), independently of the rest: it proposes y and keeps it
+with probability min(p, q), and y is emitted with probability p (Leviathan et al. 2023). Greedy is the case where these
+probabilities are 0 or 1, the drafter's hits; then the replay gives drafted and accepted tokens of real decoding exactly
+(fp32), else their expectation.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from bdcli.results.metrics import looped_tokens
 from bdcli.speculation.sampling import Sampling
 
 GREEDY = Sampling()
+BLOCK_TOKENS = 64  # read by one forward
+MIN_INTERVAL_PASSAGES = 3  # for a bootstrap interval
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,12 @@ def accept_probabilities(
     drafter.prefill(prompt[:-1], cache)
     fed, found = [prompt[-1], *text[:-1]], []
     while len(found) < len(text):
-        block = fed[len(found) : len(found) + min(cache.max_rows, 64)]
+        block = fed[len(found) : len(found) + min(cache.max_rows, BLOCK_TOKENS)]
         logits, wanted = drafter.forward(block, cache, len(block)), text[len(found) : len(found) + len(block)]
         if sampling.greedy:
             found += [float(b == t) for b, t in zip(logits.argmax(-1).tolist(), wanted)]
         else:
-            q = chosen(sampling.distribution(logits), wanted)
+            q = token_probs(sampling.distribution(logits), wanted)
             found += [min(1.0, a / p) for a, p in zip(q, passage.probs[len(found) :])]
     return found
 
@@ -102,19 +105,20 @@ def text_probs(target: Model, prompt: Sequence[int], text: Sequence[int], sampli
     cache = FullCache(target, len(prompt) + len(text))
     target.prefill(list(prompt[:-1]), cache)
     fed, found = [prompt[-1], *text[:-1]], []
-    for at in range(0, len(text), 64):
-        logits = target.forward(fed[at : at + 64], cache, len(fed[at : at + 64]))
-        found += chosen(sampling.distribution(logits), text[at : at + 64])
+    for at in range(0, len(text), BLOCK_TOKENS):
+        block = fed[at : at + BLOCK_TOKENS]
+        logits = target.forward(block, cache, len(block))
+        found += token_probs(sampling.distribution(logits), text[at : at + BLOCK_TOKENS])
     return found
 
 
-def chosen(probs: Tensor, tokens: Sequence[int]) -> list[float]:
+def token_probs(probs: Tensor, tokens: Sequence[int]) -> list[float]:
     """Probabilities of `tokens`, one of each row of probs [T, V]."""
     return probs.gather(1, torch.tensor(tokens, device=probs.device)[:, None])[:, 0].tolist()
 
 
 def replay(accepts: Sequence[float], gamma: int, limit: int, looped: Sequence[bool] = ()) -> Replay:
-    """Rounds of decoding with fixed `gamma`, as `Speculator.rounds` plays them, from each token's chance.
+    """Rounds of decoding with fixed `gamma`, as `Speculator.rounds` plays them, from each token's accept probability.
 
     `looped` marks tokens that stand inside loops, as `metrics.looped_tokens` does; none by default.
     starts[t] is the probability that a round begins at token t; a round that accepts k tokens ends k + 1 further on.
@@ -131,9 +135,9 @@ def replay(accepts: Sequence[float], gamma: int, limit: int, looped: Sequence[bo
         rounds, drafted = rounds + begins, drafted + begins * proposed
         clean_drafted += clean * begins * proposed
         for k in range(proposed):
-            chance = accepts[at + k] if at + k < size else 0.0
-            starts[at + k + 1] += begins * (1 - chance)
-            begins *= chance
+            probability = accepts[at + k] if at + k < size else 0.0
+            starts[at + k + 1] += begins * (1 - probability)
+            begins *= probability
             accepted += begins
             clean_accepted += clean * begins
         starts[at + proposed + 1] += begins
@@ -180,10 +184,10 @@ def acceptance_cell(
 
 
 def _interval(played: Sequence[Replay]) -> tuple[float | None, float | None]:
-    """95 % percentile bootstrap over passages; None with fewer than three."""
+    """95 % percentile bootstrap over passages; None with fewer than MIN_INTERVAL_PASSAGES."""
 
     def rate(drawn: Sequence[Replay]) -> float:
         drafted = sum(p.drafted for p in drawn)
         return sum(p.accepted for p in drawn) / drafted if drafted else 0.0
 
-    return bootstrap(played, rate) if len(played) >= 3 else (None, None)
+    return bootstrap(played, rate) if len(played) >= MIN_INTERVAL_PASSAGES else (None, None)

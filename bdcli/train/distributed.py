@@ -1,7 +1,7 @@
 """Several processes as one run: `torchrun` starts them, each takes its share of a step's windows, gradients are summed.
 
-All ranks hold the same weights and take the same steps. Rank 0 makes, writes and tells; what depends on the clock or
-on a signal is decided by it for all.
+All ranks hold the same weights and take the same steps. Rank 0 prepares, writes and reports; what depends on the clock
+or on a signal is decided by it for all.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(hours=24)  # rank 0 may prepare for long while the others wait
+TIMEOUT = timedelta(hours=24)  # rank 0 may prepare for long while the others wait
 
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among those of a run."""
+
     rank: int = 0
     size: int = 1
 
@@ -40,6 +42,7 @@ class Ranks:
                 dist.all_reduce(t.grad)
 
     def sum(self, value: float, device: torch.device) -> float:
+        """Sum of `value` over all ranks, in fp32."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float32, device=device)
@@ -68,12 +71,12 @@ ALONE = Ranks()
 
 
 def join(device: torch.device) -> Ranks:
-    """The ranks that torchrun's environment tells of; alone without one."""
+    """The ranks of torchrun's environment; one alone without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return Ranks(dist.get_rank(), size)
 
 

@@ -9,7 +9,8 @@ from datasets import Dataset
 
 from bdcli.base.errors import UserError
 from bdcli.data.samples import load_samples
-from bdcli.data.sources import Documents, documents, held_out_prompts, missing_sources, split_source
+from bdcli.data.sources import documents, missing_sources, split_source
+from bdcli.data.split import TrainingDocuments, held_out_prompts
 from tests.support.training import write_texts
 
 QUESTIONS = [{"context": f"meeting {i} said things. " * 400, "input": f"Who spoke {i}?"} for i in range(12)]
@@ -57,7 +58,7 @@ def test_narrativeqa_is_lwm_with_an_instruction_and_each_document_once(monkeypat
     assert all(d.question == "\n\nSummary of the text above:" for d in found)
     assert len(list(documents("lwm", enough=1))) == 1, "no more is read from the hub than is wanted"
     assert [d.text for d in documents("pg19")] == [d.text for d in found] and asked[-1] == "emozilla/pg19"
-    assert Documents(["lwm"]).accounts[0] == 3
+    assert TrainingDocuments(["lwm"]).accounts[0] == 3
 
 
 def test_what_the_hub_does_not_hand_out_is_named(monkeypatch):

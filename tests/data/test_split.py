@@ -8,7 +8,8 @@ import pytest
 
 from bdcli.base.errors import UserError
 from bdcli.data.prompts import HELD_OUT
-from bdcli.data.sources import Documents, documents, held_out_prompts, measured_windows
+from bdcli.data.sources import documents
+from bdcli.data.split import TrainingDocuments, held_out_prompts, measured_windows
 from tests.support.training import write_texts
 
 
@@ -16,9 +17,9 @@ def test_training_text_never_holds_measured_text(pocket):
     tokenizer = pocket[2]
     names = {d.name for d in documents("stdlib") if not d.held_out}
     assert len(names) > 100 and not names & {*HELD_OUT, "held out"}
-    source = Documents(["stdlib"])
+    source = TrainingDocuments(["stdlib"])
     windows = list(itertools.islice(source.windows(tokenizer, 512, seed=3), 5))
-    assert [len(w.ids) for w in windows] == [512] * 5 and not any(w.asked for w in windows)
+    assert [len(w.ids) for w in windows] == [512] * 5 and not any(w.question for w in windows)
     assert windows[0] != next(source.windows(tokenizer, 512, seed=4))
     read, kept, dropped, failed = source.accounts
     assert read == kept + sum(dropped.values()) + failed and dropped["held out"] == 1
@@ -28,7 +29,7 @@ def test_files_that_are_not_text_are_counted(tmp_path):
     (tmp_path / "good.txt").write_text("word " * 50)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
-    read, kept, dropped, failed = Documents([str(tmp_path)]).accounts
+    read, kept, dropped, failed = TrainingDocuments([str(tmp_path)]).accounts
     assert (read, failed) == (3, 1) and read == kept + sum(dropped.values()) + failed
     with pytest.raises(UserError, match="bad is not UTF-8"):
         list(documents(str(tmp_path)))
@@ -57,11 +58,11 @@ QUESTIONS = [{"context": f"meeting {i} said things. " * 400, "input": f"Who spok
 
 def test_questions_end_a_prompt_and_are_never_answered_by_the_corpus(tmp_path, pocket):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
-    decode, source = pocket[2].decode, Documents([str(tmp_path / "q.jsonl")])
+    decode, source = pocket[2].decode, TrainingDocuments([str(tmp_path / "q.jsonl")])
     candidates = list(source.windows(pocket[2], 300, seed=1, answer=40))
-    asked = [c for c in candidates if c.asked]
+    asked = [c for c in candidates if c.question]
     assert len(asked) == source.accounts[1] and all(len(c.ids) == 260 for c in asked)
     assert len({re.search(r"Who spoke (\d+)\?$", decode(c.ids))[1] for c in asked}) == len(asked)
-    assert [c.ids for c in candidates if not c.asked] == [c.ids for c in source.windows(pocket[2], 300, seed=1)]
+    assert [c.ids for c in candidates if not c.question] == [c.ids for c in source.windows(pocket[2], 300, seed=1)]
     prompts = held_out_prompts(pocket[2], [f"qmsum={tmp_path / 'q.jsonl'}"], 200, 20, everything=True)
     assert len(prompts) == 12 and all(name == "qmsum" and decode(ids)[-1] == "?" for name, ids in prompts)

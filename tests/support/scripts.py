@@ -14,6 +14,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 def load(name: str) -> ModuleType:
     """The script as a module; its processes find it by this name too."""
+    if str(SCRIPTS) not in sys.path:  # scripts import their neighbours
+        sys.path.append(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

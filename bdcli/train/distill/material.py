@@ -27,7 +27,8 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import digest, read_json, write_file
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.distill import DistillRecipe
-from bdcli.data.sources import CHARACTERS, Candidate, Documents, held_out_prompts
+from bdcli.data.sources import TOKEN_CHARACTERS
+from bdcli.data.split import Candidate, TrainingDocuments, held_out_prompts
 from bdcli.decode.pair import Pair
 from bdcli.results.metrics import looped_tokens
 from bdcli.speculation.sampling import Sampling, non_finite
@@ -82,7 +83,7 @@ class Material:
         manifest = self._manifest()
         d = self._recipe.data
         if not manifest["complete"]:
-            documents = Documents(d.sources, CHARACTERS * d.windows * d.context)
+            documents = TrainingDocuments(d.sources, TOKEN_CHARACTERS * d.windows * d.context)
             manifest["documents"] = asdict(Accounts(*documents.accounts))
             self._make_shards(manifest, documents)
         return Windows(self._out, manifest, self._pair.target.head, self._recipe.loss.temperature)
@@ -101,7 +102,7 @@ class Material:
             _check_shard(self._out / shard["file"], shard["sha256"])
         return manifest
 
-    def _make_shards(self, manifest: dict, documents: Documents) -> None:
+    def _make_shards(self, manifest: dict, documents: TrainingDocuments) -> None:
         """Shards from the first missing one on, each followed by a new manifest."""
         d, shards = self._recipe.data, manifest["shards"]
         answer = d.written_tokens if d.written else 0
@@ -162,12 +163,12 @@ class Material:
         d = self._recipe.data
         late = time.monotonic() > self._deadline
         chosen = {number for number, candidate in group if self._is_chosen(number, candidate)}
-        prompts = {n: c.ids if c.asked else c.ids[: -d.written_tokens] for n, c in group if n in chosen and not late}
+        prompts = {n: c.ids if c.question else c.ids[: -d.written_tokens] for n, c in group if n in chosen and not late}
         texts = self._write_ends(prompts)
         for number, candidate in group:
             if number in texts:
                 yield self._written_sample(number, prompts[number], texts[number])
-            elif candidate.asked:  # the corpus continues a text, but does not answer a question
+            elif candidate.question:  # the corpus continues a text, but does not answer a question
                 yield Sample(number, "late", None, None)
             else:
                 yield Sample(number, "kept", None, self._columns(candidate.ids, None, late=number in chosen))
@@ -175,7 +176,7 @@ class Material:
     def _is_chosen(self, number: int, candidate: Candidate) -> bool:
         """Whether the target is to write the end of a candidate; a function of the seed and its number."""
         share = random.Random(f"{self._recipe.seed}/{number}").random()
-        return candidate.asked or share < self._recipe.data.written
+        return candidate.question or share < self._recipe.data.written
 
     def _write_ends(self, prompts: dict[int, list[int]]) -> dict[int, list[int] | None]:
         """What the target writes after each numbered prompt, whose number is its seed."""

@@ -22,7 +22,8 @@ from bdcli.base.progress import SILENT, Progress
 from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import make_corpus, ordinary_ids
-from bdcli.data.sources import measured_windows, missing_sources
+from bdcli.data.sources import missing_sources
+from bdcli.data.split import measured_windows
 from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
 from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
