@@ -84,7 +84,7 @@ def keep() -> None:
     store = Store(str(WORK))
     main, repeats, published = sweeps(store.runs())
     store.close()
-    best = {(r["dataset"], r["context"]): (r["budget"], r["gamma"]) for r in paper.beside(published)}
+    best = {(r["dataset"], r["context"]): (r["budget"], r["gamma"]) for r in paper.compare(published)}
     wanted = [r for r in published if r.method == "ar" or best.get((r.dataset, r.context)) == (r.budget, r.gamma)]
     kept = sorted({r.run_id for r in (*main, *repeats, *wanted)})
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,6 @@
-"""An experiment: the cells of a recipe, and which of their texts are stored already.
+"""An experiment: the prompts and cells of a recipe, and which of their texts are stored already. It only reads.
+
+    sample × context × data set  ->  one task: every arm of the recipe generates after this prompt
 
 Its key covers the recipe, the models, the prompts, the machine and the revision, so that a sweep which is started again
 continues with what is missing.
@@ -6,49 +8,89 @@ continues with what is missing.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
-from bdcli.bench.methods import Models
-from bdcli.bench.outcome import Method
-from bdcli.config.bench import DRAFTING, BenchRecipe
+from bdcli.config.bench import BenchRecipe
 from bdcli.config.loader import as_dict
 from bdcli.data.samples import Sample, ids_digest, load_samples
-from bdcli.model.checkpoint import fingerprint
+from bdcli.model.checkpoint import fingerprint, read_config
 from bdcli.model.hub import resolve
+from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 from bdcli.results.schema import Prompt, Run
 from bdcli.results.store import Store, running
 
+OVERHEAD_TOKENS = 8192  # an arm costs as if its context were this much longer
+KEY_DIGITS = 16
+
+
+class Cell(NamedTuple):
+    """One arm on one data set and context."""
+
+    dataset: str
+    context: int
+    arm: str
+
+
+class Task(NamedTuple):
+    """All arms after one prompt. `turn` counts tasks, and with it the order of the arms rotates."""
+
+    sample: Sample
+    context: int
+    turn: int
+
+    @property
+    def cost(self) -> int:
+        """Of each arm, in tokens."""
+        return self.context + OVERHEAD_TOKENS
+
+    def cell(self, arm: str) -> Cell:
+        return Cell(self.sample.dataset, self.context, arm)
+
 
 class Experiment:
-    """Samples, cells and stored texts of one recipe in one store. `fresh` measures again what is stored already."""
+    """A recipe in one store; `fresh` measures again what is stored already.
 
-    def __init__(self, recipe: BenchRecipe, store: Store, models: Models, fresh: bool = False):
-        self.recipe, self.store, self.models = recipe, store, models
-        longest = max(recipe.contexts)
+    Raises UserError on texts and models that do not fit the recipe. No weights are loaded.
+    """
+
+    def __init__(self, recipe: BenchRecipe, store: Store, fresh: bool = False):
+        self.recipe, self.store = recipe, store
+        self.ar = next(name for name, arm in recipe.arms.items() if arm.method == "ar")
+        self._folders = self._find_models()
+        tokenizer, longest = load_tokenizer(self._folders[0]), max(recipe.contexts)
+        for folder in dict.fromkeys(self._folders[1:]):
+            check_vocabulary(self._folders[0], folder, tokenizer)
         self._check_length(longest + recipe.max_new_tokens)
         self.samples = {
-            name: load_samples(models.pair.tokenizer, name, sources, recipe.samples, longest)
+            name: load_samples(tokenizer, name, sources, recipe.samples, longest)
             for name, sources in recipe.datasets.items()
         }
         self.key = self._key(fresh)
-        self._cells: dict[tuple[str, int, str], str] = {
-            (run.dataset, run.context, run.arm): run.run_id for run in store.runs(self.key)
-        }
-        self.work = [
+        self.run_ids = {Cell(run.dataset, run.context, run.arm): run.run_id for run in store.runs(self.key)}
+        prompts = [
             (self.samples[dataset][n], context)
             for n in range(recipe.samples)
             for context in sorted(recipe.contexts)
             for dataset in recipe.datasets
             if n < len(self.samples[dataset])
         ]
+        self.tasks = [Task(*prompt, turn) for turn, prompt in enumerate(prompts)]
+
+    def _find_models(self) -> list[Path]:
+        """Folders of the target, the drafter, and the drafter of every arm that has one."""
+        r = self.recipe
+        names = [r.drafter, *(name for arm in r.arms.values() if (name := r.drafter_of(arm)) is not None)]
+        return [resolve(r.target, "target"), *(resolve(name, "drafter") for name in names)]
 
     def _check_length(self, needed: int) -> None:
-        names = {self.recipe.target: self.models.pair.target, self.recipe.drafter: self.models.pair.drafter}
-        for name, model in names.items():
-            limit = min(model.config.max_position, model.config.sliding_window or model.config.max_position)
+        """Texts of `needed` tokens fit into the target and the measured drafter."""
+        for name, folder in zip((self.recipe.target, self.recipe.drafter), self._folders):
+            config = read_config(folder)
+            limit = min(config.max_position, config.sliding_window or config.max_position)
             if needed > limit:
                 raise UserError(
                     f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the {limit} "
@@ -58,85 +100,53 @@ class Experiment:
 
     def _key(self, fresh: bool) -> str:
         """Digest of everything that a figure depends on, and a number: `fresh` takes the next one."""
-        r = self.recipe
-        folders = [resolve(r.target, "target"), resolve(r.drafter, "drafter")]
-        folders += [resolve(name, "drafter") for arm in r.arms.values() if (name := r.drafter_of(arm)) is not None]
-        prompts = [ids_digest(s.prompt(max(r.contexts))) for samples in self.samples.values() for s in samples]
-        parts = [as_dict(r), [fingerprint(f) for f in folders], prompts, machine(), versions(), git_revision()]
-        base = digest(parts)[:16]
+        longest = max(self.recipe.contexts)
+        prompts = [ids_digest(sample.prompt(longest)) for samples in self.samples.values() for sample in samples]
+        models = [fingerprint(folder) for folder in self._folders]
+        parts = [as_dict(self.recipe), models, prompts, machine(), versions(), git_revision()]
+        base = digest(parts)[:KEY_DIGITS]
         stored = {run.experiment for run in self.store.runs() if (run.experiment or "").startswith(base)}
         last = max((int(key.rpartition("-")[2]) for key in stored), default=0)
         if last and any(running(run) for run in self.store.runs(f"{base}-{last}")):
             raise UserError("another process is measuring this very experiment", "Wait for it, or change the recipe")
         return f"{base}-{last + 1 if fresh or not last else last}"
 
+    @property
+    def cost(self) -> int:
+        """Of all tasks, in tokens."""
+        return sum(task.cost * len(self.recipe.arms_at(task.context)) for task in self.tasks)
+
     def plan(self) -> list[str]:
         """What a sweep will do, in lines."""
-        r, missing = self.recipe, sum(len(self._missing(s, c)) for s, c in self.work)
-        total = sum(len(r.arms_at(c)) for _, c in self.work)
+        r = self.recipe
+        total = sum(len(r.arms_at(task.context)) for task in self.tasks)
+        missing = total - sum(len(self.stored(task)) for task in self.tasks)
         contexts = ", ".join(map(str, sorted(r.contexts)))
         counts = ", ".join(f"{len(samples)} of {name}" for name, samples in self.samples.items())
         lines = [
             f"{len(r.arms)} arms × contexts {contexts} × prompts {counts}: {total} texts of {r.max_new_tokens} tokens",
             f"experiment {self.key}: {total - missing} of {total} texts are stored, {missing} are to be written",
         ]
-        if r.naive is not None and resolve(r.naive, "drafter") == resolve(r.drafter, "drafter"):
+        if r.naive is not None and resolve(r.naive, "drafter") == self._folders[1]:
             lines.append("naive and drafter are the same model: the bd arms measure an undistilled drafter")
         return lines
 
-    def runs(self) -> list[Run]:
-        """Rows of all cells, by data set, context, and order of the recipe's arms."""
-        arms, datasets = list(self.recipe.arms), list(self.recipe.datasets)
-        return sorted(
-            self.store.runs(self.key), key=lambda r: (datasets.index(r.dataset), r.context, arms.index(r.arm))
-        )
-
-    def rows(self, sample: Sample, context: int) -> dict[str, Prompt]:
-        """Stored texts of one prompt, by arm."""
+    def stored(self, task: Task) -> dict[str, Prompt]:
+        """Rows of the arms that have generated after this prompt already."""
         found = {}
-        for name in self.recipe.arms_at(context):
-            run_id = self._cells.get((sample.dataset, context, name))
+        for arm in self.recipe.arms_at(task.context):
+            run_id = self.run_ids.get(task.cell(arm))
             rows = self.store.prompts(run_id) if run_id else []
-            row = next((row for row in rows if row.index == sample.index), None)
+            row = next((row for row in rows if row.index == task.sample.index), None)
             if row is not None:
-                found[name] = row
+                found[arm] = row
         return found
 
-    def _missing(self, sample: Sample, context: int) -> list[str]:
-        """Arms that have no text for this prompt."""
-        stored = self.rows(sample, context)
-        return [name for name in self.recipe.arms_at(context) if name not in stored]
+    def runs(self) -> list[Run]:
+        """Rows of all cells, by data set, context, and order of the recipe's arms."""
+        datasets, arms = list(self.recipe.datasets), list(self.recipe.arms)
 
-    def cell(self, dataset: str, context: int, name: str, method: Method) -> str:
-        """run_id of an arm's cell, its row begun or reopened."""
-        key = (dataset, context, name)
-        if key in self._cells:
-            self.store.reopen(self._cells[key])
-            return self._cells[key]
-        r, pair, arm = self.recipe, self.models.pair, self.recipe.arms[name]
-        settings = {k: v for k, v in as_dict(r).items() if k not in ("arms", "datasets", "contexts")}
-        drafter = r.drafter_of(arm)
-        self._cells[key] = self.store.begin(
-            "bench",
-            settings
-            | {"arm": asdict(arm), "sources": r.datasets[dataset], "eos": sorted(pair.eos)}
-            | {"beside": list(r.arms_at(context))},
-            experiment=self.key,
-            arm=name,
-            method=arm.method,
-            dataset=dataset,
-            context=context,
-            target=pair.names[0],
-            drafter=drafter and self.models.with_drafter(drafter).names[1],
-            device=str(pair.target.device),
-            attention=pair.backend.name,
-            dtype=arm.dtype or str(pair.target.dtype).removeprefix("torch."),
-            budget="full" if arm.method == "full" else arm.budget,
-            gamma=arm.gamma if arm.method in DRAFTING else 0,
-            temperature=r.temperature,
-            top_k=r.top_k,
-            top_p=r.top_p,
-            seed=r.seed,
-            **method.columns(),
-        )
-        return self._cells[key]
+        def place(run: Run) -> tuple[int, int, int]:
+            return datasets.index(run.dataset), run.context, arms.index(run.arm)
+
+        return sorted(self.store.runs(self.key), key=place)

@@ -59,7 +59,7 @@ def settings() -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def beside(runs: Sequence[Run]) -> list[dict]:
+def compare(runs: Sequence[Run]) -> list[dict]:
     """For each data set and context our fastest valid cell that drafts, and what the paper published for it."""
     drafting = [run for run in runs if run.method in ("bd", "full", "official")]
     rows = []
@@ -83,12 +83,12 @@ def beside(runs: Sequence[Run]) -> list[dict]:
 
 
 def lines(runs: Sequence[Run]) -> list[str]:
-    """`beside` as a markdown table, and one line on where the two set-ups differ."""
+    """`compare` as a markdown table, and one line on where the two set-ups differ."""
 
     def cell(value: float | None, pattern: str) -> str:
         return "" if value is None else pattern.format(value)
 
-    rows = beside(runs)
+    rows = compare(runs)
     if not rows:
         return ["No valid cell to set beside the paper's."]
     head = "| data | context | budget | best γ | speedup | paper | acceptance | outside loops | paper | loops |"

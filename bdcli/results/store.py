@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 from platformdirs import user_data_path
-from sqlalchemy import Engine, StaticPool, event
+from sqlalchemy import Engine, StaticPool, event, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 from sqlmodel import Session, create_engine, select
 
@@ -46,8 +46,8 @@ class Store:
         self.path = None if "://" in place else Path(place).expanduser()
         self.name = str(self.path or place)
         self.readonly = readonly and self.path is not None and self.path.exists() and not _writable(self.path)
-        if preview and self.path is not None:
-            self._open_copy()
+        if preview:
+            self._open_copy(place)
             return
         if readonly and self.path is not None and not self.path.exists():
             if where:
@@ -61,11 +61,17 @@ class Store:
             if not self.readonly:
                 self._mark_interrupted()
 
-    def _open_copy(self) -> None:
-        """Work on a copy in memory of what is stored."""
+    def _open_copy(self, place: str) -> None:
+        """Work on a copy in memory of what is stored. A server's store is read in place, if its tables are current."""
         with self._explained():
+            if self.path is None and make_url(place).get_backend_name() == "sqlite":
+                self.path = Path(make_url(place).database or "")
+            if self.path is None:
+                self._engine = create_engine(place, json_serializer=_compact)
+                if not migrations.pending(self._engine)[0]:
+                    return
             self._engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=_compact)
-            if self.path.is_file():
+            if self.path is not None and self.path.is_file():
                 # without a write-ahead log the file is whole by itself and need not be locked
                 log = self.path.with_name(self.path.name + "-wal")
                 self.readonly = not (log.exists() and log.stat().st_size)

@@ -232,7 +232,7 @@ def test_pictures_of_a_sweep(swept, tmp_path, suffix):
 
 
 def test_the_papers_figures_stand_beside_ours(swept):
-    rows = paper.beside(swept)
+    rows = paper.compare(swept)
     assert [(r["context"], r["paper_speedup"], r["budget"]) for r in rows if r["context"] == 4096] == [
         (4096, 5.31, 256)
     ]
