@@ -14,6 +14,11 @@ class DecodeProgress(ConsoleProgress):
         super().__init__(lines=False, transient=True)
         self._show_text = show_text
 
+    def advance(self, phase: str, done: float, total: float, detail: str = "") -> None:
+        super().advance(phase, done, total, detail)
+        if done == total and phase.endswith("drafter"):  # the last to read; then rounds are timed
+            self.close()
+
     def text(self, piece: str) -> None:
         self.close()
         if self._show_text:

@@ -37,46 +37,39 @@ class Store:
 
     A store of an older version is migrated first. Raises UserError when the store cannot be used, among others where a
     newer version wrote it. `readonly` needs no write permission, creates nothing and migrates a copy in memory.
-    `preview` works on a copy in memory, empty where no store exists: nothing is written anywhere.
+    `preview` works on a copy in memory, empty where no store exists: nothing is written anywhere. A server's store is
+    read in place then, if its tables are current, and else taken as empty.
     """
 
     def __init__(self, where: str | None = None, readonly: bool = False, preview: bool = False):
-        self.given = where or os.environ.get("BDCLI_DB")
-        place = self.given or str(user_data_path("bdcli") / "runs.db")
+        place = where or os.environ.get("BDCLI_DB") or str(user_data_path("bdcli") / "runs.db")
         self.path = None if "://" in place else Path(place).expanduser()
         self.name = str(self.path or place)
         self.readonly = readonly and self.path is not None and self.path.exists() and not _writable(self.path)
-        if preview:
-            self._open_copy(place)
-            return
         if readonly and self.path is not None and not self.path.exists():
             if where:
                 raise UserError(f"there is no store at {where}", "Runs are stored by: bdcli decode PROMPT_FILE")
             place, self.path = "sqlite://", None  # nothing was ever stored: show an empty one, make no file
         with self._explained():
-            self._engine = create_engine(self._url(place), json_serializer=_compact)
-            if self._engine.dialect.name == "sqlite":
-                event.listen(self._engine, "connect", self._prepare_connection)
+            if preview and self.path is None and make_url(place).get_backend_name() == "sqlite":
+                self.path = Path(make_url(place).database or "")
+            if preview and self.path is not None:
+                self._engine = _in_memory(self.path)
+            else:
+                self._engine = self._connect(place)
+            if preview and self.path is None:
+                if not migrations.pending(self._engine)[0]:
+                    return
+                self._engine = self._connect("sqlite://")
             self._migrate(in_copy=readonly and self.path is not None)
             if not self.readonly:
                 self._mark_interrupted()
 
-    def _open_copy(self, place: str) -> None:
-        """Work on a copy in memory of what is stored. A server's store is read in place, if its tables are current."""
-        with self._explained():
-            if self.path is None and make_url(place).get_backend_name() == "sqlite":
-                self.path = Path(make_url(place).database or "")
-            if self.path is None:
-                self._engine = create_engine(place, json_serializer=_compact)
-                if not migrations.pending(self._engine)[0]:
-                    return
-            self._engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=_compact)
-            if self.path is not None and self.path.is_file():
-                # without a write-ahead log the file is whole by itself and need not be locked
-                log = self.path.with_name(self.path.name + "-wal")
-                self.readonly = not (log.exists() and log.stat().st_size)
-                self._engine = self._in_memory()
-            self._migrate(in_copy=False)
+    def _connect(self, place: str) -> Engine:
+        engine = create_engine(self._url(place), json_serializer=_compact)
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", self._prepare_connection)
+        return engine
 
     def _url(self, place: str) -> str:
         if self.path is None:
@@ -108,20 +101,9 @@ class Store:
                 "Update bdcli, or use another: --db runs.db",
             )
         if missing and in_copy:
-            self._engine = self._in_memory()
+            self._engine.dispose()
+            self._engine = _in_memory(self.path)
         migrations.apply(self._engine, missing)
-
-    def _in_memory(self) -> Engine:
-        """A copy of the file that a reader may change."""
-        engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=_compact)
-        options = "mode=ro&immutable=1" if self.readonly else "mode=ro"
-        with (
-            closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?{options}", uri=True)) as source,
-            engine.connect() as copy,
-        ):
-            source.backup(copy.connection.driver_connection)
-        self._engine.dispose()
-        return engine
 
     def _mark_interrupted(self) -> None:
         with Session(self._engine) as session:
@@ -225,6 +207,21 @@ def _switch_to_wal(cursor) -> None:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+
+
+def _in_memory(path: Path) -> Engine:
+    """A store in memory with what the file at `path` holds, if there is one. Nothing is written to it or beside it.
+
+    A write-ahead log is read with its lock, which exists then; a file without one is whole by itself.
+    """
+    engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=_compact)
+    if path.is_file():
+        log = path.with_name(path.name + "-wal")
+        logged = _writable(path) and log.exists() and log.stat().st_size > 0
+        uri = f"{path.absolute().as_uri()}?mode=ro{'' if logged else '&immutable=1'}"
+        with closing(sqlite3.connect(uri, uri=True)) as file, engine.connect() as memory:
+            file.backup(memory.connection.driver_connection)
+    return engine
 
 
 def _writable(path: Path) -> bool:

@@ -1,27 +1,15 @@
 """The store: every run leaves a row whatever happens, processes share it, and bad stores are refused in one line."""
 
-import csv
-import io
-import json
-import os
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from bdcli.base.errors import UserError
-from bdcli.results import plots
-from bdcli.results.query import Filter
-from bdcli.results.schema import Prompt, Run
+from bdcli.results.schema import Prompt
 from bdcli.results.store import Store
-
-
-def add(store, **fields):
-    run_id = store.begin("decode", {"budget": 512}, **{"context": 4096, "dataset": "book", **fields})
-    store.finish(run_id, "done", [Prompt(run_id=run_id, source="x", sha256="0", text="t", tokens=[1, 2])])
-    return run_id
+from tests.support.rows import add_run
 
 
 def test_a_run_and_its_prompt_come_back(tmp_path):
@@ -102,65 +90,9 @@ def test_bad_stores_are_refused(tmp_path):
         Store("nosuchdb://x/y")
     place = tmp_path / "ro.db"
     store = Store(str(place))
-    run_id = add(store)
+    run_id = add_run(store)
     store.close()
     place.chmod(0o444)
     with pytest.raises(UserError, match="is read-only"):
         Store(str(place))
     assert [r.run_id for r in Store(str(place), readonly=True).runs()] == [run_id]
-
-
-def test_filters(tmp_path):
-    store = Store(str(tmp_path / "r.db"))
-    for context, budget in ((4096, 512), (4100, "full"), (3500, 256), (8192, 512), (7000, 512)):
-        add(store, context=context, budget=budget)
-
-    def contexts(**wanted):
-        return sorted(r.context for r in store.runs() if Filter(**wanted)(r))
-
-    assert contexts(ctx="4k") == [4096, 4100]
-    assert contexts(ctx="4096") == [4096]
-    assert contexts(ctx="8k") == [8192]  # 7000 is 14.6 % off
-    assert contexts(budget="full") == [4100]
-    assert contexts(budget="512", ctx="8k") == [8192]
-    assert contexts(dataset="other") == [] and len(contexts(command="decode", status="done")) == 5
-    with pytest.raises(UserError, match="--ctx banana"):
-        contexts(ctx="banana")
-
-
-def test_formats_agree(tmp_path, cli):
-    store = Store(str(tmp_path / "runs.db"))
-    for speedup in (1.25, 2.0):
-        run_id = store.begin("decode", {}, context=4096)
-        store.finish(run_id, "done", speedup=speedup, acceptance_rate=0.5, budget=512)
-    as_json = cli("report", "--format", "json").json["runs"]
-    rows = list(csv.DictReader(io.StringIO(cli("report", "--format", "csv").out)))
-    assert [r["speedup"] for r in as_json] == [2.0, 1.25] == [float(r["speedup"]) for r in rows]
-    assert set(as_json[0]) == set(Run.model_fields) == set(rows[0])
-    for form in ("markdown", "table"):
-        shown = cli("report", "--format", form).out
-        assert shown.index("2.00×") < shown.index("1.25×") and "50.0 %" in shown
-    assert len(cli("report", "--format", "json", "--limit", 1).json["runs"]) == 1
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_plot(tmp_path, suffix):
-    store = Store(str(tmp_path / "r.db"))
-    for context in (4096, 16384):
-        for budget in (256, "full"):
-            run_id = add(store, context=context, budget=budget)
-            store.finish(run_id, "done", acceptance_rate=0.4, speedup=1.5)
-    path = tmp_path / f"plot.{suffix}"
-    plots.plot(store.runs(), path)
-    assert path.stat().st_size > 5000
-    with pytest.raises(UserError, match="picture format"):
-        plots.plot(store.runs(), tmp_path / "plot.gif")
-
-
-def test_report_on_nothing(cli):
-    done = cli("report")
-    assert done.code == 0 and "bdcli decode PROMPT_FILE" in done.err
-    assert json.loads(cli("report", "--format", "json").out) == {"runs": []}
-    gone = cli("report", "--db", "nowhere.db")
-    assert gone.code == 2 and "there is no store at nowhere.db" in gone.err
-    assert not Path("nowhere.db").exists() and not Path(os.environ["BDCLI_DB"]).exists()
