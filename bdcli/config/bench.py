@@ -18,6 +18,8 @@ NAIVE = "naive"
 
 @dataclass(frozen=True)
 class Arm:
+    """One way to draft that is measured."""
+
     method: Literal[ENGINE_METHODS + PEER_METHODS] = setting(
         "bd",
         "ar; bd: the drafter under a budget; full: with its full cache; window, chunk: the undistilled drafter read "
@@ -35,6 +37,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class BenchRecipe:
+    """A sweep: the models, the texts, and the arms that are compared on them."""
+
     target: str = setting("pocket", "folder, hub name, or pocket")
     drafter: str = setting("pocket", "the drafter that is measured: folder, hub name, or pocket")
     naive: str | None = setting(None, "an undistilled drafter, for the arms window and chunk and `drafter: naive`")

@@ -13,6 +13,8 @@ from bdcli.config.settings import NON_NEGATIVE, TEMPERATURE, above, at_least, se
 
 @dataclass(frozen=True)
 class Data:
+    """Training windows: what they are cut from, and what the target adds to them."""
+
     sources: tuple[str, ...] = setting(
         ("stdlib",),
         "stdlib, recall, pg19, lwm, longbench, longbench/TASK, a .txt, .jsonl, .parquet or tar, a folder of them, or a "
@@ -40,6 +42,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Views:
+    """Under which budgets the drafter learns, and which positions teach it."""
+
     mode: Literal["sandwich", "sampled", "full"] = setting(
         "sandwich", "sandwich: full + smallest + largest + one log-uniform budget; sampled: full + one; full: full only"
     )
@@ -59,6 +63,8 @@ class Views:
 
 @dataclass(frozen=True)
 class Loss:
+    """How far the drafter is from the target (`bdcli.train.losses`)."""
+
     kind: Literal["ce", "kl", "log_alpha", "lk"] = setting(
         "kl", "ce on the target's argmax, forward KL, -log acceptance, LK hybrid"
     )
@@ -71,6 +77,8 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimizer(Updates):
+    """Steps and their learning rate."""
+
     steps: int = setting(150, "optimizer steps", above(0))
     windows_per_step: int = setting(1, "windows whose gradients make one step", above(0))
     warmup: int = setting(10, "linear warm-up steps; a cosine to zero follows")
@@ -81,6 +89,8 @@ class Optimizer(Updates):
 
 @dataclass(frozen=True)
 class Evaluation:
+    """The grid of acceptance on held-out passages that judges a drafter."""
+
     sources: tuple[str, ...] = setting((), "texts to measure on; empty takes the held-out documents of data.sources")
     every: int = setting(50, "steps between measurements of the acceptance grid", above(0))
     patience: int | None = setting(
@@ -97,6 +107,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class DistillRecipe:
+    """A distil run: which models, and everything that they learn from and are measured on."""
+
     target: str = setting("pocket", "folder, hub name, or pocket")
     drafter: str | None = setting(
         "pocket", "the drafter to start from: folder, hub name, or pocket; none takes the first layers of the target"

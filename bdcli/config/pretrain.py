@@ -12,7 +12,7 @@ from bdcli.config.settings import NON_NEGATIVE, above, at_least, setting, within
 
 @dataclass(frozen=True)
 class Shape:
-    """Used where nothing is given as `init`."""
+    """The model that is made where no `init` is given."""
 
     layers: int = setting(12, "decoder layers", above(0))
     hidden_size: int = setting(256, "width of the residual stream", above(0))
@@ -30,6 +30,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Corpus:
+    """The mix of texts that is read."""
+
     sources: tuple[str, ...] = setting(
         ("stdlib",), "stdlib, recall, text files, .jsonl, .parquet, tars of texts, folders, hub data sets"
     )
@@ -42,6 +44,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Schedule:
+    """How much is read, in windows of which length, and the learning rate over it."""
+
     tokens: int = setting(20_000_000, "tokens to read in all", above(0))
     contexts: tuple[int, ...] = setting((1024, 4096), "window length of each stage, one after another")
     shares: tuple[float, ...] = setting((0.8, 0.2), "share of the run that each stage takes")
@@ -63,6 +67,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class HeldOut:
+    """The texts that measure the loss."""
+
     sources: tuple[str, ...] = setting((), "texts to measure on; empty takes the held-out documents of corpus.sources")
     contexts: tuple[int, ...] = setting((2048,), "lengths at which the loss is measured")
     documents: int = setting(8, "held-out documents, one window each", above(0))
@@ -71,6 +77,8 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class MuonUpdates(Updates):
+    """Defaults for training from random weights."""
+
     method: Literal["adamw", "muon"] = setting("muon", "muon orthogonalises the updates of matrices inside layers")
     lr: float = setting(4e-3, "peak learning rate", above(0))
     vector_lr: float | None = setting(
@@ -80,6 +88,8 @@ class MuonUpdates(Updates):
 
 @dataclass(frozen=True)
 class PretrainRecipe:
+    """A pretrain run: which model it starts from, and what it reads."""
+
     init: str | None = setting(None, "model folder to start from; none starts from random weights of `shape`")
     layers: int | None = setting(
         None, "layers taken of init, the first ones; beyond its own, new ones that change nothing at first"

@@ -18,14 +18,17 @@ class Bounds:
 
 
 def above(limit: float) -> Bounds:
+    """Larger than `limit`."""
     return Bounds(lambda value: not value <= limit, f"must be above {limit}")
 
 
 def at_least(limit: float, rule: str = "") -> Bounds:
+    """`limit` or more; `rule` says it in other words."""
     return Bounds(lambda value: not value < limit, rule or f"must be at least {limit}")
 
 
 def within(low: float, high: float) -> Bounds:
+    """From `low` to `high`, both included."""
     return Bounds(lambda value: low <= value <= high, f"must lie in {low} .. {high}")
 
 

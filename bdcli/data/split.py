@@ -85,7 +85,7 @@ def held_out_prompts(
     return found
 
 
-def measured_windows(tokenizer, sources: Sequence[str], length: int, count: int, everything: bool) -> list[list[int]]:
+def held_out_windows(tokenizer, sources: Sequence[str], length: int, count: int, everything: bool) -> list[list[int]]:
     """Up to `count` windows of `length` ids from the middles of documents, in turn from each source.
 
     `everything` takes any document (a source kept for measuring), else only held-out ones. Raises UserError where no

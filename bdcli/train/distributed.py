@@ -28,9 +28,10 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """It prepares, writes and reports for all."""
         return self.rank == 0
 
-    def mine(self, items: Sequence) -> Sequence:
+    def share(self, items: Sequence) -> Sequence:
         """This rank's share of the items of a step."""
         return items[self.rank :: self.size]
 
@@ -49,7 +50,7 @@ class Ranks:
         dist.all_reduce(total)
         return float(total)
 
-    def agreed(self, value):
+    def broadcast(self, value):
         """Rank 0's `value`, on all ranks."""
         if self.size == 1:
             return value

@@ -148,14 +148,14 @@ def test_a_bad_recipe_gets_all_its_errors_at_once(tmp_path, cli):
 
 def test_material_made_for_other_models_is_one_of_the_errors(tmp_path, cli):
     from bdcli.model.hub import POCKET
-    from bdcli.train.distill.checks import passages_made_from, windows_made_from
+    from bdcli.train.distill.checks import passages_key, window_dependencies
 
     folders = POCKET / "target", POCKET / "drafter"
     data = tmp_path / "run" / "data"
     data.mkdir(parents=True)
-    parts = windows_made_from(DistillRecipe(), *folders) | {"target": "another", "dtype": "torch.float32"}
+    parts = window_dependencies(DistillRecipe(), *folders) | {"target": "another", "dtype": "torch.float32"}
     (data / "manifest.json").write_text(json.dumps({"parts": parts}))
-    (data / "passages.json").write_text(json.dumps({"key": passages_made_from(DistillRecipe(), folders[0])}))
+    (data / "passages.json").write_text(json.dumps({"key": passages_key(DistillRecipe(), folders[0])}))
     path = write(tmp_path, "target: pocket\nloss:\n  sparse_weight: -1\nseed: 1\n")
     found = cli("distill", path, "--dry-run", "--out", tmp_path / "run")
     lines = [line.strip().replace(f"{tmp_path}/", "") for line in found.err.splitlines()]

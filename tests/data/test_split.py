@@ -9,7 +9,7 @@ import pytest
 from bdcli.base.errors import UserError
 from bdcli.data.prompts import HELD_OUT
 from bdcli.data.sources import documents
-from bdcli.data.split import TrainingDocuments, held_out_prompts, measured_windows
+from bdcli.data.split import TrainingDocuments, held_out_prompts, held_out_windows
 from tests.support.training import write_texts
 
 
@@ -45,12 +45,12 @@ def test_measured_windows_come_from_held_out_documents_only(text, pocket):
     held = {d.name for d in documents(str(text)) if d.held_out}
     bodies = {d.name: pocket[2](d.text)["input_ids"] for d in documents(str(text))}
     try:
-        found = measured_windows(pocket[2], [str(text)], 512, 20, everything=False)
+        found = held_out_windows(pocket[2], [str(text)], 512, 20, everything=False)
     except UserError:
         found = []
     inside = [{n for n, ids in bodies.items() if w[:40] == ids[(len(ids) - 512) // 2 :][:40]} for w in found]
     assert all(names <= held for names in inside) and len(found) == len(held)
-    assert len(measured_windows(pocket[2], [str(text)], 512, 20, everything=True)) == len(bodies)
+    assert len(held_out_windows(pocket[2], [str(text)], 512, 20, everything=True)) == len(bodies)
 
 
 QUESTIONS = [{"context": f"meeting {i} said things. " * 400, "input": f"Who spoke {i}?"} for i in range(12)]

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from bdcli.data.synthetic import recall_documents
 from tests.support.scripts import call, load
+from tests.support.training import write_texts
 
 DISTIL = """\
 drafter: null
@@ -23,11 +23,7 @@ evaluation:
 
 @pytest.fixture
 def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for name, body in recall_documents(8, 5000):
-        (folder / f"{name.replace(':', '')}.txt").write_text(body, "utf-8")
-    return folder
+    return write_texts(tmp_path / "texts", 8, 5000)
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import time
 import pytest
 import torch
 
-from bdcli.data.synthetic import recall_documents
-from bdcli.model.checkpoint import load_model
+from tests.support.training import adds_up, same_weights, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +37,7 @@ PROCESSES = multiprocessing.get_context("forkserver") if os.name == "posix" else
 
 
 def recipe(folder, steps=160, every=4):
-    texts = folder / "texts"
-    texts.mkdir()
-    for name, body in recall_documents(12, 6000):
-        (texts / f"{name.replace(':', '')}.txt").write_text(body, "utf-8")
+    texts = write_texts(folder / "texts")
     (folder / "r.yaml").write_text(RECIPE.format(texts=texts, steps=steps, every=every))
     return folder / "r.yaml"
 
@@ -50,10 +46,10 @@ def words(command, path, out, *more):
     return [command, str(path), "--out", str(out), "--json", "--db", f"{out}.db", *more]
 
 
-def act(arguments, told):
-    """In the child: `bdcli ARGUMENTS` with what it says in files."""
+def act(arguments, log):
+    """In the child: `bdcli ARGUMENTS` with what it prints in files."""
     for number, end in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{told}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
     sys.argv = ["bdcli", *arguments]
     from bdcli.cli.main import main
@@ -61,33 +57,29 @@ def act(arguments, told):
     main()
 
 
-def start(arguments, told):
+def start(arguments, log):
     PROCESSES.set_forkserver_preload(
         ["bdcli.cli.main", "bdcli.train.record", "bdcli.backends.cpu.runner", "transformers"]
     )
     for end in ("out", "err"):
-        told.with_suffix(f".{end}").unlink(missing_ok=True)
-    process = PROCESSES.Process(target=act, args=(arguments, told))
+        log.with_suffix(f".{end}").unlink(missing_ok=True)
+    process = PROCESSES.Process(target=act, args=(arguments, log))
     process.start()
     return process
 
 
-def finish(arguments, told):
-    process = start(arguments, told)
+def finish(arguments, log):
+    process = start(arguments, log)
     process.join(300)
-    assert process.exitcode == 0, told.with_suffix(".err").read_text()
-    return json.loads(told.with_suffix(".out").read_text())
+    assert process.exitcode == 0, log.with_suffix(".err").read_text()
+    return json.loads(log.with_suffix(".out").read_text())
 
 
-def lines(told):
+def lines(log):
     """Lines of progress so far."""
-    path = told.with_suffix(".err")
+    path = log.with_suffix(".err")
     text = path.read_text() if path.exists() else ""
     return sum(phase in line for line in text.splitlines() for phase in ("windows:", "passages:", "distil:"))
-
-
-def weights(folder):
-    return load_model(folder, torch.float32, torch.device("cpu")).tensors()
 
 
 def files(folder):
@@ -97,33 +89,31 @@ def files(folder):
 @pytest.mark.parametrize("command", ["prepare", "distill"])
 def test_killed_ten_times_and_gone_on_with(command, tmp_path):
     path, resume = recipe(tmp_path), ("--resume",) if command == "distill" else ()
-    whole = finish(words(command, path, tmp_path / "whole"), tmp_path / "told")
+    whole = finish(words(command, path, tmp_path / "whole"), tmp_path / "log")
     rng, again = random.Random(5), words(command, path, tmp_path / "killed", *resume)
     for turn in range(KILLS):
-        process, wanted = start(again, tmp_path / "told"), rng.randint(1, 2)
-        while lines(tmp_path / "told") < wanted and process.is_alive():
+        process, wanted = start(again, tmp_path / "log"), rng.randint(1, 2)
+        while lines(tmp_path / "log") < wanted and process.is_alive():
             time.sleep(0.002)
         process.join(rng.uniform(0, 0.3 if command == "distill" else 0.05))  # somewhere in the work that follows
-        assert process.is_alive(), f"ended by itself before kill {turn + 1}: {(tmp_path / 'told.err').read_text()}"
+        assert process.is_alive(), f"ended by itself before kill {turn + 1}: {(tmp_path / 'log.err').read_text()}"
         process.kill()
         process.join()
         assert process.exitcode == -9
-    ended = finish(again, tmp_path / "told")
+    ended = finish(again, tmp_path / "log")
     assert ended["windows"] == whole["windows"] and ended["documents"] == whole["documents"]
-    for a in (ended["windows"], ended["documents"]):
-        assert a["read"] == a["kept"] + sum(a["dropped"].values()) + a["failed"] > 0
+    assert adds_up(ended["windows"]) and adds_up(ended["documents"])
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     if command == "distill":
         assert ended["steps"] == whole["steps"] == 160 and ended["after"] == whole["after"]
-        folders = (tmp_path / name / "drafter" for name in ("whole", "killed"))
-        assert all(torch.equal(a, b) for a, b in zip(*map(weights, folders), strict=True))
+        assert same_weights(tmp_path / "whole" / "drafter", tmp_path / "killed" / "drafter")
         states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "killed")]
         assert all(torch.equal(a, b) for a, b in zip(*(s["weights"] for s in states), strict=True))
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
     path = recipe(tmp_path, steps=12, every=6)
-    one = finish(words("distill", path, tmp_path / "one"), tmp_path / "told")
+    one = finish(words("distill", path, tmp_path / "one"), tmp_path / "log")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", "-m", "bdcli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *words("distill", path, tmp_path / "two")]

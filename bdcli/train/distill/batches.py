@@ -41,7 +41,7 @@ class Batches:
         size = -(-len(selections) // min(pieces, len(selections)))
         groups = [selections[at : at + size] for at in range(0, len(selections), size)]
         counts = len(windows), len(selections) - 1
-        return [partial(self.loss, w, group, *counts) for w in self._ranks.mine(windows) for group in groups]
+        return [partial(self.loss, w, group, *counts) for w in self._ranks.share(windows) for group in groups]
 
     def loss(self, window: int, selections: Sequence[Selection], windows: int, sparse: int | None = None) -> Tensor:
         """`Objective.loss` of one window, by number."""

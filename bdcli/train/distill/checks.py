@@ -52,7 +52,7 @@ def missing_inputs(
         yield from ((key, problem) for problem in missing_sources(sources))
 
 
-def windows_made_from(recipe: DistillRecipe, target: Path, drafter: Path) -> dict:
+def window_dependencies(recipe: DistillRecipe, target: Path, drafter: Path) -> dict:
     """What prepared windows depend on, by the recipe's keys."""
     data = asdict(recipe.data)
     data.pop("together")  # changes how fast, not what
@@ -66,7 +66,7 @@ def windows_made_from(recipe: DistillRecipe, target: Path, drafter: Path) -> dic
     }
 
 
-def passages_made_from(recipe: DistillRecipe, target: Path) -> str:
+def passages_key(recipe: DistillRecipe, target: Path) -> str:
     """Key of what measured passages depend on."""
     evaluation = asdict(recipe.evaluation)
     for name in ("every", "patience"):
@@ -74,7 +74,7 @@ def passages_made_from(recipe: DistillRecipe, target: Path) -> str:
     return digest([evaluation, recipe.data.sources, recipe.temperature, fingerprint(target)])
 
 
-def differing(made: dict, parts: dict) -> list[str]:
+def changed_parts(made: dict, parts: dict) -> list[str]:
     """Keys whose parts are others than those that something was `made` from, as JSON holds it."""
     return [name for name, part in json.loads(json.dumps(parts)).items() if made.get(name) != part]
 
@@ -84,8 +84,8 @@ def _made_for_another(recipe: DistillRecipe, data: Path, target: Path, drafter: 
     manifest = data / MANIFEST
     if manifest.exists():
         made = read_json(manifest)["parts"]
-        for key in differing(made, windows_made_from(recipe, target, drafter)):
+        for key in changed_parts(made, window_dependencies(recipe, target, drafter)):
             yield key, f"{manifest} was made for another {key}. {hint}"
     passages = data / PASSAGES
-    if passages.exists() and read_json(passages)["key"] != passages_made_from(recipe, target):
+    if passages.exists() and read_json(passages)["key"] != passages_key(recipe, target):
         yield "evaluation", f"{passages} was made for another evaluation, target or temperature. {hint}"

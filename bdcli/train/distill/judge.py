@@ -62,7 +62,7 @@ class Judge:
         return sum(c.score for c in counted) / len(counted)
 
 
-def measured_grid(state: TrainingState, step: int) -> list[Cell]:
+def grid_at(state: TrainingState, step: int) -> list[Cell]:
     """The grid in the history that was measured at `step`."""
     cells = next(grid["cells"] for grid in state.history if grid["step"] == step)
     return [Cell(**cell) for cell in cells]

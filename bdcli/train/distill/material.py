@@ -33,7 +33,7 @@ from bdcli.decode.pair import Pair
 from bdcli.results.metrics import looped_tokens
 from bdcli.speculation.sampling import Sampling, non_finite
 from bdcli.train.acceptance import Passage, text_probs
-from bdcli.train.distill.checks import MANIFEST, PASSAGES, differing, passages_made_from, windows_made_from
+from bdcli.train.distill.checks import MANIFEST, PASSAGES, changed_parts, passages_key, window_dependencies
 from bdcli.train.distill.teacher import answers_to_store
 from bdcli.train.distill.windows import Accounts, Windows
 from bdcli.train.distill.writer import Writer
@@ -72,8 +72,8 @@ class Material:
         self._recipe, self._out, self._pair, self._progress = recipe, out, pair, progress
         self._deadline = deadline
         self._writer = Writer(pair, recipe.data.together)
-        self._parts = windows_made_from(recipe, *folders) | {"dtype": str(pair.target.dtype)}
-        self._passages_key = passages_made_from(recipe, folders[0])
+        self._parts = window_dependencies(recipe, *folders) | {"dtype": str(pair.target.dtype)}
+        self._passages_key = passages_key(recipe, folders[0])
 
     # -- windows
 
@@ -93,7 +93,7 @@ class Material:
         if not path.exists():
             return {"parts": self._parts, "complete": False, "documents": None, "shards": []}
         manifest = read_json(path)
-        other = differing(manifest["parts"], self._parts)
+        other = changed_parts(manifest["parts"], self._parts)
         if other:
             raise UserError(
                 f"{path} was made for another {other[0]}", "Use the recipe it was made by, or another --out"
@@ -112,7 +112,7 @@ class Material:
         made, wanted = sum(shard["accounts"]["kept"] for shard in shards), 0
         while made < d.windows:
             wanted = min(d.shard_windows, d.windows - made)
-            samples = self._samples(numbered, wanted, made)
+            samples = self._take_samples(numbered, wanted, made)
             kept = [sample.columns for sample in samples if sample.columns is not None]
             if kept:
                 shards.append(self._write_shard(f"windows-{len(shards):05}.safetensors", kept, samples))
@@ -144,7 +144,7 @@ class Material:
             "loop_rates": {s.number: s.loop_rate for s in samples if s.loop_rate is not None},
         }
 
-    def _samples(self, candidates: Iterator[Numbered], wanted: int, made: int) -> list[Sample]:
+    def _take_samples(self, candidates: Iterator[Numbered], wanted: int, made: int) -> list[Sample]:
         """What became of the next candidates until `wanted` were kept or none is left; `made` windows exist before."""
         samples: list[Sample] = []
         kept = 0
@@ -152,13 +152,13 @@ class Material:
             group = list(islice(candidates, min(self._writer.together, wanted - kept)))
             if not group:
                 break
-            samples += self._judged(group)
+            samples += self._decide(group)
             kept = sum(sample.columns is not None for sample in samples)
             dropped = sum(sample.fate not in ("kept", "failed") for sample in samples)
             self._progress.advance("windows", made + kept, self._recipe.data.windows, f"{dropped} dropped")
         return samples
 
-    def _judged(self, group: Sequence[Numbered]) -> Iterator[Sample]:
+    def _decide(self, group: Sequence[Numbered]) -> Iterator[Sample]:
         """Samples of candidates, after the target has written the ends of some."""
         d = self._recipe.data
         late = time.monotonic() > self._deadline
@@ -167,7 +167,7 @@ class Material:
         texts = self._write_ends(prompts)
         for number, candidate in group:
             if number in texts:
-                yield self._written_sample(number, prompts[number], texts[number])
+                yield self._sample_of_text(number, prompts[number], texts[number])
             elif candidate.question:  # the corpus continues a text, but does not answer a question
                 yield Sample(number, "late", None, None)
             else:
@@ -185,7 +185,7 @@ class Material:
         texts = self._writer.write(list(prompts.values()), d.written_tokens, temperature, seeds=list(prompts))
         return dict(zip(prompts, texts, strict=True))
 
-    def _written_sample(self, number: int, prompt: list[int], text: list[int] | None) -> Sample:
+    def _sample_of_text(self, number: int, prompt: list[int], text: list[int] | None) -> Sample:
         """A window whose end is `text`, dropped where that is too short or loops."""
         d = self._recipe.data
         loop_rate = sum(looped_tokens(prompt, text)) / len(text) if text else None

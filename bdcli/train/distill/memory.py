@@ -40,6 +40,7 @@ def distill_memory(
 
 
 def memory_line(parts: dict[str, int]) -> str:
+    """For people: the sum of `distill_memory`, and its parts."""
     listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     return f"memory about {gigabytes(sum(parts.values()))}: {listed}"
 

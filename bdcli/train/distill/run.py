@@ -31,7 +31,7 @@ from bdcli.model.llama import Model
 from bdcli.train.acceptance import Cell, Passage
 from bdcli.train.distill.batches import Batches
 from bdcli.train.distill.checks import START
-from bdcli.train.distill.judge import Judge, measured_grid
+from bdcli.train.distill.judge import Judge, grid_at
 from bdcli.train.distill.material import Material
 from bdcli.train.distill.objective import Objective
 from bdcli.train.distill.plan import Plan
@@ -199,8 +199,8 @@ class Distillation:
             stopped=stopped,
             initial=self.out / INITIAL,
             checkpoint=self.out / BEST,
-            before=measured_grid(state, 0),
-            after=measured_grid(state, state.best_step),
+            before=grid_at(state, 0),
+            after=grid_at(state, state.best_step),
             steps=state.step,
             best_step=state.best_step,
             skipped=state.skipped,
@@ -223,7 +223,7 @@ class Distillation:
             while state.step < o.steps and not stopped:
                 began = time.monotonic()
                 at = self._schedule_step(state.step, first, began - opened, self.deadline - 1.5 * grid_s - opened)
-                rate = self.ranks.agreed(warm_cosine(at, o.warmup, o.steps))
+                rate = self.ranks.broadcast(warm_cosine(at, o.warmup, o.steps))
                 loss = trainer.step(partial(batches.losses, state.step), rate)
                 step_s = time.monotonic() - began
                 trained_s += step_s
@@ -231,7 +231,9 @@ class Distillation:
                 detail = f"loss {loss:.3f}, outside loops {state.latest:.1%}, {best}"
                 self.progress.advance("distil", state.step, o.steps, detail)
                 late = began + 2.5 * step_s + 2 * grid_s > self.deadline
-                stopped = self.ranks.agreed("interrupted" if interrupt.requested else "out of time" if late else None)
+                stopped = self.ranks.broadcast(
+                    "interrupted" if interrupt.requested else "out of time" if late else None
+                )
                 if state.step % self.recipe.evaluation.every == 0 and not stopped:
                     grid_s = judge.measure(state)
                     self._save(trainer, key)

@@ -34,6 +34,7 @@ class Accounts:
             self.dropped[fate] = self.dropped.get(fate, 0) + 1
 
     def add(self, other: Accounts) -> None:
+        """Count what `other` counts as well."""
         self.read, self.kept, self.failed = self.read + other.read, self.kept + other.kept, self.failed + other.failed
         for why, count in other.dropped.items():
             self.dropped[why] = self.dropped.get(why, 0) + count

@@ -23,7 +23,7 @@ from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import make_corpus, ordinary_ids
 from bdcli.data.sources import missing_sources
-from bdcli.data.split import measured_windows
+from bdcli.data.split import held_out_windows
 from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
 from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
@@ -32,7 +32,7 @@ from bdcli.train.estimate import BACKWARD, duration, forward_operations, paramet
 from bdcli.train.held_out import HeldOutLoss, measure
 from bdcli.train.optimizers import trapezoid
 from bdcli.train.pretrain.batches import Batches
-from bdcli.train.pretrain.stages import normalized, share_done
+from bdcli.train.pretrain.stages import normalize, share_done
 from bdcli.train.pretrain.start import start_folder
 from bdcli.train.trainer import Trainer, TrainingState
 
@@ -93,14 +93,14 @@ class Pretraining:
     def plan(self) -> Iterator[str]:
         """What the run will do and what it needs, in lines."""
         r, s, size = self.recipe, self.recipe.schedule, parameters(self.shape)
-        stages = ", ".join(f"{share:.0%} at {c}" for share, c in zip(normalized(s.shares), s.contexts))
+        stages = ", ".join(f"{share:.0%} at {c}" for share, c in zip(normalize(s.shares), s.contexts))
         yield f"{'from nothing' if self.init is None else f'from {r.init}'}; {', '.join(r.corpus.sources)}"
         yield f"at most {s.tokens / 1e6:.1f} M tokens, {s.tokens_per_step} a step: {stages}; {s.follow} set the rate"
         rows = max(s.micro_tokens, *s.contexts)
         activations = rows * self.shape.layers * (40 * self.shape.hidden_size + 16 * self.shape.intermediate_size)
         memory, kind = 16 * size + activations, str(self.dtype).removeprefix("torch.")
         yield f"{size / 1e6:.1f} M parameters on {self.device} in {kind}, memory about {memory / 1e9:.1f} GB"
-        mean_keys = sum(share * context for share, context in zip(normalized(s.shares), s.contexts)) / 2
+        mean_keys = sum(share * context for share, context in zip(normalize(s.shares), s.contexts)) / 2
         operations = BACKWARD * forward_operations(self.shape, s.tokens, mean_keys)
         seconds = operations / speed(self.shape, self.dtype, self.device)
         yield f"all of it takes about {duration(seconds)} here, disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
@@ -148,7 +148,7 @@ class Pretraining:
         batches = Batches(r, model, corpus, ordinary_ids(tokenizer), self.dtype)
         h = r.held_out
         sources = h.sources or r.corpus.sources
-        held_out = measured_windows(tokenizer, sources, max(h.contexts), h.documents, bool(h.sources))
+        held_out = held_out_windows(tokenizer, sources, max(h.contexts), h.documents, bool(h.sources))
         key = digest([as_dict(replace(r, checkpoint_minutes=0)), fingerprint(start)])
         return _Work(start, model, batches, torch.tensor(held_out), key)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bdcli.config.pretrain import Schedule
 
 
-def normalized(shares: Sequence[float]) -> list[float]:
+def normalize(shares: Sequence[float]) -> list[float]:
     """Shares that sum to 1."""
     return [share / sum(shares) for share in shares]
 
@@ -26,7 +26,7 @@ def share_done(schedule: Schedule, tokens: int, elapsed_s: float, horizon_s: flo
 def stage_context(schedule: Schedule, done: float) -> int:
     """Window length, in tokens, when `done` of the run is behind."""
     end = 0.0
-    for share, context in zip(normalized(schedule.shares), schedule.contexts):
+    for share, context in zip(normalize(schedule.shares), schedule.contexts):
         end += share
         if done < end:
             return context

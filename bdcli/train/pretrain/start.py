@@ -78,6 +78,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files of a model folder."""
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copy(source / name, folder)
