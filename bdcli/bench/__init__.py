@@ -1,1 +1,1 @@
-"""Measuring: arms run side by side on the same prompts, gates that refuse what cannot be trusted, cells of figures."""
+"""Benchmarks: arms run side by side on the same prompts, speed of shapes and kernels, and claims about acceptance."""

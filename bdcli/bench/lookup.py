@@ -1,6 +1,6 @@
-"""Prompt lookup (Saxena 2023): the draft is what followed the last n-gram where it stood before.
+"""Prompt lookup (Saxena 2023): the draft is what followed an earlier occurrence of the last n-gram.
 
-No model: on text that repeats its prompt it is hard to beat, so a drafter has to be compared with it.
+It needs no model and is hard to beat on text that repeats its prompt, so a drafter has to be compared with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ GRAMS = (3, 2, 1)  # longest first
 
 
 class Lookup:
-    """A `Drafter` that continues from the latest earlier place where the last 3, else 2, else 1 tokens stand."""
+    """A `Drafter` that copies from behind the latest earlier occurrence of the last 3, else 2, else 1 tokens."""
 
     runner = None
     peak_entries = kv_bytes = weight_bytes = 0  # it stores no keys
@@ -36,7 +36,7 @@ class Lookup:
         return Draft([], None)
 
     def rehearse(self, ids: list[int], gamma: int, *_sampling: object) -> Draft:
-        """The last token stands for what would be found."""
+        """The last token, repeated: what stands there does not change the cost."""
         return Draft(gamma * ids[-1:], None)
 
     def rollback(self, length: int) -> None:

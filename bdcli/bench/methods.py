@@ -1,7 +1,7 @@
 """Ways to continue a prompt, one small class each, in one table. To measure another tool, add a class to it.
 
-A method is made once for an arm and then run on every prompt: `prepare` reads the prompt where that is the method's own
-affair, `generate` writes. The engine's methods differ in their drafter alone and share the target's cache.
+A method is made once for an arm and runs on every prompt: `prepare` reads the prompt where the method has a cache of
+its own, `generate` generates. The methods of our engine share the target's cache and differ only in their drafter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bdcli.bench import peers
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Method, Outcome, PreparedTarget
 from bdcli.config.bench import Arm, BenchRecipe
-from bdcli.config.decode import DecodeOptions
+from bdcli.config.decode import SELECTIONS, DecodeOptions
 from bdcli.decode.pair import Pair, load_pair
 from bdcli.decode.session import Session
 from bdcli.model.checkpoint import load_model
@@ -56,10 +56,8 @@ class Models:
             folder, target = resolve(name, "drafter"), resolve(self.recipe.target, "target")
             check_vocabulary(target, folder, self.pair.tokenizer)
             drafter = load_model(folder, self.pair.target.dtype, self.pair.target.device)
-            if (
-                pick_backend(self.recipe.engine, [self.pair.target, drafter], self.progress).name
-                != self.pair.backend.name
-            ):
+            backend = pick_backend(self.recipe.engine, [self.pair.target, drafter], self.progress)
+            if backend.name != self.pair.backend.name:
                 raise UserError(f"drafter {name} cannot run in the engine of the others", "Give --engine torch")
             self._pairs[name] = replace(self.pair, drafter=drafter, names=(self.pair.names[0], name))
         return self._pairs[name]
@@ -74,7 +72,7 @@ class Models:
 
 
 class EngineMethod(Method):
-    """Decoding in our engine with the drafter that the arm asks for."""
+    """Decoding in our engine with the drafter and selection of the arm."""
 
     def __init__(self, models: Models, arm: Arm):
         self.arm, r = arm, models.recipe
@@ -83,7 +81,7 @@ class EngineMethod(Method):
             drafter=r.drafter_of(arm) or r.drafter,
             budget=arm.budget if isinstance(arm.budget, int) else None,
             gamma=None if arm.gamma == "auto" else arm.gamma,
-            select=self.select(arm),
+            select=arm.method if arm.method in SELECTIONS else arm.select,
             positions=arm.positions,
             temperature=r.temperature,
             top_k=r.top_k,
@@ -95,10 +93,8 @@ class EngineMethod(Method):
         self.session = Session(models.with_drafter(r.drafter_of(arm)), options)
         self.gamma_max = self.session.selection.gamma_max
 
-    def select(self, arm: Arm) -> str:
-        return arm.method if arm.method in ("window", "chunk", "official") else arm.select
-
     def drafter(self, prompt: int) -> Drafter | None:
+        """An empty drafter for a prompt of `prompt` tokens."""
         return self.session.drafter(prompt)
 
     def columns(self) -> dict:
@@ -108,19 +104,19 @@ class EngineMethod(Method):
     def generate(self, prompt: list[int], prepared: PreparedTarget, seed: int) -> Outcome:
         target, o = prepared.target, self.session.options
         drafter = self.drafter(len(prompt))
-        engine = Speculator(target, drafter, self.session.sampling, seed, target.model.device)
+        run = Speculator(target, drafter, self.session.sampling, seed, target.model.device)
         target.rollback(len(prompt) - 1)
         started = time.perf_counter()
-        engine.prefill(prompt, target_ready=True)
+        run.prefill(prompt, target_ready=True)
         prefill_s = time.perf_counter() - started
-        controller = warm_up(engine, o.gamma if drafter is not None else 0, self.gamma_max)
-        rounds = [RoundFigures.of(r) for r in engine.rounds(o.max_new_tokens, self.session.pair.eos, controller)]
+        controller = warm_up(run, o.gamma if drafter is not None else 0, self.gamma_max)
+        rounds = [RoundFigures.of(r) for r in run.rounds(o.max_new_tokens, self.session.pair.eos, controller)]
         weights = target.model.weight_bytes + (drafter.weight_bytes if drafter is not None else 0)
         return Outcome(
-            tokens=engine.new_tokens,
+            tokens=run.new_tokens,
             rounds=rounds,
             ttft_s=prepared.prefill_s + prefill_s + rounds[0].seconds,
-            finish_reason=engine.finish_reason,
+            finish_reason=run.finish_reason,
             entries=drafter.peak_entries if drafter is not None else None,
             drafter_kv_bytes=drafter.kv_bytes if drafter is not None else 0,
             target_kv_bytes=target.cache.kv_bytes,
@@ -129,7 +125,7 @@ class EngineMethod(Method):
 
 
 class Autoregressive(EngineMethod):
-    """No drafter: what every speedup is measured against."""
+    """No drafter: the baseline of every speedup."""
 
     def drafter(self, prompt: int) -> None:  # noqa: ARG002
         return None
@@ -139,7 +135,7 @@ class Autoregressive(EngineMethod):
 
 
 class PromptLookup(EngineMethod):
-    """Drafts are looked up in the text so far."""
+    """Drafts are looked up in the prompt and the text generated so far."""
 
     def drafter(self, prompt: int) -> Lookup:  # noqa: ARG002
         return Lookup()

@@ -1,4 +1,4 @@
-"""What a method of the benchmark is given and what it hands back, and the memory it took meanwhile."""
+"""The interface of a benchmark method: what it is given, what it returns, and how its memory is measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from bdcli.base.devices import peak_memory
 from bdcli.config.bench import Arm
 from bdcli.results.metrics import RoundFigures
-from bdcli.speculation.speculator import Runner
+from bdcli.speculation.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,11 @@ class PreparedTarget:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One text and what it cost. `rounds` hold decode time only; `ttft_s` is both prefills and the first round."""
+    """One text and what it cost.
+
+    `rounds` hold decode time only; `ttft_s` is both prefills and the first round; `entries` are the most KV entries per
+    layer and KV head that the drafter held.
+    """
 
     tokens: list[int]
     rounds: list[RoundFigures]
@@ -38,7 +42,7 @@ class Outcome:
 
 
 class Method:
-    """One arm's way to write. `peer`: not our engine, so its text may differ from AR's without being a fault."""
+    """How one arm generates. The text of a `peer`, which is not our engine, may differ from AR's and is valid."""
 
     peer = False
     gamma_max = 0  # longest draft, which the cache of the shared target must hold
@@ -54,11 +58,12 @@ class Method:
         """Read the prompt, where the method cannot share the engine's target. Not timed, not counted as memory."""
 
     def generate(self, prompt: list[int], prepared: PreparedTarget, seed: int) -> Outcome:
+        """One text after the prompt, timed."""
         raise NotImplementedError
 
 
 class MemoryMeter:
-    """Bytes by which a piece of work grew the process (Linux), or the device (CUDA), above where it began."""
+    """Bytes by which work grew the memory of the process (Linux) or of the device (CUDA); None where unknown."""
 
     growth: int | None = None
 

@@ -1,8 +1,8 @@
 """The protocol of the paper (arXiv 2606.00144), and its figures beside ours.
 
-Greedy, 256 new tokens, 10 prompts of which the first warms up, and for every cell the γ of a grid (and the budget) that
-was fastest. The grids depend on the context. The default protocol of `bench` is the more honest one: γ is chosen while
-decoding, all prompts count, and loops are reported apart; this one is for comparing with what was published.
+Greedy, 256 new tokens, 10 prompts of which the first is a warm-up, and for every cell the fastest γ of a grid and the
+fastest budget. The grids depend on the context. It is for comparing with what was published. The default protocol of
+`bench` is the more honest one: γ is chosen while decoding, all prompts count, and loops are reported apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bdcli.results.schema import Run
 
 BUDGET = 2048
 GRIDS = {4096: range(5, 61, 5), 8192: range(5, 31, 5), 16384: range(5, 41, 5)}
-SMALLER, SHORT = 512, range(5, 16, 5)  # a second budget, with the γ at which a small drafter can win at all
+SECOND_BUDGET, SECOND_GRID = 512, range(5, 16, 5)  # with the γ at which a small drafter can win at all
 
 
 class Published(NamedTuple):
@@ -45,7 +45,9 @@ SET_UP = "YaRN-Llama-2-7B-128K with a llama-68m drafter on hardware of its own"
 def settings() -> list[str]:
     """The protocol as overrides of a bench recipe."""
     arms = {f"g{g}-at-{c}": Arm("bd", BUDGET, g, contexts=(c,)) for c, grid in GRIDS.items() for g in grid}
-    arms |= {f"b{SMALLER}-g{g}-at-{c}": Arm("bd", SMALLER, g, contexts=(c,)) for c in GRIDS for g in SHORT}
+    arms |= {
+        f"b{SECOND_BUDGET}-g{g}-at-{c}": Arm("bd", SECOND_BUDGET, g, contexts=(c,)) for c in GRIDS for g in SECOND_GRID
+    }
     values = {
         "protocol": "paper",
         "temperature": 0,
@@ -60,7 +62,7 @@ def settings() -> list[str]:
 
 
 def compare(runs: Sequence[Run]) -> list[dict]:
-    """For each data set and context our fastest valid cell that drafts, and what the paper published for it."""
+    """Our fastest valid drafting cell of each data set and context, and what the paper published for it."""
     drafting = [run for run in runs if run.method in ("bd", "full", "official")]
     rows = []
     for run in best(drafting, lambda r: (r.dataset, r.context)):
@@ -83,7 +85,7 @@ def compare(runs: Sequence[Run]) -> list[dict]:
 
 
 def lines(runs: Sequence[Run]) -> list[str]:
-    """`compare` as a markdown table, and one line on where the two set-ups differ."""
+    """The comparison as a Markdown table, and one line on where the two set-ups differ."""
 
     def cell(value: float | None, pattern: str) -> str:
         return "" if value is None else pattern.format(value)

@@ -1,9 +1,9 @@
 """Peers: the same weights, prompt ids and stop rules in `transformers`, as its users would run it, in any dtype.
 
-What is timed. The prompt is read once into a dynamic cache, outside the clock, and rolled back (`crop`) before each
-peer. A streamer notes when each block of tokens arrives; the decode speed is that of all tokens after the first block,
-over the time from its arrival to the last. So the assistant's reading of the prompt, which happens before the first
-block, is not counted either. Time to first token is the reading of the prompt and the wait for the first block.
+The prompt is read once into a dynamic cache, outside the clock, and rolled back (`crop`) before each peer. A streamer
+notes when each block of tokens arrives. Decode speed is all tokens after the first block over the time from its arrival
+to the last, so the assistant's prefill, which precedes the first block, is not counted. Time to first token is the
+prefill and the wait for the first block.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from bdcli.model.hub import resolve
 from bdcli.results.metrics import RoundFigures
 
 PREFILL_ROWS = 512
+WARM_UP_TOKENS = 3
+LOOKUP_TOKENS = 10  # the library's default draft length of prompt lookup
 
 
 class Clock:
@@ -70,15 +72,15 @@ class Transformers:
         model = self.load(self.recipe.target, "target")
         prepare = model.prepare_inputs_for_generation
 
-        def behind_the_cache(input_ids, next_sequence_length=None, *rest, **kwargs):
-            """Assisted generation (seen in transformers 5.23) would read what a cache it is given holds once more."""
+        def prepare_unread(input_ids, next_sequence_length=None, *rest, **kwargs):
+            """Assisted generation (seen in transformers 5.23) would read again what the given cache holds."""
             cache = rest[0] if rest else kwargs.get(cache_argument())
-            held = cache.get_seq_length() if cache is not None else 0
-            if next_sequence_length is None and held:
-                next_sequence_length = input_ids.shape[1] - held
+            cached = cache.get_seq_length() if cache is not None else 0
+            if next_sequence_length is None and cached:
+                next_sequence_length = input_ids.shape[1] - cached
             return prepare(input_ids, next_sequence_length, *rest, **kwargs)
 
-        model.prepare_inputs_for_generation = behind_the_cache
+        model.prepare_inputs_for_generation = prepare_unread
         return model
 
     def drafter(self, name: str):
@@ -88,7 +90,7 @@ class Transformers:
 
     @torch.inference_mode()
     def read(self, prompt: list[int]) -> None:
-        """Fill the dynamic cache with the prompt but its last token, unless it is there."""
+        """Fill the dynamic cache with the prompt but its last token, unless it holds that already."""
         if self._prompt == prompt:
             return
         from transformers import DynamicCache
@@ -99,8 +101,8 @@ class Transformers:
         fill(self.target, prompt[:-1], self._cache)
         self.prefill_s, self._prompt = time.perf_counter() - started, prompt
 
-    def rolled_back(self):
-        """The dynamic cache, holding the prompt but its last token."""
+    def prompt_cache(self):
+        """The dynamic cache, rolled back to the prompt but its last token."""
         beyond = self._cache.get_seq_length() - len(self._prompt) + 1
         if beyond:
             self._cache.crop(-beyond)
@@ -123,7 +125,7 @@ def fill(model, ids: list[int], cache) -> None:
 
 
 class HfMethod(Method):
-    """Shared by the peers: settings, the run under the clock, and what it yields."""
+    """What the peers share: settings, generation under the clock, and figures."""
 
     peer = True
 
@@ -134,21 +136,22 @@ class HfMethod(Method):
     def prepare(self, prompt: list[int]) -> None:
         self.hf.read(prompt)
         if not self._warm:
-            self._write(prompt, seed=0, limit=3)
+            self._generate(prompt, seed=0, limit=WARM_UP_TOKENS)
             self._warm = True
 
     def extra(self) -> dict:
-        """What `generate` is asked for besides the common settings."""
+        """Arguments of `generate` besides the common ones."""
         return {}
 
     def weights(self) -> int:
+        """Bytes of the models that run."""
         return _bytes(self.hf.target.parameters())
 
     def generate(self, prompt: list[int], prepared: PreparedTarget, seed: int) -> Outcome:  # noqa: ARG002
-        return self._write(prompt, seed, self.recipe.max_new_tokens)
+        return self._generate(prompt, seed, self.recipe.max_new_tokens)
 
-    def _write(self, prompt: list[int], seed: int, limit: int) -> Outcome:
-        return self._timed(prompt, self.hf.rolled_back(), seed, limit)
+    def _generate(self, prompt: list[int], seed: int, limit: int) -> Outcome:
+        return self._timed(prompt, self.hf.prompt_cache(), seed, limit)
 
     @torch.inference_mode()
     def _timed(self, prompt: list[int], cache, seed: int, limit: int) -> Outcome:
@@ -193,7 +196,7 @@ class HfMethod(Method):
 def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[RoundFigures]:
     """Rounds from the arrival of blocks; a forward over w tokens verified w - 1 drafted ones.
 
-    The first block's time holds the assistant's prefill, so it is given the mean seconds per token of the others.
+    The first block's time includes the assistant's prefill, so it gets the mean seconds per token of the others.
     """
     first, last = blocks[0][0], blocks[-1][0]
     later = sum(n for _, n in blocks[1:])
@@ -207,16 +210,16 @@ class HfAutoregressive(HfMethod):
 
 
 class HfStatic(HfMethod):
-    """Plain `generate` with a static cache that holds the prompt already."""
+    """Plain `generate` with a static cache, filled with the prompt."""
 
-    def _write(self, prompt: list[int], seed: int, limit: int) -> Outcome:
-        return self._timed(prompt, self._filled(prompt), seed, limit)
+    def _generate(self, prompt: list[int], seed: int, limit: int) -> Outcome:
+        return self._timed(prompt, self._static_cache(prompt), seed, limit)
 
-    def _filled(self, prompt: list[int]):
+    def _static_cache(self, prompt: list[int]):
         """A static cache with the entries of the dynamic one."""
         from transformers import StaticCache
 
-        source = self.hf.rolled_back()
+        source = self.hf.prompt_cache()
         cache = StaticCache(config=self.hf.target.config, max_cache_len=len(prompt) + self.recipe.max_new_tokens)
         for i, layer in enumerate(source.layers):
             cache.update(layer.keys, layer.values, i)
@@ -224,7 +227,7 @@ class HfStatic(HfMethod):
 
 
 class HfAssisted(HfMethod):
-    """`generate` with the drafter as assistant model, its full cache; γ auto is the library's own schedule.
+    """`generate` with the drafter as assistant model and its full cache; γ auto is the library's own schedule.
 
     The library refuses static caches here.
     """
@@ -246,10 +249,10 @@ class HfAssisted(HfMethod):
 
 
 class HfLookup(HfMethod):
-    """`generate` with prompt lookup; γ auto is the library's default of ten tokens. Static caches are refused."""
+    """`generate` with prompt lookup; γ auto is the library's default. The library refuses static caches here."""
 
     def extra(self) -> dict:
-        return {"prompt_lookup_num_tokens": 10 if self.arm.gamma == "auto" else self.arm.gamma}
+        return {"prompt_lookup_num_tokens": LOOKUP_TOKENS if self.arm.gamma == "auto" else self.arm.gamma}
 
 
 def _bytes(tensors) -> int:

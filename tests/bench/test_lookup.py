@@ -1,4 +1,4 @@
-"""Prompt lookup in the engine: what it proposes, that text stays exact, and that sampling keeps the target's law."""
+"""Prompt lookup: what it proposes, that text stays exact, and that sampling keeps the distribution of the target."""
 
 import random
 
@@ -8,7 +8,7 @@ from bdcli.bench.lookup import GRAMS, Lookup
 from bdcli.speculation.draft_length import AutoGamma, FixedGamma
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
-from tests.speculation import test_speculator as law
+from tests.speculation import test_speculator as engine_tests
 from tests.speculation.test_speculator import SETTINGS, TableRunner, generate, table
 
 
@@ -45,11 +45,11 @@ def test_greedy_text_is_the_targets(controller):
 
 @pytest.mark.parametrize("sampling", SETTINGS.values(), ids=SETTINGS)
 def test_sampled_triples_follow_the_targets_law(sampling, monkeypatch):
-    monkeypatch.setattr(law, "DRAWS", 3_000)
+    monkeypatch.setattr(engine_tests, "DRAWS", 3_000)
     target = table(1)
-    real = law.Speculator
-    monkeypatch.setattr(law, "Speculator", lambda t, _d, s, seed: real(t, Lookup(), s, seed))
-    assert law.law_p_value(target, target, sampling) > 1e-4
+    real = engine_tests.Speculator
+    monkeypatch.setattr(engine_tests, "Speculator", lambda t, _d, s, seed: real(t, Lookup(), s, seed))
+    assert engine_tests.law_p_value(target, target, sampling) > 1e-4
 
 
 def test_a_target_that_has_read_the_prompt_is_not_read_again():
