@@ -116,23 +116,16 @@ FULL = FullView()
 
 
 @dataclass(frozen=True)
-class OfficialView:
+class OfficialView(FullView):
     """The paper's rule: the prompt's best chunks, and everything after the prompt, at absolute positions."""
 
     budget: int
 
-    rebased = False
     depends_on_prompt = True
     sinks = 0
 
     def covers(self, length: int) -> bool:  # noqa: ARG002
         return False
-
-    def mean_keys(self, length: int) -> float:
-        return length / 2
-
-    def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return keys[None, :] <= queries[:, None]
 
     def first_recent(self, prompt: int) -> int:
         return prompt
