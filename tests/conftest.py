@@ -26,6 +26,23 @@ def _own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("BDCLI_DB", str(tmp_path / "runs.db"))
 
 
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """Floats that nobody has written are NaN, so that reading them cannot go unnoticed."""
+
+    def poisoned(make):
+        def run(*args, **kwargs):
+            made = make(*args, **kwargs)
+            if made.is_floating_point() and made.device.type == "cpu":
+                made.detach().fill_(torch.nan)
+            return made
+
+        return run
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
 @pytest.fixture(scope="session")
 def pocket():
     """(target, drafter, tokenizer) in fp32."""

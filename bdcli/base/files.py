@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import psutil
 
 from bdcli.base.errors import BdcliError, UserError
 
@@ -23,6 +26,10 @@ def digest(value: object) -> str:
 
 def write_file(path: Path, body: str | bytes | Callable[[BinaryIO], object]) -> None:
     """Write `body`, or what it writes when called with the open file, atomically and on the disk on return."""
+    for half in path.parent.glob(f"{glob.escape(path.name)}.*.new"):  # of a process that was killed while it wrote
+        process = half.name.split(".")[-2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            half.unlink(missing_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")  # processes may write the same file at once
     try:
         with fresh.open("wb") as file:
