@@ -8,11 +8,10 @@ import torch
 from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.errors import NonFiniteError
 from bdcli.base.progress import SILENT
-from bdcli.cache.selection import Full, Official, Window
-from bdcli.cache.view import View
+from bdcli.cache.selection import Full, Window
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
-from tests.support.backends import GivenView, drafter
+from tests.support.backends import SELECTIONS, drafter
 from tests.support.cli import compiled_only
 from tests.support.compiled import FRESH, KINDS, SHAPES, UNITS, entry, force
 from tests.support.models import tiny_model
@@ -21,15 +20,6 @@ from tests.support.statistics import fits, law_of_two
 pytestmark = compiled_only
 
 # -- whole forwards
-
-SELECTIONS = {
-    "full": Full(),
-    "official": Official(64),
-    "window": GivenView(View(52, 4, 0, 9, True)),
-    "absolute": GivenView(View(52, 4, 0, 9, False)),
-    "chunk": GivenView(View(60, 4, 16, 9, True)),
-    "no sinks": GivenView(View(40, 0, 0, 9, True)),
-}
 
 
 def runner(backend, model, selection, capacity):

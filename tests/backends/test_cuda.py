@@ -16,13 +16,14 @@ from bdcli.backends.cuda.program import SamplingTensors
 from bdcli.backends.select import pick_backend, static_backend, torch_backend
 from bdcli.base.errors import NonFiniteError, UserError
 from bdcli.base.progress import SILENT
-from bdcli.cache.selection import CacheSize, Full, Official, Window
+from bdcli.cache.selection import CacheSize, Full, Window
 from bdcli.cache.view import View
 from bdcli.decode.memory import decode_plan
 from bdcli.speculation.baseline import teacher_force
 from bdcli.speculation.draft_length import FixedGamma
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
+from tests.support.backends import SELECTIONS as PLAIN_SELECTIONS
 from tests.support.backends import GivenView, drafter
 from tests.support.models import tiny_model
 from tests.support.statistics import fits, law_of_two
@@ -32,14 +33,8 @@ STATIC = static_backend("triton", "plain operations")
 FRESH = torch.Generator()
 FRESH.seed()
 EXACT = torch.float64  # where texts of two engines are compared: in fp32 one token in a million is a tie
-SELECTIONS = {
-    "full": Full(),
-    "official": Official(64),
-    "window": GivenView(View(52, 4, 0, 9, True)),
-    "window absolute": GivenView(View(52, 4, 0, 9, False)),
-    "chunk": GivenView(View(60, 4, 16, 9, True)),
+SELECTIONS = PLAIN_SELECTIONS | {
     "chunk absolute": GivenView(View(60, 4, 16, 9, False)),
-    "no sinks": GivenView(View(40, 0, 0, 9, True)),
     "one key": Window(4 + 6 + 2, gamma=6),
 }
 SHAPES = [

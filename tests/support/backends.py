@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdcli.backends.select import Backend
-from bdcli.cache.selection import CacheKinds, CacheSize, Selection
+from bdcli.cache.selection import CacheKinds, CacheSize, Full, Official, Selection
 from bdcli.cache.view import View
 from bdcli.model.llama import Model
 from bdcli.speculation.drafter import ModelDrafter
@@ -19,6 +19,16 @@ class GivenView:
 
     def cache(self, kinds: CacheKinds, model: Model, size: CacheSize):
         return kinds.budget(model, size.capacity, self.given, size.rope_length)
+
+
+SELECTIONS = {
+    "full": Full(),
+    "official": Official(64),
+    "window": GivenView(View(52, 4, 0, 9, True)),
+    "window absolute": GivenView(View(52, 4, 0, 9, False)),
+    "chunk": GivenView(View(60, 4, 16, 9, True)),
+    "no sinks": GivenView(View(40, 0, 0, 9, True)),
+}
 
 
 def drafter(
