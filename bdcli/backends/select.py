@@ -88,6 +88,5 @@ def _compiled(models: list[Model], progress: Progress) -> Backend | str:
     from bdcli.backends.cpu.huge_pages import move_to_huge_pages
     from bdcli.backends.cpu.runner import CompiledRunner
 
-    for model in models:
-        move_to_huge_pages(model)
+    move_to_huge_pages(models)
     return Backend("compiled", support.describe(), CompiledRunner, CompiledDrafter, PANEL_CACHES)

@@ -3,8 +3,9 @@
     value = scale · code + offset        one scale and offset a block of `BlockFormat.block` neighbours in a row
 
 Sixteen rows lie side by side in a *panel*; a panel's records follow one another along the inputs. A record holds the
-scales, then the offsets, of its 16 rows, then the codes: for each input, or each eight inputs of 4 bits, 16 lanes, one
-a row. So one vector instruction serves 16 rows, and a panel is read from its first byte to its last.
+scales, then the offsets, of its 16 rows, then the codes in 16 lanes of four bytes, one lane a row: four inputs of 8
+bits a lane, or eight of 4 bits, the first four in the low halves of the bytes. So one vector instruction serves 16 rows,
+and a panel is read from its first byte to its last.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 LANES = 16  # rows of a panel
-_NIBBLES = 8  # 4-bit codes of a 32-bit lane
+_BIAS = 128  # added to codes of 8 bits, which are signed, where they are stored
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,11 @@ def pack(codes: Tensor, scales: Tensor, offsets: Tensor | None, form: BlockForma
         data[..., i * form.scale_bytes : (i + 1) * form.scale_bytes] = at.view(torch.uint8)
     codes = panels(codes.view(torch.uint8))
     if form.bits == 4:
-        lanes = (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous().view(torch.int32)
-        per_block = form.block // _NIBBLES
+        low, high = codes.view(count, LANES, -1, 2, 4).unbind(3)
+        codes = low | high << 4
     else:
-        lanes, per_block = codes, form.block
-    lanes = lanes.view(count, LANES, blocks, per_block).permute(0, 2, 3, 1).contiguous()
+        codes = codes ^ _BIAS
+    lanes = codes.contiguous().view(torch.int32).view(count, LANES, blocks, -1).permute(0, 2, 3, 1).contiguous()
     data[..., form.code_at :] = lanes.view(torch.uint8).view(count, blocks, -1)
     return QuantisedMatrix(data, rows, inputs, form)
 
@@ -205,10 +206,7 @@ def _unpacked(data: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
     size = form.scale_bytes
     scales = data[..., :size].contiguous().view(form.scale_dtype).float()
     offsets = data[..., size : 2 * size].contiguous().view(form.scale_dtype).float() if form.offsets else None
-    codes = data[..., form.code_at :].contiguous()
-    if form.bits == 4:
-        lanes = codes.view(torch.int32).view(count, blocks, -1, 1, LANES)
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32).view(-1, 1)
-        codes = (lanes >> shifts & 15).to(torch.int8)
-    codes = codes.view(torch.int8).view(count, blocks, form.block, LANES)
+    codes = data[..., form.code_at :].reshape(count, blocks, -1, 1, LANES, 4)
+    codes = torch.cat((codes & 15, codes >> 4), 3) if form.bits == 4 else codes ^ _BIAS
+    codes = codes.transpose(-1, -2).reshape(count, blocks, form.block, LANES).view(torch.int8)
     return codes, scales, torch.zeros_like(scales) if offsets is None else offsets
