@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bdcli.backends.select import Backend, pick_backend
 from bdcli.base.devices import free_memory, pick_device, pick_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
-from bdcli.config.decode import DecodeOptions
+from bdcli.config.decode import BITS, OWN, DecodeOptions
 from bdcli.model.checkpoint import eos_tokens, load_model, read_config
 from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
+from bdcli.model.quantised import nbytes
 from bdcli.model.sizes import gigabytes, weight_count
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 
@@ -28,28 +31,63 @@ class Pair:
     names: tuple[str, str]
     backend: Backend
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of both models; what they share counts once."""
+        weights = {id(w): w for model in (self.target, self.drafter) for w in model.tensors()}
+        return sum(map(nbytes, weights.values()))
+
 
 def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
     """Find, check and load both models and pick what runs them. Every fault of a folder is a UserError.
 
     What the user may have to wait for is a note of `progress`.
     """
-    folders = resolve(options.target, "target"), resolve(options.drafter, "drafter")
+    target_path = resolve(options.target, "target")
+    own = options.drafter == OWN
+    drafter_path = target_path if own else resolve(options.drafter, "drafter")
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    tokenizer = load_tokenizer(folders[0])
-    check_vocabulary(*folders, tokenizer)
+    _check_weights(options, device)
+    tokenizer = load_tokenizer(target_path)
+    if not own:
+        check_vocabulary(target_path, drafter_path, tokenizer)
     if device.type == "cuda":
-        needed = sum(weight_count(read_config(folder)) for folder in folders) * dtype.itemsize
+        needed = sum(weight_count(read_config(path)) for path in {target_path, drafter_path}) * dtype.itemsize
         free = free_memory(device)
         if needed > free:
             raise UserError(
                 f"the weights take {gigabytes(needed)}, but {gigabytes(free)} are free on {device}",
                 "Use smaller models or free memory on the device",
             )
-    models = [load_model(folder, dtype, device) for folder in folders]
-    names = tuple(map(_name, (options.target, options.drafter), folders))
-    return Pair(*models, tokenizer, eos_tokens(folders[0]), names, pick_backend(options.engine, models, progress))
+    target = _load(target_path, dtype, device, options.weights)
+    drafter = target if own else _load(drafter_path, dtype, device, options.draft_weights)
+    if own and options.engine in ("auto", "compiled") and device.type == "cpu":
+        drafter = _lighter(target, options.draft_weights)
+    backend = pick_backend(options.engine, [target, drafter], progress)
+    if backend.name != "compiled":
+        target, drafter = target.dense(), target.dense() if own else drafter.dense()
+    names = _name(options.target, target_path), OWN if own else _name(options.drafter, drafter_path)
+    return Pair(target, drafter, tokenizer, eos_tokens(target_path), names, backend)
+
+
+def _check_weights(options: DecodeOptions, device: torch.device) -> None:
+    for flag, weights in (("--weights", options.weights), ("--draft-weights", options.draft_weights)):
+        if weights in BITS and (device.type != "cpu" or options.engine not in ("auto", "compiled")):
+            raise UserError(f"{flag} {weights} needs the compiled engine of a CPU", f"Leave {flag} out")
+
+
+def _load(path: Path, dtype: torch.dtype, device: torch.device, weights: str) -> Model:
+    """A model with its weights as they are stored, dense, or in fewer bits."""
+    model = load_model(path, dtype, device, BITS.get(weights))
+    return model.dense() if weights == "bf16" else model
+
+
+def _lighter(target: Model, weights: str) -> Model:
+    """The target as its own drafter: in int4 unless asked otherwise; itself where that would not be smaller."""
+    bits = BITS.get("int4" if weights == "auto" else weights)
+    stored = BITS.get(target.weights)
+    return target if bits is None or (stored is not None and stored <= bits) else target.draft_weights(bits)
 
 
 def _name(given: str, folder: Path) -> str:

@@ -19,7 +19,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection, parse_selection
-from bdcli.config.decode import DecodeOptions
+from bdcli.config.decode import OWN, DecodeOptions
 from bdcli.data.prompts import encode, fit
 from bdcli.decode.memory import DecodePlan, decode_plan
 from bdcli.decode.pair import Pair, load_pair
@@ -84,7 +84,8 @@ class Session:
 
     def drafter(self, prompt: int) -> ModelDrafter:
         size = self.size(prompt, self.selection.gamma_max)
-        return self.pair.backend.drafter(self.pair.drafter, self.selection, size, self.pair.target.config.vocab_size)
+        vocab, own = self.pair.target.config.vocab_size, self.pair.names[1] == OWN
+        return self.pair.backend.drafter(self.pair.drafter, self.selection, size, vocab, own)
 
     def speculator(self, prompt: int) -> Speculator:
         """Models with caches for a prompt of `prompt` tokens."""
@@ -119,6 +120,8 @@ class Session:
             "drafter": pair.names[1],
             "device": str(pair.target.device),
             "dtype": str(pair.target.dtype).removeprefix("torch."),
+            "weights": pair.target.weights,
+            "draft_weights": pair.drafter.weights,
             "attention": pair.backend.name,
             "budget": selection.budget or "full",
             "gamma": o.gamma or "auto",
@@ -207,7 +210,7 @@ class Generation:
             text="".join(self.pieces),
             rounds=[r.row() for r in mark_loops(self.prompt, self.tokens, self.rounds)],
             attention_detail=pair.backend.detail,
-            weight_bytes=pair.target.weight_bytes + pair.drafter.weight_bytes,
+            weight_bytes=pair.weight_bytes,
             resident_bytes=psutil.Process().memory_info().rss,
             logit_error=baseline.logit_error if baseline.steps and self.session.sampling.greedy else None,
         )

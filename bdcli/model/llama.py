@@ -7,7 +7,7 @@ Weights have the names and layouts of Hugging Face checkpoints on disk (`bdcli.m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdcli.model.config import ModelConfig
-from bdcli.model.quantised import QuantisedMatrix, Weight, dense, nbytes
+from bdcli.model.quantised import QuantisedMatrix, Weight, dense, nbytes, quantise
 
 PREFILL_BLOCK = 512  # rows of a prefill block: wide enough for GEMM speed, small enough for the MLP's activations
 
@@ -60,6 +60,11 @@ class Layer:
         own = ((name, getattr(self, name)) for name in Layer.__slots__)
         return Layer(**{name: None if w is None else dense(w, dtype) for name, w in own})
 
+    def quantised(self, bits: int) -> Layer:
+        """This layer with its matrices in 4 or 8 bits; the rest is shared."""
+        matrices = ("qkv", "out", "gate_up", "down")
+        return replace(self, **{name: quantise(getattr(self, name), bits) for name in matrices})
+
 
 @dataclass(slots=True)
 class Model:
@@ -88,6 +93,17 @@ class Model:
         head = embedding if self.head is self.embedding else dense(self.head, self.dtype)
         layers = [layer.dense(self.dtype) for layer in self.layers]
         return Model(self.config, embedding, layers, self.norm, head)
+
+    def draft_weights(self, bits: int) -> Model:
+        """A drafter of the same weights in fewer bits, which shares what it does not multiply by."""
+        layers = [layer.quantised(bits) for layer in self.layers]
+        return Model(self.config, self.embedding, layers, self.norm, quantise(self.head, 8))
+
+    @property
+    def weights(self) -> str:
+        """What most weights are stored in: int4, int8, or a dtype."""
+        matrix = self.layers[0].gate_up if self.layers else self.embedding
+        return f"int{matrix.format.bits}" if isinstance(matrix, QuantisedMatrix) else str(self.dtype)[6:]
 
     def tensors(self) -> list[Weight]:
         """Every distinct weight."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bdcli.base.errors import UserError
+
 LANES = 16  # rows of a panel
 _BIAS = 128  # added to codes of 8 bits, which are signed, where they are stored
 
@@ -137,13 +139,18 @@ def fitting_format(scales: Tensor, offsets: Tensor | None, bits: int, block: int
     return INT8 if halves and block == INT8.block and offsets is None else INT8_FLOAT
 
 
-def quantise(weight: Tensor, bits: int) -> QuantisedMatrix:
+def quantise(weight: Weight, bits: int) -> QuantisedMatrix:
     """Round each value of a dense matrix [rows, inputs] to the nearest code: `--weights int4` and int8.
 
     int4 spans each block's least to its greatest value (as GGUF's Q4_1), int8 its greatest magnitude (Q8_0).
+    Raises UserError where rows are no whole blocks.
     """
     form = INT4 if bits == 4 else INT8
-    x = weight.float().view(weight.shape[0], -1, form.block)
+    if weight.shape[1] % form.block:
+        raise UserError(
+            f"a matrix of {weight.shape[1]} inputs has no blocks of {form.block}", "Leave --weights and int4 out"
+        )
+    x = dense(weight, torch.float32).view(weight.shape[0], -1, form.block)
     if bits == 4:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         offsets = low.half().float()

@@ -276,7 +276,7 @@ def _put_fixed(builder, at, x, three):
 
 @njit(error_model="numpy")
 def pack_blocks(kind, at, a, b):
-    """32 floats as a packed group at `at`. One that is not finite makes the step NaN, and so every sum it is part of."""
+    """32 floats as a packed group at `at`. One that is not finite makes its step NaN, and so every sum of it."""
     top = highest(vmax(magnitude(a), magnitude(b)))
     step = top / _TOP[kind]
     inverse = _TOP[kind] / top if top > 0 else np.float32(0)
