@@ -9,18 +9,19 @@ from dataclasses import asdict, dataclass
 from bdcli.base.errors import UserError
 from bdcli.cache.selection import SELECTIONS
 
+OWN = "self"  # as a drafter's name: the target itself
+WEIGHTS = ("auto", "bf16", "int8", "int4")
+BITS = {"int8": 8, "int4": 4}  # of quantised weights
 CHOICES = {
     "select": SELECTIONS,
     "positions": ("rebased", "absolute"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "weights": ("auto", "bf16", "int8", "int4"),
-    "draft_weights": ("auto", "bf16", "int8", "int4"),
+    "weights": WEIGHTS,
+    "draft_weights": WEIGHTS,
     "engine": ("auto", "triton", "compiled", "torch"),
     "baseline": ("sample", "full", "off"),
     "trim": ("middle",),
 }
-OWN = "self"  # as a drafter's name: the target itself
-BITS = {"int8": 8, "int4": 4}  # of quantised weights
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DecodeOptions:
 
     def __post_init__(self):
         if self.drafter is None:
-            object.__setattr__(self, "drafter", "pocket" if self.target == "pocket" else OWN)
+            object.__setattr__(self, "drafter", default_drafter(self.target))
         for name, values in CHOICES.items():
             value = getattr(self, name)
             if value not in values and not (name == "trim" and value is None):
@@ -72,6 +73,11 @@ class DecodeOptions:
 
     def as_dict(self) -> dict:
         return asdict(self) | {"budget": self.budget or "full", "gamma": self.gamma or "auto"}
+
+
+def default_drafter(target: str) -> str:
+    """The drafter of a target for which none is named."""
+    return "pocket" if target == "pocket" else OWN
 
 
 def _default(name: str) -> object:

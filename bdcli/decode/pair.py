@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class Pair:
     eos: frozenset[int]
     names: tuple[str, str]
     backend: Backend
+    path: Path = Path()  # of the target
 
     @property
     def weight_bytes(self) -> int:
@@ -66,9 +67,25 @@ def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
         drafter = _lighter(target, options.draft_weights)
     backend = pick_backend(options.engine, [target, drafter], progress)
     if backend.name != "compiled":
-        target, drafter = target.dense(), target.dense() if own else drafter.dense()
+        target = target.dense()
+        drafter = target if own else drafter.dense()
     names = _name(options.target, target_path), OWN if own else _name(options.drafter, drafter_path)
-    return Pair(target, drafter, tokenizer, eos_tokens(target_path), names, backend)
+    return Pair(target, drafter, tokenizer, eos_tokens(target_path), names, backend, target_path)
+
+
+def with_drafter(pair: Pair, name: str, weights: str, progress: Progress = SILENT) -> Pair:
+    """The same target with the drafter `name`, stored as `weights` asks. Raises UserError as `load_pair`."""
+    target = pair.target
+    if name == OWN:
+        drafter = _lighter(target, weights) if pair.backend.name == "compiled" else target
+    else:
+        path = resolve(name, "drafter")
+        check_vocabulary(pair.path, path, pair.tokenizer)
+        drafter = _load(path, target.dtype, target.device, weights)
+    backend = pick_backend(pair.backend.name, [target, drafter], progress)
+    if backend.name != "compiled":
+        drafter = drafter.dense()
+    return replace(pair, drafter=drafter, names=(pair.names[0], name))
 
 
 def _check_weights(options: DecodeOptions, device: torch.device) -> None:

@@ -4,8 +4,8 @@
 
 Sixteen rows lie side by side in a *panel*; a panel's records follow one another along the inputs. A record holds the
 scales, then the offsets, of its 16 rows, then the codes in 16 lanes of four bytes, one lane a row: four inputs of 8
-bits a lane, or eight of 4 bits, the first four in the low halves of the bytes. So one vector instruction serves 16 rows,
-and a panel is read from its first byte to its last.
+bits a lane, or eight of 4 bits, the first four in the low halves of the bytes. So one vector instruction serves 16
+rows, and a panel is read from its first byte to its last.
 """
 
 from __future__ import annotations

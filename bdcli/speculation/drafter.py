@@ -88,6 +88,8 @@ class ModelDrafter:
             self.runner.prefill(tokens, on_block)
         else:
             self.runner.cache.copy_from(self._target.cache, len(tokens))
+            if on_block:
+                on_block(1, 1)
 
     def rollback(self, length: int) -> None:
         """Forget everything from position `length` on, which the target has read as far."""

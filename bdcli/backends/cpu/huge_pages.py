@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bdcli.model.llama import Layer, Model
 from bdcli.model.quantised import QuantisedMatrix, Weight, nbytes
@@ -17,6 +18,7 @@ from bdcli.model.quantised import QuantisedMatrix, Weight, nbytes
 HUGE_PAGE, MADV_DONTNEED, MADV_HUGEPAGE = 2 << 20, 4, 14  # Linux
 LINE = 64  # bytes of a cache line, where each weight begins
 MATRICES_AND_VECTORS = ("embedding", "norm", "head", *Layer.__slots__)
+_moved_already = WeakIdKeyDictionary()  # weights that lie there, by identity
 
 
 def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -33,15 +35,19 @@ def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def move_to_huge_pages(models: list[Model]) -> None:
-    """Move the weights of models side by side onto large pages. Nothing changes but where they lie; what models share
-    they share afterwards."""
+    """Move the weights of models side by side onto large pages, once. Nothing changes but where they lie.
+
+    What models share they share afterwards.
+    """
     owners = [owner for model in models for owner in (model, *model.layers)]
     names = [(owner, name) for owner in owners for name in MATRICES_AND_VECTORS if hasattr(owner, name)]
-    weights = {id(w): w for w in (getattr(owner, name) for owner, name in names) if w is not None}
+    found = (getattr(owner, name) for owner, name in names)
+    weights = {id(w): w for w in found if w is not None and w not in _moved_already}
     memory, at = huge_zeros((sum(map(_lines, weights.values())),), torch.uint8), 0
     moved = {}
     for key, weight in weights.items():
         moved[key] = _moved(weight, memory[at : at + _lines(weight)])
+        _moved_already[moved[key]] = True
         at += _lines(weight)
     for owner, name in names:
         old = getattr(owner, name)
