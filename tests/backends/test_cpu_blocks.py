@@ -110,4 +110,4 @@ def test_forwards_equal_torchs(shape, form, dtype, monkeypatch):
         errors.append((got - want).square().mean())
         floor.append((torchs - want).square().mean())
     error, floor = (torch.stack(x).mean().sqrt() / want.std() for x in (errors, floor))
-    assert error < (2e-5 if dtype is torch.float32 else 1.2 * floor)
+    assert error < (2e-5 if dtype is torch.float32 else 1.5 * floor)
