@@ -43,6 +43,7 @@ from bdcli.backends.cpu.simd import (
     load,
     machine_code,
     magnitude,
+    narrowed,
     pointer,
     put_f32,
     splat,
@@ -194,6 +195,7 @@ def blocks_dot(rows, kind, w, width, x, y, y_row, count):
 # -- what compiled code needs to know of a kind; indices are kinds
 
 _NONE = (0,) * FIRST_KIND
+_MOST_KINDS = FIRST_KIND + len(_KINDS)
 _RECORD = _NONE + tuple(form.record for form, _ in _KINDS.values())
 _BLOCK = _NONE + tuple(form.block for form, _ in _KINDS.values())
 _BITS = _NONE + tuple(form.bits for form, _ in _KINDS.values())
@@ -285,3 +287,46 @@ def pack_blocks(kind, at, a, b):
     three = kind % 2
     put_f32(at + 4, np.float32(_put_fixed(at + X_DIGITS_AT, a * spread(inverse), three)) * step)
     put_f32(at + 8, np.float32(_put_fixed(at + X_DIGITS_AT + 16, b * spread(inverse), three)) * step)
+
+
+@compiled(types.void, *[types.int64] * 5)
+def _dense_block(builder, kind, at, out, stride, wide):
+    """The values of one record: for each input 16 of them at `out`, inputs `stride` bytes apart, fp32 or bf16."""
+    done = builder.append_basic_block("done")
+    switch = builder.switch(builder.add(kind, builder.mul(wide, I64(_MOST_KINDS))), done)
+    for (each, (form, _)), width in itertools.product(_KINDS.items(), (0, 1)):
+        block = builder.append_basic_block(f"dense{each}wide{width}")
+        switch.add_case(I64(each + _MOST_KINDS * width), block)
+        builder.position_at_end(block)
+        _put_values(builder, form, at, out, stride, width)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _put_values(builder, form, at, out, stride, wide):
+    scale = _side(builder, at, form)
+    offset = _side(builder, builder.add(at, I64(form.scale_bytes)), form) if form.offsets else None
+    per_turn = 4 if form.bits == 8 else 8
+    with cgutils.for_range(builder, I64(form.block // per_turn)) as loop:
+        lanes = _codes(builder, form, offset_by(builder, at, (loop.index, I64(64)), (1, I64(form.code_at))))
+        for v, byte in itertools.product(range(len(lanes)), range(4)):
+            code = builder.and_(builder.lshr(lanes[v], constant(8 * byte, I32S)), constant(255, I32S))
+            code = code if form.bits == 4 else builder.sub(code, constant(128, I32S))
+            value = builder.fmul(builder.sitofp(code, F32S), scale)  # a product and a sum, each rounded
+            value = value if offset is None else builder.fadd(value, offset)
+            place = offset_by(builder, out, (loop.index, builder.mul(stride, I64(per_turn))), (4 * v + byte, stride))
+            if wide:
+                builder.store(value, pointer(builder, place), align=4)
+            else:
+                builder.store(narrowed(builder, value), pointer(builder, place), align=2)
+
+
+@machine_code(types.void, *[types.int64] * 6)
+def dense_columns(kind, matrix, width, panels, out, wide):
+    """All of a matrix in blocks as [width, 16 · panels], inputs by rows: fp32 where `wide` is 1, else bf16."""
+    size, record, panel = 4 if wide else 2, _RECORD[kind], panel_bytes(kind, width)
+    stride = size * LANES * panels
+    for block in range(width // _BLOCK[kind]):
+        into = out + block * _BLOCK[kind] * stride
+        for n in range(panels):
+            _dense_block(kind, matrix + n * panel + block * record, into + n * LANES * size, stride, wide)

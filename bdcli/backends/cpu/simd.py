@@ -246,13 +246,22 @@ def put_narrow(b, at, x, y):
         b.store(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16S, y, x), pointer(b, at), align=4)
 
 
+def _rounded_bits(b, x):
+    """Each lane to the nearest bf16, ties to even, in the upper halves of <16 x i32>."""
+    bits = b.bitcast(x, I32S)
+    odd = b.and_(b.lshr(bits, constant(16, I32S)), constant(1, I32S))
+    return b.add(bits, b.add(odd, constant(0x7FFF, I32S)))
+
+
+def narrowed(b, x):
+    """The nearest bf16 of each lane as <16 x i16>."""
+    return b.trunc(b.lshr(_rounded_bits(b, x), constant(16, I32S)), I16S)
+
+
 @compiled(_v, _v)
 def rounded(b, x):
     """Each lane to the nearest bf16, ties to even."""
-    bits = b.bitcast(x, I32S)
-    odd = b.and_(b.lshr(bits, constant(16, I32S)), constant(1, I32S))
-    bits = b.add(bits, b.add(odd, constant(0x7FFF, I32S)))
-    return b.bitcast(b.and_(bits, constant(0xFFFF0000, I32S)), F32S)
+    return b.bitcast(b.and_(_rounded_bits(b, x), constant(0xFFFF0000, I32S)), F32S)
 
 
 @compiled(_v, _v, _v)
