@@ -153,7 +153,8 @@ def _measure_shape(options: ShapeOptions, store: Store, dry_run: bool, as_json: 
         from bdcli.decode.run import recorded
 
         shape, device = parse_shape(options.shape), pick_device(options.device)
-        bench = ShapeBench(shape, options.contexts, pick_dtype(options.dtype, device), device, **options.choices)
+        dtype = pick_dtype(options.dtype, device, options.engine)
+        bench = ShapeBench(shape, options.contexts, dtype, device, **options.choices)
     if dry_run:
         note(bench.memory_plan().line())
         return

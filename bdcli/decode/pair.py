@@ -48,7 +48,7 @@ def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
     own = options.drafter == OWN
     drafter_path = target_path if own else resolve(options.drafter, "drafter")
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
+    dtype = pick_dtype(options.dtype, device, options.engine)
     _check_weights(options, device)
     tokenizer = load_tokenizer(target_path)
     if not own:
