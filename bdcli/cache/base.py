@@ -48,6 +48,10 @@ class BaseCache:
             raise RuntimeError("prefill needs an empty cache")
         self._prompt = tokens
 
+    def prompt_needs(self, layer: int) -> tuple[int, int]:  # noqa: ARG002
+        """How many first tokens of the prompt `layer` has to read, and from which position on all of them."""
+        return 0, 0
+
     def end_layer(self, layer: int) -> None:
         """Called when `layer` has seen the whole prompt."""
 

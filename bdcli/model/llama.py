@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdcli.base.devices import product_dtype
 from bdcli.model.config import ModelConfig
 from bdcli.model.quantised import QuantisedMatrix, Weight, dense, nbytes
 
@@ -28,6 +29,7 @@ class Cache(Protocol):
     reads_whole_prompt: bool  # prefill asks `read_prompt` once a layer instead of `read` once a block
 
     def begin_prefill(self, tokens: int) -> None: ...
+    def prompt_needs(self, layer: int) -> tuple[int, int]: ...  # first tokens, and where the last ones begin
     def end_layer(self, layer: int) -> None: ...
     def end_prefill(self) -> None: ...
     def plan(self, start: int, rows: int) -> object: ...
@@ -136,33 +138,45 @@ class Model:
     def prefill(self, tokens: list[int], cache: Cache, on_block: Callable[[int, int], None] | None = None) -> None:
         """Fill an empty cache with `tokens`, layer by layer, so that at most one layer's full keys need to live.
 
-        No logits are made, so the last layer stops at its keys and values. `on_block(done, total)` counts blocks
-        of layers.
+        A layer reads the blocks of rows that its cache needs, each as in a reading of all of them. No logits are made,
+        so the last layer stops at its keys and values. `on_block(done, total)` counts tokens that all layers have read.
         """
-        spans = [(a, min(a + PREFILL_BLOCK, len(tokens))) for a in range(0, len(tokens), PREFILL_BLOCK)]
-        total, done = len(spans) * len(self.layers), 0
         cache.begin_prefill(len(tokens))
-        x = self.embed(tokens) if tokens else None
+        starts, dtype, report = (
+            range(0, len(tokens), PREFILL_BLOCK),
+            self._prompt_dtype(),
+            on_block or (lambda *_: None),
+        )
+        needs = [cache.prompt_needs(i) for i in range(len(self.layers))]
+        parts = [[a for a in starts if a < head or a + PREFILL_BLOCK > first] for head, first in needs] + [[]]
+        x = {a: self.embed(tokens[a : a + PREFILL_BLOCK]).to(dtype) for a in parts[0]}
+        done, total = 0, sum(map(len, parts))
         for i, stored in enumerate(self.layers):
-            layer, last = stored.dense(self.dtype), i == len(self.layers) - 1
-            waiting = []
-            for a, b in spans:
-                plan = cache.plan(a, b - a)
-                qk, v = self.project(layer, x[a:b])
-                q = cache.write(i, plan, qk, v)
-                if not last and cache.reads_whole_prompt:
+            layer, waiting = stored.dense(dtype), []
+            for a in parts[i]:
+                plan = cache.plan(a, len(x[a]))
+                qk, v = self.project(layer, x[a])
+                q = cache.write(i, plan, qk.to(self.dtype), v.to(self.dtype))
+                if a not in parts[i + 1]:
+                    del x[a]  # no layer above reads it
+                elif cache.reads_whole_prompt:
                     waiting.append(q)
-                elif not last:
-                    x[a:b] = self.mix(layer, x[a:b], cache.read(i, plan, q))
-                done += 1
-                if on_block:
-                    on_block(done, total)
+                    continue
+                else:
+                    x[a] = self.mix(layer, x[a], cache.read(i, plan, q).to(dtype))
+                report((done := done + 1) * len(tokens) // total, len(tokens))
             if waiting:
                 attended = cache.read_prompt(i, torch.cat(waiting))
-                for a, b in spans:
-                    x[a:b] = self.mix(layer, x[a:b], attended[a:b])
+                for a in parts[i]:
+                    x[a] = self.mix(layer, x[a], attended[a : a + PREFILL_BLOCK].to(dtype))
+                    report((done := done + 1) * len(tokens) // total, len(tokens))
             cache.end_layer(i)
         cache.end_prefill()
+
+    def _prompt_dtype(self) -> torch.dtype:
+        """What a prompt's rows are multiplied in: fp32 also for bf16 weights, where the processor is faster so."""
+        on_cpu = self.device.type == "cpu" and self.dtype is torch.bfloat16
+        return product_dtype("cpu") if on_cpu else self.dtype
 
     def forward(self, tokens: list[int], cache: Cache, rows: int) -> Tensor:
         """Append `tokens` to the cache; fp32 logits [rows, V] of the last `rows` of them, at most `cache.max_rows`."""
