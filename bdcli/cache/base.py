@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.model.llama import Model
+from bdcli.model.llama import Model, RowOperations
 from bdcli.model.rope import RopeTable
 
 
@@ -18,6 +18,7 @@ class BaseCache:
     """A cache that holds nothing yet. `length` counts the tokens read, `peak_entries` the most entries ever held."""
 
     reads_whole_prompt = False
+    row_operations = RowOperations
 
     def __init__(self, model: Model, positions: int, total_length: int):
         c = model.config

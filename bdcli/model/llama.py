@@ -27,6 +27,7 @@ class Cache(Protocol):
     length: int
     max_rows: int  # the most rows one `plan` may have after prefill
     reads_whole_prompt: bool  # prefill asks `read_prompt` once a layer instead of `read` once a block
+    row_operations: type[RowOperations]  # what a backend reads prompts with
 
     def begin_prefill(self, tokens: int) -> None: ...
     def prompt_needs(self, layer: int) -> tuple[int, int]: ...  # first tokens, and where the last ones begin
@@ -36,6 +37,21 @@ class Cache(Protocol):
     def write(self, layer: int, plan: object, qk: Tensor, v: Tensor) -> object: ...
     def read(self, layer: int, plan: object, q: object) -> Tensor: ...
     def read_prompt(self, layer: int, q: Tensor) -> Tensor: ...
+
+
+class RowOperations:
+    """What happens to rows between products, in torch."""
+
+    @staticmethod
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of rows x [T, hidden]."""
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    def gate(gate_up: Tensor) -> Tensor:
+        """silu(gate) · up [T, inner] of rows that hold both side by side."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
 
 
 @dataclass(slots=True)
@@ -107,10 +123,9 @@ class Model:
             return self.embedding.take_rows(index, self.dtype)
         return F.embedding(index, self.embedding)
 
-    def project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, layer: Layer, x: Tensor, rows: type[RowOperations] = RowOperations) -> tuple[Tensor, Tensor]:
         """Residual stream x [T, hidden] to unrotated qk [T, H+Hkv, D] and v [T, Hkv, D]."""
-        c = self.config
-        return self.project_normed(layer, F.rms_norm(x, (c.hidden_size,), layer.attention_norm, c.norm_eps))
+        return self.project_normed(layer, rows.norm(x, layer.attention_norm, self.config.norm_eps))
 
     def project_normed(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """`project` of rows that went through the layer's first norm."""
@@ -121,13 +136,12 @@ class Model:
             qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * layer.qk_norm
         return qk, v
 
-    def mix(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+    def mix(self, layer: Layer, x: Tensor, attended: Tensor, rows: type[RowOperations] = RowOperations) -> Tensor:
         """Residual stream after attention output [T, H·D] and the MLP."""
-        c = self.config
         x = x + F.linear(attended, layer.out, layer.out_bias)
-        y = F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.norm_eps)
-        gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+        y = rows.norm(x, layer.mlp_norm, self.config.norm_eps)
+        gated = rows.gate(F.linear(y, layer.gate_up, layer.gate_up_bias))
+        return x + F.linear(gated, layer.down, layer.down_bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """fp32 logits [T, V] of residual rows x [T, hidden]."""
@@ -142,11 +156,8 @@ class Model:
         so the last layer stops at its keys and values. `on_block(done, total)` counts tokens that all layers have read.
         """
         cache.begin_prefill(len(tokens))
-        starts, dtype, report = (
-            range(0, len(tokens), PREFILL_BLOCK),
-            self._prompt_dtype(),
-            on_block or (lambda *_: None),
-        )
+        starts, report = range(0, len(tokens), PREFILL_BLOCK), on_block or (lambda *_: None)
+        dtype, rows = self._prompt_dtype(), cache.row_operations
         needs = [cache.prompt_needs(i) for i in range(len(self.layers))]
         parts = [[a for a in starts if a < head or a + PREFILL_BLOCK > first] for head, first in needs] + [[]]
         x = {a: self.embed(tokens[a : a + PREFILL_BLOCK]).to(dtype) for a in parts[0]}
@@ -155,7 +166,7 @@ class Model:
             layer, waiting = stored.dense(dtype), []
             for a in parts[i]:
                 plan = cache.plan(a, len(x[a]))
-                qk, v = self.project(layer, x[a])
+                qk, v = self.project(layer, x[a], rows)
                 q = cache.write(i, plan, qk.to(self.dtype), v.to(self.dtype))
                 if a not in parts[i + 1]:
                     del x[a]  # no layer above reads it
@@ -163,12 +174,12 @@ class Model:
                     waiting.append(q)
                     continue
                 else:
-                    x[a] = self.mix(layer, x[a], cache.read(i, plan, q).to(dtype))
+                    x[a] = self.mix(layer, x[a], cache.read(i, plan, q).to(dtype), rows)
                 report((done := done + 1) * len(tokens) // total, len(tokens))
             if waiting:
                 attended = cache.read_prompt(i, torch.cat(waiting))
                 for a in parts[i]:
-                    x[a] = self.mix(layer, x[a], attended[a : a + PREFILL_BLOCK].to(dtype))
+                    x[a] = self.mix(layer, x[a], attended[a : a + PREFILL_BLOCK].to(dtype), rows)
                     report((done := done + 1) * len(tokens) // total, len(tokens))
             cache.end_layer(i)
         cache.end_prefill()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.huge_pages import huge_zeros
+from bdcli.backends.cpu.layers import CompiledRows
 from bdcli.backends.cpu.prompt_attention import causal_attention
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache
@@ -47,6 +48,7 @@ class _Panels:
     `geometry` maps fields of `tables` to what compiled code needs to know.
     """
 
+    row_operations = CompiledRows
     geometry: dict[int, int]
 
     def _allocate_panels(self, slots: int) -> None:

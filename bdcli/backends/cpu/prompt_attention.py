@@ -16,6 +16,7 @@ from torch import Tensor
 from bdcli.backends.cpu import amx
 from bdcli.backends.cpu.amx import TILE_ROWS, end_tiles, more_square_tiles, shape_tiles, square_tiles
 from bdcli.backends.cpu.attention import narrow_row
+from bdcli.backends.cpu.layers import get_wide, put_as
 from bdcli.backends.cpu.products import DOTS, FLOATS, TILES, WIDE_ROWS, more_wide_panels, wide_panels
 from bdcli.backends.cpu.simd import (
     fetch_add,
@@ -26,7 +27,6 @@ from bdcli.backends.cpu.simd import (
     machine_code,
     paired,
     put,
-    put_bf16,
     put_f32,
     put_transposed,
     spread,
@@ -78,12 +78,6 @@ SCORES_ROW = 4 * BLOCK_KEYS
 def rows_of(kind):
     """Rows that one product takes."""
     return 2 * TILE_ROWS if kind == TILES else WIDE_ROWS
-
-
-@njit(inline="always")
-def get_wide(narrow, at):
-    """Sixteen numbers as floats."""
-    return get_bf16(at) if narrow != 0 else get(at)
 
 
 @njit(error_model="numpy")
@@ -181,10 +175,7 @@ def finish(job, kv_head, start, stop, state, sums):
             into = field(job, OUT) + t * field(job, OUT_ROW) + (kv_head * group + g) * field(job, OUT_HEAD)
             whole = spread(np.float32(1) / get_f32(state + 4))
             for d in range(0, dim, 16):
-                if field(job, NARROW) != 0:
-                    put_bf16(into + 2 * d, get(sums + 4 * d) * whole)
-                else:
-                    put(into + 4 * d, get(sums + 4 * d) * whole)
+                put_as(field(job, NARROW), into + (4 - 2 * field(job, NARROW)) * d, get(sums + 4 * d) * whole)
             state, sums = state + 8, sums + 4 * dim
 
 
