@@ -163,8 +163,8 @@ def test_a_prompt_of_many_prefill_blocks(llama, monkeypatch, block):
     calls = []
     cache = FullCache(model, len(tokens))
     model.prefill(tokens[:-TAIL], cache, lambda done, total: calls.append((done, total)))
-    total = 2 * -(-(len(tokens) - TAIL) // block)
-    assert calls == [(done, total) for done in range(1, total + 1)]
+    blocks, total = 2 * -(-(len(tokens) - TAIL) // block), len(tokens) - TAIL
+    assert calls == [(done * total // blocks, total) for done in range(1, blocks + 1)]
     assert error(model.forward(tokens[-TAIL:], cache, TAIL), expected[-TAIL:]) < 1e-4
 
 

@@ -206,6 +206,7 @@ get = compiled(_v, _i)(lambda b, at: load(b, at, F32S, 4))
 spread = compiled(_v, _f)(splat)
 vfma = compiled(_v, _v, _v, _v)(fma)
 vmax = compiled(_v, _v, _v)(lambda b, x, y: call(b, "llvm.maxnum.v16f32", F32S, x, y))
+vlarger = compiled(_v, _v, _v)(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))  # y where one is NaN
 vexp = compiled(_v, _v)(_exp)
 magnitude = compiled(_v, _v)(lambda b, x: call(b, "llvm.fabs.v16f32", F32S, x))
 get_bf16 = compiled(_v, _i)(
@@ -239,29 +240,54 @@ def put_bf16_one(b, at, x):
     b.store(b.trunc(rounded, I16), pointer(b, at), align=2)
 
 
-@compiled(_none, _i, _v, _v)
-def put_narrow(b, at, x, y):
-    """The nearest bf16 of x's lanes, then of y's: 64 bytes. Only where the processor has the instruction."""
-    if HAS_DOTS:
-        b.store(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16S, y, x), pointer(b, at), align=4)
-
-
 def _rounded_bits(b, x):
-    """Each lane to the nearest bf16, ties to even, in the upper halves of <16 x i32>."""
+    """<16 x i32>: the nearest bf16 of each lane, ties to even, in the high halves; the low ones are noise."""
     bits = b.bitcast(x, I32S)
     odd = b.and_(b.lshr(bits, constant(16, I32S)), constant(1, I32S))
     return b.add(bits, b.add(odd, constant(0x7FFF, I32S)))
 
 
 def narrowed(b, x):
-    """The nearest bf16 of each lane as <16 x i16>."""
+    """The nearest bf16 of each lane, ties to even, as <16 x i16>."""
     return b.trunc(b.lshr(_rounded_bits(b, x), constant(16, I32S)), I16S)
+
+
+@compiled(_none, _i, _v, _v)
+def put_narrow(b, at, x, y):
+    """The nearest bf16 of x's lanes, then of y's: 64 bytes."""
+    if HAS_DOTS:
+        b.store(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16S, y, x), pointer(b, at), align=4)
+        return
+    for i, half in enumerate((x, y)):
+        b.store(narrowed(b, half), pointer(b, b.add(at, I64(32 * i))), align=2)
 
 
 @compiled(_v, _v)
 def rounded(b, x):
     """Each lane to the nearest bf16, ties to even."""
     return b.bitcast(b.and_(_rounded_bits(b, x), constant(0xFFFF0000, I32S)), F32S)
+
+
+@compiled(_none, _i, _v)
+def put_bf16(b, at, x):
+    """The nearest bf16 of each lane: 32 bytes."""
+    b.store(narrowed(b, x), pointer(b, at), align=2)
+
+
+@compiled(_none, _i, _i, _i)
+def put_transposed(b, source, source_row, into):
+    """16 × 16 floats whose rows lie `source_row` bytes apart, transposed into 1 KiB."""
+    rows = [load(b, b.add(source, b.mul(I64(i), source_row)), F32S, 4) for i in range(LANES)]
+    for step in (8, 4, 2, 1):
+        keep = [lane if not lane & step else lane - step + LANES for lane in range(LANES)]
+        move = [lane + step if not lane & step else lane + LANES for lane in range(LANES)]
+        for i in range(LANES):
+            if not i & step:
+                x, y = rows[i], rows[i + step]
+                rows[i] = b.shuffle_vector(x, y, ir.Constant(I32S, keep))
+                rows[i + step] = b.shuffle_vector(x, y, ir.Constant(I32S, move))
+    for i, row in enumerate(rows):
+        b.store(row, pointer(b, b.add(into, I64(64 * i))), align=64)
 
 
 @compiled(_v, _v, _v)
