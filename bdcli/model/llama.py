@@ -40,7 +40,12 @@ class Cache(Protocol):
 
 
 class RowOperations:
-    """What happens to rows between products, in torch."""
+    """What happens to a prompt's rows between products, and to weights before them, in torch."""
+
+    @staticmethod
+    def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+        """A weight as a tensor of `dtype`."""
+        return dense(weight, dtype)
 
     @staticmethod
     def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -70,13 +75,13 @@ class Layer:
     down_bias: Tensor | None = None
     qk_norm: Tensor | None = None
 
-    def dense(self, dtype: torch.dtype) -> Layer:
+    def dense(self, dtype: torch.dtype, rows: type[RowOperations] = RowOperations) -> Layer:
         """This layer with every weight as a tensor of `dtype`; what is one already is shared."""
         matrices = self.qkv, self.out, self.gate_up, self.down
         if self.attention_norm.dtype is dtype and all(isinstance(w, Tensor) for w in matrices):
             return self
         own = ((name, getattr(self, name)) for name in Layer.__slots__)
-        return Layer(**{name: None if w is None else dense(w, dtype) for name, w in own})
+        return Layer(**{name: None if w is None else rows.dense(w, dtype) for name, w in own})
 
     def quantised(self, bits: int) -> Layer:
         """This layer with its matrices in 4 or 8 bits; the rest is shared."""
@@ -179,7 +184,7 @@ class Model:
         x = {a: self.embed(tokens[a : a + PREFILL_BLOCK]).to(dtype) for a in parts[0]}
         done, total = 0, sum(map(len, parts))
         for i, stored in enumerate(self.layers):
-            layer, waiting = stored.dense(dtype), []
+            layer, waiting = stored.dense(dtype, rows), []
             for a in parts[i]:
                 plan = cache.plan(a, len(x[a]))
                 qk, v = self.project(layer, x[a], rows)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from bdcli.model.llama import RowOperations
+from bdcli.model.quantised import FORMATS
 from tests.support.cli import compiled_only
 from tests.support.compiled import randn
+from tests.support.quantised import random_matrix
 
 pytestmark = compiled_only
 
@@ -45,3 +47,11 @@ def test_rows_equal_their_twin_on_any_number_of_threads(rows, width, dtype):
 def test_rows_that_lie_apart_are_refused():
     with pytest.raises(RuntimeError, match="strides"):
         compiled().norm(randn(4, 64)[:, ::2], randn(32), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_matrices_in_blocks_are_dense_bit_for_bit(form, dtype):
+    for rows, inputs in ((1, 32), (37, 96), (64, 160)):
+        matrix = random_matrix(form, rows, inputs)
+        assert torch.equal(compiled().dense(matrix, dtype), matrix.dense(dtype))

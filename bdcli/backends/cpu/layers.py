@@ -16,9 +16,17 @@ from torch import Tensor
 
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, pack_tiles, tile_rows
-from bdcli.backends.cpu.blocks import FIRST_KIND, embed_block_row, linear_blocks, pack_blocks, panel_bytes
+from bdcli.backends.cpu.blocks import (
+    FIRST_KIND,
+    embed_block_row,
+    kind_of_format,
+    linear_blocks,
+    pack_blocks,
+    panel_bytes,
+)
 from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, PAIRS, TILES, rows_dot
 from bdcli.backends.cpu.simd import (
+    entries,
     evens,
     fetch_add,
     get,
@@ -38,6 +46,7 @@ from bdcli.backends.cpu.simd import (
 from bdcli.backends.cpu.tables import field, number
 from bdcli.backends.cpu.threads import run_on_torch_threads
 from bdcli.model.llama import RowOperations
+from bdcli.model.quantised import QuantisedMatrix, Weight
 
 
 @njit(error_model="numpy")
@@ -299,6 +308,18 @@ def gate_prompt(job):
 
 class CompiledRows(RowOperations):
     """`RowOperations` in one sweep over the rows each, on torch's threads."""
+
+    @staticmethod
+    def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+        """As `RowOperations.dense`; a matrix in blocks comes as a view whose columns lie side by side."""
+        if not isinstance(weight, QuantisedMatrix):
+            return weight.to(dtype)
+        panels = weight.data.shape[0]
+        out = torch.empty(weight.inputs, 16 * panels, dtype=dtype)
+        kind, wide = kind_of_format(weight.format, 2), dtype is torch.float32
+        places = weight.data.data_ptr(), weight.inputs, panels, out.data_ptr()
+        entries["dense_columns"].ctypes(kind, *places, wide)
+        return out.T[: weight.rows]
 
     @staticmethod
     def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
