@@ -276,7 +276,8 @@ def _parse_rope(model: _Keys, head_dim: int) -> RopeConfig:
         return RopeConfig(**rope)
     original = keys.whole("original_max_position_embeddings")
     factor = keys.number_or_none("factor") or max_position / original
-    rope |= {"factor": factor, "original_max_position": original}
+    stated = kind in ("llama3", "yarn") or "original_max_position_embeddings" in scaling
+    rope |= {"factor": factor, "original_max_position": original if stated else None}
     if kind == "llama3":
         low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
         if high <= low:
