@@ -53,6 +53,12 @@ def eos_tokens(folder: Path) -> frozenset[int]:
     return frozenset()
 
 
+def text_ends(folder: Path, tokenizer, chat: bool) -> frozenset[int]:
+    """Tokens that end a text: the model's EOS, and in a chat the tokenizer's too, which closes a turn."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    return eos_tokens(folder) | ({own} if chat and own is not None else set())
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> Model:
     """Weights from safetensors (one file or shards with an index), cast to `dtype` on `device`.
 

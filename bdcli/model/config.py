@@ -90,11 +90,15 @@ class ModelConfig:
 
     @property
     def context_limit(self) -> int:
-        """Most tokens of a text, prompt and new ones together: `max_position`, or factor × original where scaled."""
-        if self.rope.kind not in SCALED:
-            return self.max_position
-        original = self.rope.original_max_position or self.max_position
-        return max(self.max_position, int(self.rope.factor * original))
+        """Most tokens of a text, prompt and new ones together.
+
+        `max_position`, factor × original where RoPE is scaled; the sliding window where there is one, which is not
+        decoded beyond its size.
+        """
+        limit = self.max_position
+        if self.rope.kind in SCALED:
+            limit = max(limit, int(self.rope.factor * (self.rope.original_max_position or limit)))
+        return min(limit, self.sliding_window or limit)
 
 
 class _Keys:

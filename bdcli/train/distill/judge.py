@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from bdcli.base.progress import Progress
-from bdcli.cache.selection import parse_selection
 from bdcli.config.distill import DistillRecipe
 from bdcli.model.llama import Model
 from bdcli.speculation.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_grid
+from bdcli.train.distill.plan import grid_selections
 from bdcli.train.trainer import TrainingState
 
 
@@ -50,10 +50,9 @@ class Judge:
         return f"no better for {since} measurements" if patience is not None and since >= patience else None
 
     def _grid(self) -> list[Cell]:
-        e, v = self._recipe.evaluation, self._recipe.views
-        selections = [parse_selection(budget, v.select, v.positions, e.gamma) for budget in e.budgets]
+        selections, gamma = grid_selections(self._recipe), self._recipe.evaluation.gamma
         sampling = Sampling(self._recipe.temperature)
-        return list(acceptance_grid(self._drafter, self._passages, selections, e.gamma, sampling))
+        return list(acceptance_grid(self._drafter, self._passages, selections, gamma, sampling))
 
     def _score(self, cells: list[Cell]) -> float:
         """Mean over budgets, or over the full cache where the drafter learns that alone."""

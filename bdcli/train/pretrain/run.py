@@ -143,7 +143,7 @@ class Pretraining:
         tokenizer = load_tokenizer(start)
         vocabulary = digest([sorted(tokenizer.get_vocab().items())])
         model = load_model(start, torch.float32, self.device)
-        self._check_positions(model.config.max_position)
+        self._check_positions(model.config.context_limit)
         corpus = make_corpus(r, tokenizer, vocabulary, self.out / TOKENS, self.progress)
         batches = Batches(r, model, corpus, ordinary_ids(tokenizer), self.dtype)
         h = r.held_out
