@@ -15,6 +15,7 @@ from bdcli.base.files import digest
 from bdcli.base.progress import SILENT, Progress
 from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
+from bdcli.data.identity import sources_identity
 from bdcli.data.prompts import encode_all
 from bdcli.data.sources import TOKEN_CHARACTERS, documents
 from bdcli.data.synthetic import copied_ids
@@ -52,7 +53,8 @@ def make_corpus(recipe: PretrainRecipe, tokenizer, vocabulary: str, path: Path, 
     Raises UserError where a source holds no whole window.
     """
     s = recipe.schedule
-    key = digest([asdict(recipe.corpus), s.tokens, s.contexts, recipe.seed, vocabulary])
+    sources = sources_identity(recipe.corpus.sources)
+    key = digest([asdict(recipe.corpus), sources, s.tokens, s.contexts, recipe.seed, vocabulary])
     if path.exists():
         return Corpus(recipe, read_state(path, key)["streams"])
     streams = []

@@ -16,17 +16,21 @@ from bdcli.train.trainer import TrainingState
 
 
 class Judge:
-    """Measures the grid of `recipe` on `passages`; calls `keep` where a drafter is the best so far."""
+    """Measures the grid of `recipe` on `passages`; calls `keep` where a drafter is the best so far.
+
+    `vocabulary` is the target's size.
+    """
 
     def __init__(
         self,
         recipe: DistillRecipe,
         drafter: Model,
+        vocabulary: int,
         passages: Sequence[Passage],
         keep: Callable[[], None],
         progress: Progress,
     ):
-        self._recipe, self._drafter, self._passages = recipe, drafter, passages
+        self._recipe, self._drafter, self._vocabulary, self._passages = recipe, drafter, vocabulary, passages
         self._keep, self._progress = keep, progress
 
     def measure(self, state: TrainingState) -> float:
@@ -52,7 +56,7 @@ class Judge:
     def _grid(self) -> list[Cell]:
         selections, gamma = grid_selections(self._recipe), self._recipe.evaluation.gamma
         sampling = Sampling(self._recipe.temperature)
-        return list(acceptance_grid(self._drafter, self._passages, selections, gamma, sampling))
+        return list(acceptance_grid(self._drafter, self._passages, selections, gamma, sampling, self._vocabulary))
 
     def _score(self, cells: list[Cell]) -> float:
         """Mean over budgets, or over the full cache where the drafter learns that alone."""

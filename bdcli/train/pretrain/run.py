@@ -22,6 +22,7 @@ from bdcli.base.progress import SILENT, Progress
 from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import make_corpus, ordinary_ids
+from bdcli.data.identity import sources_identity
 from bdcli.data.sources import missing_sources
 from bdcli.data.split import held_out_windows
 from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
@@ -149,7 +150,8 @@ class Pretraining:
         h = r.held_out
         sources = h.sources or r.corpus.sources
         held_out = held_out_windows(tokenizer, sources, max(h.contexts), h.documents, bool(h.sources))
-        key = digest([as_dict(replace(r, checkpoint_minutes=0)), fingerprint(start)])
+        texts = sources_identity((*r.corpus.sources, *h.sources))
+        key = digest([as_dict(replace(r, checkpoint_minutes=0)), texts, fingerprint(start)])
         return _Work(start, model, batches, torch.tensor(held_out), key)
 
     def _check_positions(self, available: int) -> None:
