@@ -20,7 +20,8 @@ from bdcli.train.targets import Target
 class Objective:
     """What `recipe` teaches `drafter`, whose weights are fp32; products run in `dtype`.
 
-    `vocabulary` is the target's size, the drafter's by default. The drafter learns the ids that both have, as decoding lets it propose those.
+    `vocabulary` is the target's size, the drafter's by default. The drafter learns the ids that both have, which are
+    those that decoding lets it propose.
     """
 
     def __init__(self, recipe: DistillRecipe, drafter: Model, dtype: torch.dtype, vocabulary: int | None = None):
