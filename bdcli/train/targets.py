@@ -80,7 +80,7 @@ class TopKTarget:
         unknown = self.index >= vocabulary
         if not unknown.any():
             return self, None
-        order = unknown.int().argsort(-1, stable=True)  # known ones first, falling as before
+        order = unknown.int().argsort(dim=-1, stable=True)  # known ones first, falling as before
         unknown, index = unknown.gather(-1, order), self.index.gather(-1, order)
         logs = self.log_probs.gather(-1, order).float()
         lost = logs.masked_fill(~unknown, -torch.inf).logsumexp(-1, keepdim=True).exp().clamp(max=1 - 1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from bdcli.cache.full import FullCache
 from bdcli.model.checkpoint import load_model
@@ -15,6 +16,14 @@ from bdcli.model.hub import POCKET
 
 CPU = torch.device("cpu")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+EXTRA = {"id": 4096, "content": "<extra>", "single_word": False, "lstrip": False, "rstrip": False}
+EXTRA |= {"normalized": False, "special": True}
+APPENDS_EOS = {  # a post-processor that puts </s> after every text
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+}
 
 
 def edit(path: Path, **changes: object) -> Path:
@@ -51,6 +60,24 @@ def random_folder(family: str, out: Path, **config: object) -> Path:
     for name in TOKENIZER_FILES:
         shutil.copy(POCKET / "target" / name, out)
     return out
+
+
+def add_token(folder: Path) -> None:
+    """Give a pocket tokenizer a token that the model has no embedding of."""
+    tokenizer = folder / "tokenizer.json"
+    known = json.loads(tokenizer.read_text("utf-8"))["added_tokens"]
+    edit(tokenizer, added_tokens=[*known, EXTRA])
+
+
+def pad_vocabulary(folder: Path, rows: int) -> Path:
+    """Give an embedding more rows, as checkpoints padded to round sizes have."""
+    edit(folder / "config.json", vocab_size=rows)
+    weights = load_file(folder / "model.safetensors")
+    old = weights["model.embed_tokens.weight"]
+    added = torch.zeros(rows - len(old), old.shape[1], dtype=old.dtype)
+    weights["model.embed_tokens.weight"] = torch.cat((old, added))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
