@@ -48,6 +48,7 @@ CLASS_DEFAULTS = {  # of keys that config.json may leave out
 }
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_LARGEST = 1e18
 _AGAIN = "Correct it, or download the model folder again"
 
 
@@ -128,8 +129,8 @@ class _Keys:
     def number(self, key: str) -> float:
         """Above 0."""
         found = self.value(key)
-        if type(found) not in (int, float) or not 0 < found < math.inf:
-            raise self.refuse(key, "a number above 0")
+        if type(found) not in (int, float) or not 0 < found <= _LARGEST:
+            raise self.refuse(key, f"a number above 0, {_LARGEST:.0e} at most")
         return found
 
     def number_or_none(self, key: str) -> float | None:
@@ -172,8 +173,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     )
     if keys.value("hidden_act") not in _ACTIVATIONS:
         raise UserError(f"{where}: activation {raw['hidden_act']!r} is not supported", "Supported: silu")
-    if raw.get("per_layer_config"):
-        raise UserError(f"{where}: layers of different shapes (per_layer_config) are not supported")
+    for key in ("per_layer_config", "transformers_weights"):  # layers of several shapes; weights in files of any name
+        if raw.get(key):
+            raise UserError(f"{where}: config.json has {key}, which is not supported", "Use a model without it")
     if config.heads % config.kv_heads or config.head_dim % 2 or not config.head_dim:
         raise UserError(
             f"{where}: {config.heads} heads over {config.kv_heads} KV heads of dimension {config.head_dim} do not fit",

@@ -93,6 +93,11 @@ def lose_shard(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def config_folder(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
 def empty_index(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text("{}")
@@ -130,6 +135,7 @@ DAMAGES = {
     "heads": (lambda f: configure(f, num_key_value_heads=3), ["4 heads over 3 KV heads"]),
     "config key": (lambda f: drop_key(f, "hidden_size"), ["config.json lacks 'hidden_size'"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json does not exist"]),
+    "config a folder": (config_folder, ["config.json cannot be read"]),
     "config not JSON": (lambda f: truncate(f / "config.json"), ["config.json is not valid JSON"]),
     "config not an object": (
         lambda f: (f / "config.json").write_text("[]"),

@@ -209,6 +209,8 @@ def test_sliding_window(family, changes, expected):
         ("Llama", {"quantization_config": {"quant_method": "fp8"}}, ["quantised (fp8)"]),
         ("Llama", {"quantization_config": {"load_in_4bit": True}}, ["quantised (bitsandbytes)"]),
         ("Llama", {"quantization": {"group_size": 64, "bits": 4}}, ["quantised (MLX)"]),
+        ("Llama", {"rope_theta": 10**400}, ["rope_theta = 1000"]),
+        ("Llama", {"transformers_weights": "other.safetensors"}, ["transformers_weights"]),
         ("Llama", {"per_layer_config": {"0": {"intermediate_size": 8}}}, ["per_layer_config"]),
     ],
 )

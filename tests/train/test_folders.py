@@ -70,10 +70,11 @@ def test_padding_of_either_vocabulary_teaches_nothing(pocket, padded, cache, kin
     want, gradient = loss_and_gradient(recipe, pocket[0], pocket[1], ids)
     pair = (padded[0][0], pocket[1]) if larger == "target" else (pocket[0], padded[0][1])
     got, padded_gradient = loss_and_gradient(recipe, *pair, ids)
-    close = 1e-3 if cache == "topk" and larger == "target" else 2e-5  # its log p count the padding's mass
-    close = 5e-2 if cache == "hidden" else close if got else 0  # stored in bf16
+    close = 2e-5
+    if cache == "hidden" or (cache == "topk" and larger == "target"):
+        close = 0.06  # stored in bf16; padding has some of the 32 places, so that less of the tail is known
     assert got == pytest.approx(want, rel=close)
-    assert (padded_gradient[:4096] - gradient).abs().max() <= 20 * close * gradient.abs().max()
+    assert (padded_gradient[:4096] - gradient).norm() <= 3 * close * gradient.norm()
     assert not padded_gradient[4096:].any()
 
 
