@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bdcli.base.digests import file_digest
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest, new_folder
-from bdcli.model.config import ModelConfig, parse_config
+from bdcli.model.config import ModelConfig, architecture_of, parse_config
 from bdcli.model.hub import read_model_json
 from bdcli.model.llama import Layer, Model
 from bdcli.model.quantised import quantise
+from bdcli.model.safetensors_files import EMBEDDING, HEAD, TensorFiles, refuse_adapter
 
-_IGNORED = ("rotary_emb.inv_freq",)  # tables that old checkpoints carry
+_IDENTITY = (  # what a model is, beside its weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
 
 
 def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a model folder. Raises UserError on what is no model, or none that can be honoured."""
+    refuse_adapter(folder)
     return parse_config(read_model_json(folder / "config.json"), str(folder))
 
 
@@ -29,8 +46,17 @@ def eos_tokens(folder: Path) -> frozenset[int]:
         path = folder / name
         eos = read_model_json(path).get("eos_token_id") if path.exists() else None
         if eos is not None:
-            return frozenset(eos if isinstance(eos, list) else [eos])
+            found = eos if isinstance(eos, list) else [eos]
+            if not all(type(token) is int for token in found):
+                raise UserError(f"{path} has eos_token_id = {eos!r}, not a token id or a list of them", "Correct it")
+            return frozenset(found)
     return frozenset()
+
+
+def text_ends(folder: Path, tokenizer, chat: bool) -> frozenset[int]:
+    """Tokens that end a text: the model's EOS, and in a chat the tokenizer's too, which closes a turn."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    return eos_tokens(folder) | ({own} if chat and own is not None else set())
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> Model:
@@ -41,27 +67,36 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     Raises UserError naming the file and tensor when something is missing, truncated or of another shape.
     """
     c = read_config(folder)
-    weights = _Weights(folder, dtype, device)
+    weights = TensorFiles(folder, dtype, device)
     hidden, q_rows, kv_rows = c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    embedding = weights.take("model.embed_tokens.weight", (c.vocab_size, hidden))
+    embedding, head = _load_ends(weights, c)
     layers = []
     for i in range(c.layers):
         layer = _load_layer(weights, f"model.layers.{i}.", c, q_rows, kv_rows)
         layers.append(layer if bits is None else layer.quantised(bits))
     norm = weights.take("model.norm.weight", (hidden,))
-    if c.tied_head:
-        weights.skip("lm_head.weight")
-        head = embedding
-    else:
-        head = weights.take("lm_head.weight", (c.vocab_size, hidden))
     weights.expect_empty()
+    tied = head is embedding
     if bits is not None:
-        tied, embedding = head is embedding, quantise(embedding, 8)
+        embedding = quantise(embedding, 8)
         head = embedding if tied else quantise(head, 8)
-    return Model(c, embedding, layers, norm, head)
+    return Model(replace(c, tied_head=tied), embedding, layers, norm, head)
 
 
-def _load_layer(weights: _Weights, at: str, c: ModelConfig, q_rows: int, kv_rows: int) -> Layer:
+def _load_ends(weights: TensorFiles, c: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Embedding and head. Tied ones are one tensor, stored under either name; two that differ are not tied."""
+    shape = c.vocab_size, c.hidden_size
+    if c.tied_head and EMBEDDING not in weights and HEAD in weights:
+        embedding = head = weights.take(HEAD, shape)
+        return embedding, head
+    embedding = weights.take(EMBEDDING, shape)
+    if c.tied_head and HEAD not in weights:
+        return embedding, embedding
+    head = weights.take(HEAD, shape)
+    return embedding, embedding if c.tied_head and torch.equal(head, embedding) else head
+
+
+def _load_layer(weights: TensorFiles, at: str, c: ModelConfig, q_rows: int, kv_rows: int) -> Layer:
     attention, mlp = at + "self_attn.", at + "mlp."
     hidden, inner = c.hidden_size, c.intermediate_size
     qkv = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
@@ -88,78 +123,11 @@ def _load_layer(weights: _Weights, at: str, c: ModelConfig, q_rows: int, kv_rows
     return layer
 
 
-class _Weights:
-    """Tensors of a checkpoint by name, each taken once; what nobody took is an error at the end."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device):
-        from safetensors import SafetensorError, safe_open
-
-        self._folder, self._dtype, self._device = folder, dtype, device
-        self._corrupt = SafetensorError
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            shards = read_model_json(index).get("weight_map")
-            if not shards:
-                raise UserError(f"{index} lists no weights", "Download it again")
-            files = sorted(set(shards.values()))
-        elif (folder / "model.safetensors").exists():
-            files = ["model.safetensors"]
-        elif list(folder.glob("*.bin")):
-            hint = f"Make safetensors of them: bdcli convert {folder} NEW_FOLDER"
-            raise UserError(f"{folder} has only .bin weights, which can run code when loaded", hint)
-        else:
-            hint = "Point at a Hugging Face model folder; of .bin weights on the hub bdcli convert makes one"
-            raise UserError(f"{folder} holds no model.safetensors", hint)
-        self._where = {}
-        for name in files:
-            path = folder / name
-            if not path.exists():
-                raise UserError(f"{path} is missing", "Download the model folder again")
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise _damaged(path, error) from None
-            self._where.update(dict.fromkeys(handle.keys(), (path, handle)))
-        self._open = set(self._where)
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._where:
-            raise UserError(f"{self._folder}: tensor {name} is missing", "Check config.json against the checkpoint")
-        self._open.discard(name)
-        path, handle = self._where[name]
-        try:
-            tensor = handle.get_tensor(name)
-        except (self._corrupt, OSError) as error:
-            raise _damaged(path, error) from None
-        if tuple(tensor.shape) != shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}", "Check the pair"
-            )
-        return tensor.to(self._device, self._dtype)
-
-    def skip(self, name: str) -> None:
-        self._open.discard(name)
-
-    def expect_empty(self) -> None:
-        left = sorted(n for n in self._open if not n.endswith(_IGNORED))
-        if left:
-            raise UserError(f"{self._folder}: {len(left)} tensors have no place in this model, first {left[0]}")
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged or truncated ({error})", "Download it again")
-
-
 def fingerprint(folder: Path) -> str:
-    """Changes when the model does: config and the first and last MiB of the weights, with their sizes."""
-    parts = [(folder / "config.json").read_bytes()]
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            parts += [f"{path.name} {size}".encode(), file.read(2**20)]
-            file.seek(max(0, size - 2**20))
-            parts.append(file.read())
-    return digest(b"".join(parts))
+    """Identity of a model: of all bytes of its weights, its configuration, its tokenizer and its EOS tokens."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    names += [name for name in _IDENTITY if (folder / name).exists()]
+    return digest([(name, file_digest(folder / name)) for name in sorted(names)])
 
 
 def save_model(model: Model, like: Path, folder: Path) -> None:
@@ -190,9 +158,15 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
             weights[at + "self_attn.q_norm.weight"] = layer.qk_norm[0]
             weights[at + "self_attn.k_norm.weight"] = layer.qk_norm[c.heads]
     flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
-    raw = read_model_json(like / "config.json") | {"dtype": "bfloat16", "num_hidden_layers": c.layers}
-    if "layer_types" in raw:  # full attention in all of them, or it would not have been read
-        raw["layer_types"] = raw["layer_types"][:1] * c.layers
+    raw = read_model_json(like / "config.json")
+    raw |= {
+        "architectures": [architecture_of(raw, str(like))],
+        "dtype": "bfloat16",
+        "num_hidden_layers": c.layers,
+        "tie_word_embeddings": c.tied_head,
+    }
+    if raw.get("layer_types") is not None:
+        raw["layer_types"] = (raw["layer_types"] + raw["layer_types"][-1:] * c.layers)[: c.layers]
     with new_folder(folder) as fresh:
         for path in like.iterdir():
             if path.suffix in (".json", ".model", ".jinja") and not path.name.endswith(".index.json"):

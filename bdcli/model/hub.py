@@ -52,6 +52,8 @@ def read_model_json(path: Path) -> dict:
         parsed = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "Point at a Hugging Face model folder") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "Give a readable model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})", "Download it again") from None
     if not isinstance(parsed, dict):

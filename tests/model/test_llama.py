@@ -280,19 +280,3 @@ def test_yarn_options(changes, factor, attention_factor, original):
         attention_factor,
         original,
     )
-
-
-@pytest.mark.parametrize(
-    "family, changes, expected",
-    [
-        ("Mistral", {"sliding_window": 4096}, 4096),
-        ("Mistral", {"sliding_window": None}, None),
-        ("Qwen2", {"sliding_window": 4096, "use_sliding_window": True}, 4096),
-        ("Qwen2", {"sliding_window": 4096, "use_sliding_window": False}, None),
-        ("Qwen3", {"sliding_window": 4096}, None),
-        ("Llama", {"sliding_window": 4096}, None),
-    ],
-)
-def test_sliding_window(family, changes, expected):
-    raw = getattr(transformers, f"{family}Config")(architectures=[f"{family}ForCausalLM"]).to_dict()
-    assert parse_config(raw | changes, "here").sliding_window == expected
