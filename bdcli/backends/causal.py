@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.backends.cpu import support
+from bdcli.backends.cpu.machine import support
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

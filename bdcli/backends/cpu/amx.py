@@ -18,10 +18,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from bdcli.backends.cpu.products import offset_by
-from bdcli.backends.cpu.simd import (
-    I64,
-    call,
+from bdcli.backends.cpu.machine.llvm import I64, call, pointer
+from bdcli.backends.cpu.machine.simd import (
     compiled,
     evens,
     get,
@@ -29,7 +27,6 @@ from bdcli.backends.cpu.simd import (
     machine_code,
     odds,
     paired,
-    pointer,
     put,
     put_column,
     put_f32,
@@ -37,6 +34,7 @@ from bdcli.backends.cpu.simd import (
     rounded,
     spread,
 )
+from bdcli.backends.cpu.products import offset_by
 
 TILE_ROWS = 16
 HALF = 1024  # bytes of a tile; of 16 packed rows, each 32 numbers are a tile of their high parts, then of the low ones

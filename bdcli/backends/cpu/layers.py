@@ -24,8 +24,7 @@ from bdcli.backends.cpu.blocks import (
     pack_blocks,
     panel_bytes,
 )
-from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, PAIRS, TILES, rows_dot
-from bdcli.backends.cpu.simd import (
+from bdcli.backends.cpu.machine.simd import (
     entries,
     evens,
     fetch_add,
@@ -43,8 +42,9 @@ from bdcli.backends.cpu.simd import (
     vfma,
     vmax,
 )
+from bdcli.backends.cpu.machine.threads import run_on_torch_threads
+from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, PAIRS, TILES, rows_dot
 from bdcli.backends.cpu.tables import field, number
-from bdcli.backends.cpu.threads import run_on_torch_threads
 from bdcli.model.llama import RowOperations
 from bdcli.model.quantised import QuantisedMatrix, Weight
 

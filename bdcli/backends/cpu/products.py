@@ -22,7 +22,7 @@ import itertools
 from numba import types
 from numba.core import cgutils
 
-from bdcli.backends.cpu.simd import (
+from bdcli.backends.cpu.machine.llvm import (
     F32,
     F32S,
     HAS_DOTS,
@@ -31,17 +31,16 @@ from bdcli.backends.cpu.simd import (
     I64,
     WIDE,
     ask,
-    compiled,
     constant,
     dot,
     fma,
     load,
-    machine_code,
     pointer,
     splat,
     tree,
     widen_pairs,
 )
+from bdcli.backends.cpu.machine.simd import compiled, machine_code
 
 FLOATS, PAIRS, DOTS, TILES = range(4)
 KINDS = (FLOATS, PAIRS, DOTS) if HAS_DOTS else (FLOATS, PAIRS)  # of this file, here

@@ -17,8 +17,7 @@ from bdcli.backends.cpu import amx
 from bdcli.backends.cpu.amx import TILE_ROWS, end_tiles, more_square_tiles, shape_tiles, square_tiles
 from bdcli.backends.cpu.attention import narrow_row
 from bdcli.backends.cpu.layers import get_wide, put_as
-from bdcli.backends.cpu.products import DOTS, FLOATS, TILES, WIDE_ROWS, more_wide_panels, wide_panels
-from bdcli.backends.cpu.simd import (
+from bdcli.backends.cpu.machine.simd import (
     fetch_add,
     get,
     get_bf16,
@@ -34,9 +33,10 @@ from bdcli.backends.cpu.simd import (
     vexp,
     vlarger,
 )
-from bdcli.backends.cpu.support import dots_pay
+from bdcli.backends.cpu.machine.support import dots_pay
+from bdcli.backends.cpu.machine.threads import run_on_torch_threads
+from bdcli.backends.cpu.products import DOTS, FLOATS, TILES, WIDE_ROWS, more_wide_panels, wide_panels
 from bdcli.backends.cpu.tables import field, number
-from bdcli.backends.cpu.threads import run_on_torch_threads
 
 TASK_ROWS = 384  # queries of a task, of all heads of a group
 BLOCK_KEYS = 256  # whose scores with a few rows are in the first cache at once, and which lie in the second

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from bdcli.backends.cpu.code_cache import code_folder
+from bdcli.backends.cpu.machine.code_cache import code_folder
 from bdcli.model.llama import Model
 
 

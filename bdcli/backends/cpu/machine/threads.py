@@ -14,7 +14,7 @@ from pathlib import Path
 from numba import njit, types
 
 from bdcli.backends.cpu import tables
-from bdcli.backends.cpu.simd import entries, fetch_add, observe, pause, publish
+from bdcli.backends.cpu.machine.simd import entries, fetch_add, observe, pause, publish
 from bdcli.backends.cpu.tables import field
 
 PATIENCE = 3000  # pauses at a barrier before the processor is offered to others; some 0.1 ms
