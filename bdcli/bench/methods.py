@@ -98,7 +98,7 @@ class EngineMethod(Method):
         started = time.perf_counter()
         run.prefill(prompt, target_ready=True)
         prefill_s = time.perf_counter() - started
-        controller = warm_up(run, o.gamma if drafter is not None else 0, self.gamma_max)
+        controller = warm_up(run, self.session.gamma if drafter is not None else 0, self.gamma_max)
         rounds = [RoundFigures.of(r) for r in run.rounds(o.max_new_tokens, self.session.pair.eos, controller)]
         return Outcome(
             tokens=run.new_tokens,

@@ -66,6 +66,10 @@ class View:
         """A text of `length` tokens is seen whole."""
         return length <= self.sinks + self.window
 
+    def fitted(self, length: int) -> View:
+        """The same view of a text of `length` tokens, without entries that it cannot use."""
+        return replace(self, budget=min(self.budget, max(length, self.sinks + 1) + self.gamma_max + 1))
+
     def mean_keys(self, length: int) -> float:
         """About how many keys a query of a text of `length` tokens sees, in the mean."""
         return min(length / 2, self.prefix + self.window)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
 from bdcli.config.optimizer import Updates
-from bdcli.config.settings import NON_NEGATIVE, TEMPERATURE, above, at_least, setting, within
+from bdcli.config.settings import NON_NEGATIVE, SEED, TEMPERATURE, above, at_least, setting, within
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class DistillRecipe:
         "pocket", "the drafter to start from: folder, hub name, or pocket; none takes the first layers of the target"
     )
     layers: int = setting(2, "how many layers of the target, where drafter is none", above(0))
-    seed: int = setting(0, "seed of data order, views and sampling")
+    seed: int = setting(0, "seed of data order, views and sampling", SEED)
     device: str = setting("auto", "auto, cpu, cuda")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")
     temperature: float = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -30,6 +31,19 @@ def at_least(limit: float, rule: str = "") -> Bounds:
 def within(low: float, high: float) -> Bounds:
     """From `low` to `high`, both included."""
     return Bounds(lambda value: low <= value <= high, f"must lie in {low} .. {high}")
+
+
+LARGEST_COUNT = 2**31 - 1  # of tokens, in settings that the store keeps as integers
+SEED = within(0, 2**63 - 1)
+# What decode and bench sample with; the store's columns have the same names.
+SAMPLING_BOUNDS = {
+    "temperature": Bounds(lambda value: 0 <= value < math.inf, TEMPERATURE),
+    "top_k": Bounds(lambda value: 0 <= value <= LARGEST_COUNT, f"must lie in 0 (off) .. {LARGEST_COUNT}"),
+    "top_p": Bounds(lambda value: 0 < value <= 1, "must lie in (0, 1]; 1 is off"),
+    "min_p": Bounds(lambda value: 0 <= value <= 1, "must lie in 0 (off) .. 1"),
+    "repetition_penalty": Bounds(lambda value: 0.01 <= value <= 100, "must lie in 0.01 .. 100; 1 is off"),
+    "seed": SEED,
+}
 
 
 def setting(default, meaning: str, bounds: Bounds | None = None):

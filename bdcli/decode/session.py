@@ -49,11 +49,18 @@ class Session:
     def selection(self) -> Selection:
         """What the drafter keeps."""
         o = self.options
-        return parse_selection(o.budget, o.select, o.positions, o.gamma)
+        return parse_selection(o.budget, o.select, o.positions, self.gamma)
+
+    @property
+    def gamma(self) -> int | None:
+        """The draft length asked for, at most what --max-new-tokens leaves to draft; None is auto."""
+        o = self.options
+        return None if o.gamma is None else min(o.gamma, max(1, o.max_new_tokens - 1))
 
     @cached_property
     def sampling(self) -> Sampling:
-        return Sampling(self.options.temperature, self.options.top_k, self.options.top_p)
+        o, vocab = self.options, self.pair.target.config.vocab_size
+        return Sampling(o.temperature, min(o.top_k, vocab), o.top_p, o.min_p, o.repetition_penalty)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of the prompt, fitted into what the target can hold.
@@ -124,12 +131,14 @@ class Session:
             "draft_weights": pair.drafter.weights,
             "attention": pair.backend.name,
             "budget": selection.budget or "full",
-            "gamma": o.gamma or "auto",
+            "gamma": self.gamma or "auto",
             "select": selection.label,
             "positions": selection.positions,
             "temperature": o.temperature,
-            "top_k": o.top_k,
+            "top_k": self.sampling.top_k,
             "top_p": o.top_p,
+            "min_p": o.min_p,
+            "repetition_penalty": o.repetition_penalty,
             "seed": o.seed,
         }
 
@@ -159,7 +168,7 @@ class Generation:
             self.speculator.prefill(self.prompt, self.progress)
             prefill_s = time.perf_counter() - started
             options, selection = self.session.options, self.session.selection
-            controller = warm_up(self.speculator, options.gamma, selection.gamma_max)
+            controller = warm_up(self.speculator, self.session.gamma, selection.gamma_max)
             with deferred_interrupt() as interrupt:
                 for done in self.speculator.rounds(options.max_new_tokens, self.session.pair.eos, controller):
                     self.ttft_s = self.ttft_s if self.ttft_s is not None else prefill_s + done.seconds
