@@ -75,6 +75,8 @@ class EngineMethod(Method):
             temperature=r.temperature,
             top_k=r.top_k,
             top_p=r.top_p,
+            min_p=r.min_p,
+            repetition_penalty=r.repetition_penalty,
             seed=r.seed,
             max_new_tokens=r.max_new_tokens,
             baseline="off",

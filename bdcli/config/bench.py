@@ -62,7 +62,10 @@ class BenchRecipe:
     temperature: float = setting(0.0, "0 is greedy", SAMPLING_BOUNDS["temperature"])
     top_k: int = setting(0, "0 is off", SAMPLING_BOUNDS["top_k"])
     top_p: float = setting(1.0, "1 is off", SAMPLING_BOUNDS["top_p"])
+    min_p: float = setting(0.0, "0 is off", SAMPLING_BOUNDS["min_p"])
+    repetition_penalty: float = setting(1.0, "1 is off", SAMPLING_BOUNDS["repetition_penalty"])
     seed: int = setting(0, "seed of sampling", SEED)
+    special_tokens: Literal["parse", "text"] = setting("parse", "special tokens that texts spell: tokens, or text")
     arms: dict[str, Arm] = field(
         default_factory=lambda: {"bd-512": Arm(budget=512)},
         metadata={"help": "name: method, budget, gamma, ...; ar is always among them"},

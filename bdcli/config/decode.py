@@ -21,6 +21,7 @@ CHOICES = {
     "engine": ("auto", "triton", "compiled", "torch"),
     "baseline": ("sample", "full", "off"),
     "trim": ("middle",),
+    "special_tokens": ("parse", "text"),
 }
 
 
@@ -53,6 +54,7 @@ class DecodeOptions:
     check: bool = False
     trim: str | None = None
     chat: bool = False
+    special_tokens: str = "parse"
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):

@@ -15,6 +15,7 @@ from bdcli.base.files import digest
 from bdcli.base.progress import SILENT, Progress
 from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
+from bdcli.data.prompts import PIECE_CHARACTERS, encode_document
 from bdcli.data.sources import TOKEN_CHARACTERS, documents
 from bdcli.data.synthetic import copied_ids
 
@@ -89,10 +90,17 @@ def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Progress) 
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     parts, size = [], 0
     for at in range(0, len(docs), _DOCUMENTS_AT_ONCE):
-        for ids in tokenizer(docs[at : at + _DOCUMENTS_AT_ONCE], verbose=False)["input_ids"]:
+        for ids in _encoded(tokenizer, docs[at : at + _DOCUMENTS_AT_ONCE]):
             parts.append(torch.tensor(ids + end, dtype=torch.int32))
             size += len(parts[-1])
         progress.advance(f"tokens of {Path(source).name}", min(size, wanted), wanted)
         if size >= wanted:
             break
     return torch.cat(parts)[:wanted].clone() if parts else torch.empty(0, dtype=torch.int32)
+
+
+def _encoded(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of documents as `encode_document` has them, short ones together."""
+    if max(map(len, texts)) > PIECE_CHARACTERS:
+        return [encode_document(tokenizer, text) for text in texts]
+    return tokenizer(texts, verbose=False, split_special_tokens=True)["input_ids"]

@@ -20,7 +20,7 @@ from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection, parse_selection
 from bdcli.config.decode import OWN, DecodeOptions
-from bdcli.data.prompts import encode, fit
+from bdcli.data.prompts import encode, fit, shorten, special_tokens_note
 from bdcli.decode.memory import DecodePlan, decode_plan
 from bdcli.decode.pair import Pair, load_pair
 from bdcli.decode.result import DecodeResult
@@ -62,13 +62,18 @@ class Session:
         o, vocab = self.options, self.pair.target.config.vocab_size
         return Sampling(o.temperature, min(o.top_k, vocab), o.top_p, o.min_p, o.repetition_penalty)
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, progress: Progress = SILENT) -> list[int]:
         """Ids of the prompt, fitted into what the target can hold.
 
-        Raises UserError where it is empty or too long, or the budget too small for it.
+        Special tokens that it spells are a note. Raises UserError where it is empty or too long, or the budget too
+        small for it.
         """
-        o, target = self.options, self.pair.target.config
-        ids = encode(self.pair.tokenizer, text, o.chat)
+        o, target, tokenizer = self.options, self.pair.target.config, self.pair.tokenizer
+        text = shorten(tokenizer, text, target.max_position, o.max_new_tokens, o.trim)
+        line = special_tokens_note(tokenizer, text) if o.special_tokens == "parse" else None
+        if line is not None:
+            progress.note(f"{line}; --special-tokens text reads them as text")
+        ids = encode(tokenizer, text, o.chat, o.special_tokens)
         if not ids:
             raise UserError("the prompt has no tokens", "Write one with: bdcli prompt --ctx 4k --out prompt.txt")
         ids = fit(ids, target.max_position, o.max_new_tokens, o.trim)

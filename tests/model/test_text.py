@@ -86,7 +86,9 @@ def test_time_is_linear_in_bad_bytes(tokenizer):
     short, long = (min(seconds([bad] * n) for _ in range(3)) for n in (1000, 8000))
     assert long < 24 * short
     rng = random.Random(0)
-    short, long = (min(seconds([rng.randrange(len(tokenizer)) for _ in range(n)]) for _ in range(3)) for n in (250, 2000))
+    short, long = (
+        min(seconds([rng.randrange(len(tokenizer)) for _ in range(n)]) for _ in range(3)) for n in (250, 2000)
+    )
     assert long < 24 * short
 
 
