@@ -82,6 +82,7 @@ class EngineMethod(Method):
             baseline="off",
         )
         self.session = Session(models.with_drafter(r.drafter_of(arm)), options)
+        self.session.selection.view(0)  # too small a budget is refused before anything is measured
         self.gamma_max = self.session.selection.gamma_max
 
     def drafter(self, prompt: int) -> Drafter | None:

@@ -20,12 +20,12 @@ class Bounds:
 
 def above(limit: float) -> Bounds:
     """Larger than `limit`."""
-    return Bounds(lambda value: not value <= limit, f"must be above {limit}")
+    return Bounds(lambda value: value > limit, f"must be above {limit}")
 
 
 def at_least(limit: float, rule: str = "") -> Bounds:
     """`limit` or more; `rule` says it in other words."""
-    return Bounds(lambda value: not value < limit, rule or f"must be at least {limit}")
+    return Bounds(lambda value: value >= limit, rule or f"must be at least {limit}")
 
 
 def within(low: float, high: float) -> Bounds:
@@ -35,6 +35,10 @@ def within(low: float, high: float) -> Bounds:
 
 LARGEST_COUNT = 2**31 - 1  # of tokens, in settings that the store keeps as integers
 SEED = within(0, 2**63 - 1)
+# Losses divide logits by it, in fp32: far outside this range nothing is left to learn from.
+TRAINED_TEMPERATURE = Bounds(
+    lambda value: value == 0 or 0.01 <= value <= 100, "must be 0 (greedy) or lie in 0.01 .. 100"
+)
 # What decode and bench sample with; the store's columns have the same names.
 SAMPLING_BOUNDS = {
     "temperature": Bounds(lambda value: 0 <= value < math.inf, TEMPERATURE),

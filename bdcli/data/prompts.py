@@ -12,6 +12,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.texts import decode_text, read_text
 
 PIECE_CHARACTERS = 1 << 21  # encoded at once: a tokenizer takes about 150 bytes a character
+ENCODED_CHARACTERS = 1 << 20  # so short a prompt is encoded before its length is judged
 LISTED = 4  # special tokens named in a note
 PLACEHOLDER = "\ue000text\ue001"  # private characters that no template has
 
@@ -123,13 +124,12 @@ def _rendered(tokenizer, text: str) -> str:
 def shorten(tokenizer, text: str, limit: int, new_tokens: int, trim: str | None) -> str:
     """`text`, without its middle where it is longer than so many tokens can be, before any of it is encoded.
 
-    With `trim` "middle" more of head and tail is left than `fit` keeps of their ids. Raises UserError with the sizes
-    where `trim` is None.
+    Texts of up to ENCODED_CHARACTERS are left to `fit`, which knows their exact length. With `trim` "middle" more of
+    head and tail is left than `fit` keeps of their ids. Raises UserError with the sizes where `trim` is None.
     """
-    space = max(limit - new_tokens, 2)
-    if len(text) <= space:
+    if len(text) <= ENCODED_CHARACTERS:
         return text
-    longest = max(map(len, tokenizer.get_vocab()))
+    space, longest = max(limit - new_tokens, 2), max(map(len, tokenizer.get_vocab()))
     if len(text) <= space * longest:
         return text
     if trim is None:

@@ -152,7 +152,8 @@ def test_a_very_long_line_is_read_or_refused_in_seconds(name, pocket):
     assert time.process_time() - start < 60
 
 
-def test_a_text_longer_than_all_tokens_is_refused_or_cut_before_it_is_encoded(pocket):
+def test_a_text_longer_than_all_tokens_is_refused_or_cut_before_it_is_encoded(pocket, monkeypatch):
+    monkeypatch.setattr(prompts, "ENCODED_CHARACTERS", 1000)
     tokenizer = pocket[2]
     longest = max(map(len, tokenizer.get_vocab()))
     text = "".join(random.Random(3).choices(["word ", "the ", "line\n", "déjà ", "(x) "], k=40_000))
