@@ -40,7 +40,7 @@ def read_text(path: Path, limit_bytes: int = LARGEST_TEXT_BYTES) -> str:
 def decode_text(data: bytes, name: str, path: Path | None = None) -> str:
     """`data` as text. `name` is how errors call it, `path` the file that a command could convert.
 
-    Raises UserError on another encoding, which it names where it can tell, and on binary data.
+    Raises UserError on another encoding, which it names where that shows, and on binary data.
     """
     encoding = next((other for mark, other in MARKS.items() if data.startswith(mark)), None) or _unmarked(data)
     if encoding is not None:

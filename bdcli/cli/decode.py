@@ -129,6 +129,7 @@ def with_generation_config(context: typer.Context, options: DecodeOptions) -> De
 
     found = sampling_settings(resolve(options.target, "target"))
     used = {name: value for name, value in found.items() if context.get_parameter_source(name).name != "COMMANDLINE"}
+    resolved = replace(options, **used)  # refuses bad values before anything is said
     listed = ", ".join(f"{name} {value}" for name, value in used.items()) or "nothing that a flag does not say"
     note(f"from generation_config.json: {listed}")
-    return replace(options, **used)
+    return resolved

@@ -75,7 +75,8 @@ def pieces(text: str) -> list[str]:
 
 def special_tokens_note(tokenizer, text: str) -> str | None:
     """A line that says which special tokens `text` spells, and how to read them as text; None where it spells none."""
-    names = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    names = {str(token) for token in added.values() if token.special} - {""}
     if not names:
         return None
     spelled = Counter(re.findall("|".join(map(re.escape, sorted(names, key=len, reverse=True))), text))
