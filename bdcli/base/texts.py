@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import shlex
 from pathlib import Path
+from typing import BinaryIO
 
 from bdcli.base.errors import UserError
 
@@ -28,13 +29,15 @@ _LATIN_SHARE = 0.3  # of bytes beyond ASCII up to which a text may be Latin-1
 def read_text(path: Path, limit_bytes: int = LARGEST_TEXT_BYTES) -> str:
     """Text of a UTF-8 file. Raises UserError where it is larger than `limit_bytes` or of another encoding, OSError."""
     with path.open("rb") as file:
-        data = file.read(limit_bytes + 1)
+        return decode_text(read_bytes(file, str(path), limit_bytes), str(path), path)
+
+
+def read_bytes(file: BinaryIO, name: str, limit_bytes: int = LARGEST_TEXT_BYTES) -> bytes:
+    """All that an open file gives. Raises UserError where that is more than `limit_bytes`."""
+    data = file.read(limit_bytes + 1)
     if len(data) > limit_bytes:
-        size = max(path.stat().st_size, len(data))
-        raise UserError(
-            f"{path} has {size / 1e6:.0f} MB, at most {limit_bytes / 1e6:.0f} MB are read at once", "Split the file"
-        )
-    return decode_text(data, str(path), path)
+        raise UserError(f"{name} has more than the {limit_bytes / 1e6:.0f} MB that are read at once", "Split it")
+    return data
 
 
 def decode_text(data: bytes, name: str, path: Path | None = None) -> str:

@@ -162,7 +162,7 @@ def plan_view(budget: int, select: str, positions: str, gamma: int | None, promp
             f"budget {budget} is too small: {sinks} sinks + {gamma_max} draft tokens + 2 need {sinks + gamma_max + 2}",
             "Raise --budget or lower --gamma",
         )
-    chosen = int(whole.window * CHOSEN_SHARE) // CHUNK_KEYS * CHUNK_KEYS
-    if select == "window" or prompt <= sinks + whole.window or chosen == 0:
+    if select == "window" or prompt <= sinks + whole.window:
         return whole
+    chosen = int(whole.window * CHOSEN_SHARE) // CHUNK_KEYS * CHUNK_KEYS
     return View(budget, sinks, chosen, gamma_max, positions == "rebased")

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from bdcli.base.errors import UserError
-from bdcli.base.texts import decode_text, read_text
+from bdcli.base.texts import decode_text, read_bytes, read_text
 
 PIECE_CHARACTERS = 1 << 21  # encoded at once: a tokenizer takes about 150 bytes a character
 ENCODED_CHARACTERS = 1 << 20  # so short a prompt is encoded before its length is judged
@@ -27,7 +27,7 @@ def read_prompt(source: str) -> str:
     """Text of a UTF-8 file, or of standard input for `-`. Nothing is stripped."""
     name = "standard input" if source == "-" else source
     try:
-        text = decode_text(sys.stdin.buffer.read(), name) if source == "-" else read_text(Path(source))
+        text = decode_text(read_bytes(sys.stdin.buffer, name), name) if source == "-" else read_text(Path(source))
     except FileNotFoundError:
         hint = "Write one with: bdcli prompt --ctx 4k --out prompt.txt"
         raise UserError(f"prompt file {source} does not exist", hint) from None
