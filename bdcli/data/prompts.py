@@ -48,7 +48,7 @@ def encode(tokenizer, text: str, chat: bool = False, special: str = "parse") -> 
     """
     if chat:
         return _chat_ids(tokenizer, text, special)
-    return tokenizer(text, verbose=False, split_special_tokens=special == "text")["input_ids"]
+    return tokenizer(text, verbose=False, **_splitting(special == "text"))["input_ids"]
 
 
 def encode_document(tokenizer, text: str, special: str = "text") -> list[int]:
@@ -77,7 +77,7 @@ def special_tokens_note(tokenizer, text: str) -> str | None:
     """A line that says which special tokens `text` spells, and how to read them as text; None where it spells none."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     names = {str(token) for token in added.values() if token.special} - {""}
-    if not names:
+    if not names or getattr(tokenizer, "split_special_tokens", False):
         return None
     spelled = Counter(re.findall("|".join(map(re.escape, sorted(names, key=len, reverse=True))), text))
     if not spelled:
@@ -90,7 +90,12 @@ def special_tokens_note(tokenizer, text: str) -> str | None:
 
 def _plain(tokenizer, text: str, literal: bool) -> list[int]:
     """Ids of `text` without what the tokenizer adds."""
-    return tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=literal)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False, **_splitting(literal))["input_ids"]
+
+
+def _splitting(literal: bool) -> dict[str, bool]:
+    """What a tokenizer is asked for; a folder's own default stands where special tokens are to be parsed."""
+    return {"split_special_tokens": True} if literal else {}
 
 
 def _chat_ids(tokenizer, text: str, special: str) -> list[int]:
