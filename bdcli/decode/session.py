@@ -190,6 +190,17 @@ class Generation:
         if not interrupt.requested:
             self.status = "done"
             self.finish_reason = "stop" if self._stop.found else self.speculator.finish_reason
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        """Say so where auto γ found that drafting does not pay."""
+        idle = sum(r.tokens for r in self.rounds if r.drafted == 0)
+        if self.session.options.gamma is None and 2 * idle > len(self.tokens):
+            drafter = self.session.pair.names[1]
+            self.progress.note(
+                f"{idle} of {len(self.tokens)} tokens were decoded without drafting: after {len(self.prompt)} tokens of "
+                f"prompt a draft of {drafter} costs more than it saves here"
+            )
 
     def _show(self, piece: str) -> None:
         if piece:
