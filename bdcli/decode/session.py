@@ -198,8 +198,8 @@ class Generation:
         if self.session.options.gamma is None and 2 * idle > len(self.tokens):
             drafter = self.session.pair.names[1]
             self.progress.note(
-                f"{idle} of {len(self.tokens)} tokens were decoded without drafting: after {len(self.prompt)} tokens of "
-                f"prompt a draft of {drafter} costs more than it saves here"
+                f"{idle} of {len(self.tokens)} tokens were decoded without drafting: after {len(self.prompt)} of "
+                f"prompt, a draft of {drafter} costs more than it saves here"
             )
 
     def _show(self, piece: str) -> None:
