@@ -17,6 +17,7 @@ from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.config.bench import BenchRecipe
 from bdcli.config.decode import OWN
 from bdcli.config.loader import as_dict
+from bdcli.data.document import Unread
 from bdcli.data.samples import Sample, ids_digest, load_samples
 from bdcli.model.checkpoint import fingerprint, read_config
 from bdcli.model.hub import resolve
@@ -66,8 +67,9 @@ class Experiment:
         for folder in dict.fromkeys(self._folders[1:]):
             check_vocabulary(self._folders[0], folder, tokenizer)
         self._check_length(longest + recipe.max_new_tokens)
+        self._unread = Unread()
         self.samples = {
-            name: load_samples(tokenizer, name, sources, recipe.samples, longest)
+            name: load_samples(tokenizer, name, sources, recipe.samples, longest, unread=self._unread)
             for name, sources in recipe.datasets.items()
         }
         self.key = self._key(fresh)
@@ -131,7 +133,7 @@ class Experiment:
         ]
         if r.naive is not None and resolve(r.naive, "drafter") == self._folders[1]:
             lines.append("naive and drafter are the same model: the bd arms measure an undistilled drafter")
-        return lines
+        return [*lines, *self._unread.lines()]
 
     def stored(self, task: Task) -> dict[str, Prompt]:
         """Rows of the arms that have generated after this prompt already."""

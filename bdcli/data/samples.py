@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
+from bdcli.data.document import Unread
 from bdcli.data.prompts import encode
 from bdcli.data.sources import INSTRUCTIONS, documents
 
@@ -47,15 +48,21 @@ def ids_digest(ids: Sequence[int]) -> str:
 
 
 def load_samples(
-    tokenizer, dataset: str, sources: Sequence[str], count: int, longest: int, questions: bool = True
+    tokenizer,
+    dataset: str,
+    sources: Sequence[str],
+    count: int,
+    longest: int,
+    questions: bool = True,
+    unread: Unread | None = None,
 ) -> list[Sample]:
     """`count` samples of up to `longest` tokens; fewer when the documents are rows with a question each.
 
-    Without `questions` all documents are running text. Documents too short are left out. Raises UserError when none is
-    long enough.
+    Without `questions` all documents are running text. Documents too short are left out; rows and files that cannot be
+    read are counted in `unread`. Raises UserError when none is long enough.
     """
     start = tuple(encode(tokenizer, ""))
-    usable, short = _usable(tokenizer, start, _rows(dataset, sources, questions), count, longest)
+    usable, short = _usable(tokenizer, start, _rows(dataset, sources, questions, unread), count, longest)
     if not usable:
         raise UserError(
             f"no document of {dataset} ({', '.join(sources)}) has {longest} tokens; {short} are shorter",
@@ -98,10 +105,12 @@ def _bare(tokenizer, text: str, start: tuple[int, ...]) -> tuple[int, ...]:
     return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
-def _rows(dataset: str, sources: Sequence[str], questions: bool) -> Iterator[tuple[str, str, str]]:
+def _rows(
+    dataset: str, sources: Sequence[str], questions: bool, unread: Unread | None
+) -> Iterator[tuple[str, str, str]]:
     """(name, document, question or "") of every document; of stdlib what is held out of training."""
     instruction = INSTRUCTIONS.get(dataset, "")
     for source in sources:
-        for d in documents(source):
+        for d in documents(source, unread):
             if d.held_out or source != "stdlib":
                 yield d.name, d.text, (d.question or instruction) if questions else ""
