@@ -8,7 +8,7 @@ from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
 from bdcli.config.decode import WEIGHTS, default_drafter
-from bdcli.config.settings import TEMPERATURE, at_least, setting
+from bdcli.config.settings import SEED, TEMPERATURE, at_least, setting
 
 ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
 PEER_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
@@ -62,7 +62,7 @@ class BenchRecipe:
     temperature: float = setting(0.0, "0 is greedy", at_least(0, TEMPERATURE))
     top_k: int = setting(0, "0 is off")
     top_p: float = setting(1.0, "1 is off")
-    seed: int = setting(0, "seed of sampling")
+    seed: int = setting(0, "seed of sampling", SEED)
     arms: dict[str, Arm] = field(
         default_factory=lambda: {"bd-512": Arm(budget=512)},
         metadata={"help": "name: method, budget, gamma, ...; ar is always among them"},
@@ -93,6 +93,9 @@ class BenchRecipe:
             yield "contexts", "must be at least 2 tokens each"
         if not self.datasets:
             yield "datasets", "must name at least one"
+        for name, sources in self.datasets.items():
+            if not sources:
+                yield f"datasets.{name}", "must name at least one source"
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             yield "top_p", "top_k must be 0 or more, top_p must lie in (0, 1]"
         if sum(arm.method == "ar" for arm in self.arms.values()) > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bdcli.config.optimizer import Updates
-from bdcli.config.settings import NON_NEGATIVE, above, at_least, setting, within
+from bdcli.config.settings import NON_NEGATIVE, SEED, above, at_least, setting, within
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PretrainRecipe:
     tokenizer: str | None = setting(
         None, "model folder whose tokenizer is taken; none takes that of init, or trains one"
     )
-    seed: int = setting(0, "seed of weights and data order")
+    seed: int = setting(0, "seed of weights and data order", SEED)
     device: str = setting("auto", "auto, cpu, cuda")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")
     compile: bool = setting(
@@ -130,5 +130,5 @@ class PretrainRecipe:
             yield "layers", "must be above 0, and is for a model that starts from init; else give shape.layers"
         if self.shape.heads % max(1, self.shape.kv_heads) or self.shape.hidden_size % max(1, 2 * self.shape.heads):
             yield "shape.heads", "must divide hidden_size into even head sizes and be a multiple of kv_heads"
-        if h.contexts and min(h.contexts) < 320:
+        if not h.contexts or min(h.contexts) < 320:
             yield "held_out.contexts", "must be at least 320 tokens each"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 NON_NEGATIVE = "must not be negative"
 TEMPERATURE = "must be 0 (greedy) or more"
+INT_LIMIT = 2**63  # whole numbers are smaller: the store and seeds have 64 bits
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ def at_least(limit: float, rule: str = "") -> Bounds:
 def within(low: float, high: float) -> Bounds:
     """From `low` to `high`, both included."""
     return Bounds(lambda value: low <= value <= high, f"must lie in {low} .. {high}")
+
+
+SEED = Bounds(lambda value: 0 <= value < INT_LIMIT, "must lie in 0 .. 2^63-1")
 
 
 def setting(default, meaning: str, bounds: Bounds | None = None):
