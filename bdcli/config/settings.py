@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 NON_NEGATIVE = "must not be negative"
 TEMPERATURE = "must be 0 (greedy) or more"
+INT_LIMIT = 2**63  # whole numbers are smaller: the store and seeds have 64 bits
 
 
 @dataclass(frozen=True)
