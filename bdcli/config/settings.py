@@ -35,7 +35,7 @@ def within(low: float, high: float) -> Bounds:
 
 
 LARGEST_COUNT = 2**31 - 1  # of tokens, in settings that the store keeps as integers
-SEED = within(0, 2**63 - 1)
+SEED = Bounds(lambda value: 0 <= value < INT_LIMIT, "must lie in 0 .. 2^63-1")
 # Losses divide logits by it, in fp32: far outside this range nothing is left to learn from.
 TRAINED_TEMPERATURE = Bounds(
     lambda value: value == 0 or 0.01 <= value <= 100, "must be 0 (greedy) or lie in 0.01 .. 100"

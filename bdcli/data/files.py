@@ -153,9 +153,12 @@ def file_documents(path: Path, unread: Unread) -> Iterator[Document]:
 def _text_document(name: str, data: bytes) -> Document:
     """A document of a text file's bytes. Raises UnreadableError."""
     try:
-        return Document(name, decode_text(data, "it"), is_held_out(name))
+        return Document(name, decode_text(data, "it", Path("FILE")), is_held_out(name))
     except UserError as error:
-        raise UnreadableError(error.problem.removeprefix("it ")) from None
+        command = error.hint.partition("iconv")[1:]
+        raise UnreadableError(
+            error.problem.removeprefix("it ") + (f" ({''.join(command)})" if command[0] else "")
+        ) from None
 
 
 def _tar_documents(path: Path, unread: Unread) -> Iterator[Document]:

@@ -66,7 +66,6 @@ def assert_sound(config: ModelConfig) -> None:
     assert config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
 
 
-@pytest.mark.xfail(reason="types of values in config.json are not checked yet", strict=False)
 @fuzz(400)
 @given(edited_configs())
 def test_an_edited_configuration_is_read_or_refused(raw):
