@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from bdcli.base.console import note, status_line
 from bdcli.base.errors import INTERRUPTED, BdcliError
+from bdcli.base.streams import check_output, write_json
 from bdcli.cli.flags import DbOption, JsonOption
 from bdcli.cli.output import DecodeProgress, show_summary
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_gamma
@@ -83,10 +83,11 @@ def decode(
     with DecodeProgress(show_text=not as_json) as progress:
         result = decode_run(store, options, prompt, text, progress=progress)
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        write_json(result)
     else:
         show_summary(result)
     if result["status"] == "interrupted":
+        check_output(f"What was generated is kept as run {result['run_id']}")
         note(f"interrupted; what was written is kept as run {result['run_id']}")
         raise typer.Exit(INTERRUPTED)
     if result["output_equal"] is False:

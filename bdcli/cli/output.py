@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bdcli.base.console import ConsoleProgress, note, write
+from bdcli.base.console import ConsoleProgress, note
+from bdcli.base.streams import write
 
 
 class DecodeProgress(ConsoleProgress):

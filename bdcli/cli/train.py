@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bdcli.base.console import end_interrupted, note, status_line
+from bdcli.base.streams import write_json
 from bdcli.cli.flags import DbOption, JsonOption
 from bdcli.cli.output import DistillProgress, PretrainProgress, show_accounts, show_grids, show_losses
 
@@ -160,7 +160,7 @@ def _open_store(db: str | None, dry_run: bool) -> Store | None:
 def _show(result: dict, show: Callable[[dict], None], as_json: bool) -> None:
     """The result on stdout."""
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        write_json(result)
     else:
         show(result)
 

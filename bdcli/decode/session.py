@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from bdcli.base.devices import free_memory, peak_memory
-from bdcli.base.errors import UserError
+from bdcli.base.errors import OutputError, UserError
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection, parse_selection
@@ -100,7 +100,8 @@ class Session:
     def decode(self, prompt: list[int], progress: Progress = SILENT) -> DecodeResult:
         """Generate and measure.
 
-        KeyboardInterrupt ends the run early: what was accepted is kept and `status` is interrupted.
+        KeyboardInterrupt, and OutputError where the text is shown, end the run early: what was accepted is kept and
+        `status` is interrupted.
         """
         device = self.pair.target.device
         if device.type == "cuda":
@@ -167,7 +168,7 @@ class Generation:
                     if self._stop.found or interrupt.requested:
                         break
                 self._show(self._stop.feed(self._stream.feed([], end=True), end=True))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OutputError):
             return
         if not interrupt.requested:
             self.status = "done"
