@@ -35,3 +35,11 @@ class OutputError(BdcliError):
 
 class NonFiniteError(BdcliError):
     """A model produced NaN or infinite logits. It is never turned into a token."""
+
+
+class NotStoredError(BdcliError):
+    """The store failed when a run ended. `result` has not been shown yet, and is all there is of the run."""
+
+    def __init__(self, error: BdcliError, result: dict):
+        super().__init__(f"the result is not stored: {error.problem}", error.hint)
+        self.result = result

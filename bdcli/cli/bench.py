@@ -159,8 +159,8 @@ def _measure_shape(options: ShapeOptions, store: Store, dry_run: bool, as_json: 
         found = bench.measure(options.engine, SweepProgress())
     columns = {"device": str(device), "dtype": found["dtype"], "attention": found["engine"]}
     columns |= {"context": max(options.contexts), "peak_memory_bytes": found["peak_bytes"]}
-    store.finish(run_id, "done", config=options.config() | {"measured": found}, **columns)
     if as_json:
         write_json({"run_id": run_id, "shape": options.shape} | found)
     else:
         write_line("\n".join(lines(found)))
+    store.finish(run_id, "done", config=options.config() | {"measured": found}, **columns)

@@ -11,7 +11,7 @@ from bdcli.base.console import note, status_line
 from bdcli.base.errors import INTERRUPTED, BdcliError
 from bdcli.base.streams import check_output, write_json
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import DecodeProgress, show_summary
+from bdcli.cli.output import DecodeProgress, show_summary, shown_first
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_gamma
 
 DEFAULT = DecodeOptions()
@@ -80,12 +80,10 @@ def decode(
     store = Store(db)
     with status_line("loading torch"):
         from bdcli.decode.run import decode_run
-    with DecodeProgress(show_text=not as_json) as progress:
+    show = write_json if as_json else show_summary
+    with shown_first(show), DecodeProgress(show_text=not as_json) as progress:
         result = decode_run(store, options, prompt, text, progress=progress)
-    if as_json:
-        write_json(result)
-    else:
-        show_summary(result)
+    show(result)
     if result["status"] == "interrupted":
         check_output(f"What was generated is kept as run {result['run_id']}")
         note(f"interrupted; what was written is kept as run {result['run_id']}")

@@ -84,13 +84,14 @@ def _show_measurements(store: Store, run_id: str, form: Format, plot: Path | Non
 
 def _select(store: Store, keep: Filter, limit: int, best: bool) -> list[Run]:
     """Runs that pass the filter, the newest `limit` of them; a note says which cells are refused."""
+    from bdcli.results.processes import mark_unknown
     from bdcli.results.query import best_cells, check_cells, refusals
 
     runs = [run for run in store.runs() if keep(run)]
     runs = check_cells(runs[:limit] if limit else runs, store)
     for line in refusals(runs):
         note(line)
-    return best_cells(runs) if best else runs
+    return mark_unknown(best_cells(runs) if best else runs)
 
 
 def _draw(runs: list[Run], picture: Path | None, page: Path | None) -> None:

@@ -82,6 +82,7 @@ def add_columns(connection: Connection, table: str, columns: dict[type, str]) ->
 
 MIGRATIONS: list[tuple[str, Callable[[Connection], None]]] = [
     ("baseline", baseline),
+    ("identity of processes", lambda connection: add_columns(connection, "run", {String: "process_identity"})),
 ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from bdcli.base.progress import Progress
 from bdcli.config.loader import as_dict
-from bdcli.decode.run import recorded
+from bdcli.decode.run import recorded, result_kept
 from bdcli.results.schema import Evaluation, Loss
 from bdcli.results.store import Store
 from bdcli.train.acceptance import Cell
@@ -63,8 +63,10 @@ def pretrain_run(recorder: Recorder, job: Pretraining, resume: bool) -> dict:
     )
     with recorded(recorder.store, run_id):
         outcome = job.run(resume)
-    recorder.store.finish(run_id, outcome.status)
-    return {"run_id": run_id, **asdict(outcome), "checkpoint": str(outcome.checkpoint)}
+    result = {"run_id": run_id, **asdict(outcome), "checkpoint": str(outcome.checkpoint)}
+    with result_kept(result):
+        recorder.store.finish(run_id, outcome.status)
+    return result
 
 
 def prepare_run(recorder: Recorder, job: Distillation) -> dict:
@@ -73,8 +75,7 @@ def prepare_run(recorder: Recorder, job: Distillation) -> dict:
     with recorded(recorder.store, run_id):
         material = job.material(share=1.0)
         passages, windows = material.passages(), material.windows()
-    recorder.store.finish(run_id, "done")
-    return {
+    result = {
         "run_id": run_id,
         "folder": str(job.data),
         "documents": asdict(windows.documents),
@@ -85,6 +86,9 @@ def prepare_run(recorder: Recorder, job: Distillation) -> dict:
         "loop_rate": sum(windows.loop_rates) / len(windows.loop_rates) if windows.loop_rates else None,
         "passages": len(passages),
     }
+    with result_kept(result):
+        recorder.store.finish(run_id, "done")
+    return result
 
 
 def distill_run(recorder: Recorder, job: Distillation, resume: bool) -> dict:
@@ -94,13 +98,11 @@ def distill_run(recorder: Recorder, job: Distillation, resume: bool) -> dict:
     run_id = _begin(recorder, "distill", job)
     with recorded(recorder.store, run_id):
         outcome = job.run(resume)
-    recorder.store.finish(run_id, outcome.status)
-    return {
-        "run_id": run_id,
-        **asdict(outcome),
-        "initial": str(outcome.initial),
-        "checkpoint": str(outcome.checkpoint),
-    }
+    folders = {"initial": str(outcome.initial), "checkpoint": str(outcome.checkpoint)}
+    result = {"run_id": run_id, **asdict(outcome), **folders}
+    with result_kept(result):
+        recorder.store.finish(run_id, outcome.status)
+    return result
 
 
 def _begin(recorder: Recorder, command: str, job: Distillation) -> str:
