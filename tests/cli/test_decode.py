@@ -126,6 +126,7 @@ BAD_OPTIONS = {
     "temperature": (["--temperature", -1], "--temperature -1.0"),
     "top-p": (["--top-p", 0], "--top-p 0.0"),
     "device": (["--device", "quantum"], "--device quantum is not usable"),
+    "a device without numbers": (["--device", "meta"], "--device meta is not usable"),
     "no such model": (["--target", "./nowhere"], "no such folder"),
     "other vocabulary": (other_vocabulary, "another vocabulary"),
     "truncated safetensors": (truncated, "model.safetensors is damaged or truncated"),

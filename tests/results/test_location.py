@@ -25,6 +25,10 @@ NAMES = [
 ]
 
 
+def names(folder):
+    return [path.name for path in folder.iterdir()]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_path_is_that_very_file(name, tmp_path, monkeypatch):
     folder = tmp_path / "here"
@@ -34,12 +38,12 @@ def test_a_path_is_that_very_file(name, tmp_path, monkeypatch):
         store = Store(place)
         add_run(store)
         store.close()
-        assert os.listdir(folder) == [name] and (folder / name).read_bytes().startswith(b"SQLite format 3")
+        assert names(folder) == [name] and (folder / name).read_bytes().startswith(b"SQLite format 3")
         assert len(Store(place, readonly=True).runs()) == len(Store(place, preview=True).runs()) == 1
         (folder / name).chmod(0o444)
         assert len(Store(place, readonly=True).runs()) == 1
         (folder / name).chmod(0o644)
-        assert all(other.startswith(name) for other in os.listdir(folder)), "nothing but the file and its log"
+        assert all(other.startswith(name) for other in names(folder)), "nothing but the file and its log"
         for other in folder.iterdir():
             other.unlink()
 
@@ -84,7 +88,7 @@ def test_without_a_home_the_store_asks_for_a_place(monkeypatch, tmp_path):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.chdir(tmp_path)
     for mode in ({}, {"readonly": True}, {"preview": True}):
-        with pytest.raises(UserError, match="no home directory .* Give --db"):
+        with pytest.raises(UserError, match=r"no home directory .* Give --db"):
             Store(**mode)
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())

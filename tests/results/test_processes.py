@@ -43,7 +43,7 @@ def test_a_process_is_named_by_boot_namespace_and_ticks():
 
 
 @linux_only
-def test_a_process_that_has_ended_is_not_alive(tmp_path):
+def test_a_process_that_has_ended_is_not_alive():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     run = a_run(pid=child.pid, process_identity=processes._identity(child.pid))
     assert is_alive(run) and computed_elsewhere(run) and not computed_elsewhere(a_run())

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from bdcli.backends.cpu.code_cache import code_folder
+from bdcli.base.devices import thread_limit
 from bdcli.model.llama import Model
 
 
@@ -51,13 +52,6 @@ def dots_pay() -> bool:
     import llvmlite.binding
 
     return "avx512bf16" in processor_features() and llvmlite.binding.get_host_cpu_name().startswith("znver")
-
-
-def thread_limit() -> int:
-    """Threads that this process should use: OMP_NUM_THREADS if set, within the processors it may run on."""
-    allowed = len(os.sched_getaffinity(0))
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return max(1, min(allowed, int(wanted))) if wanted.isdigit() and int(wanted) > 0 else allowed
 
 
 def processors_to_keep(threads: int) -> list[int | None]:
