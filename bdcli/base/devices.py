@@ -15,6 +15,9 @@ from bdcli.base.cgroup import read_limits
 from bdcli.base.errors import UserError
 
 RUNTIME_BYTES = 512 << 20  # of a GPU that libraries, compiled kernels and graphs take beside tensors
+# of a process that has decoded: Python, torch, the tokenizer and compiled code; resident beside tensors
+HOST_RUNTIME_BYTES = 400 << 20
+UNTOUCHED_BYTES = 192 << 20  # of an address space that stacks and arenas map and never fill
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,6 +66,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and the store have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def product_dtype(kind: str) -> torch.dtype:
     """bf16 where a device of that type multiplies large matrices of it faster than of fp32, else fp32.
 
@@ -108,7 +116,12 @@ def _address_space() -> Iterator[int]:
         for kind, used in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
             limit = resource.getrlimit(kind)[0]
             if limit != resource.RLIM_INFINITY:
-                yield limit - 1024 * kilobytes[used]
+                yield limit - 1024 * kilobytes[used] - UNTOUCHED_BYTES
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:

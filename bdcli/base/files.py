@@ -60,6 +60,12 @@ def explained(path: Path) -> Iterator[None]:
         raise known from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they are missing. Raises as `write_file` does."""
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def user_path(text: str) -> Path:
     """The path that a user means, with ~ replaced. Raises UserError where there is no such home."""
     try:

@@ -14,6 +14,7 @@ from bdcli.base.errors import NonFiniteError
 from bdcli.base.interrupt import Interrupt, deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.bench.experiment import Experiment, Task
+from bdcli.bench.memory import check_sweep
 from bdcli.bench.methods import METHODS, Models
 from bdcli.bench.outcome import MemoryMeter, Outcome, PreparedTarget
 from bdcli.bench.paper import compare
@@ -40,6 +41,7 @@ class Sweep:
     def __init__(self, recipe: BenchRecipe, store: Store, progress: Progress = SILENT, fresh: bool = False):
         self.recipe, self.progress = recipe, progress
         self.experiment = Experiment(recipe, store, fresh)
+        check_sweep(recipe, progress)
         self.models = Models(recipe, progress)
         self.methods = {name: METHODS[arm.method](self.models, arm) for name, arm in recipe.arms.items()}
         self.recorder = Recorder(self.experiment, self.models, self.methods)

@@ -153,10 +153,12 @@ def _measure_shape(options: ShapeOptions, store: Store, dry_run: bool, as_json: 
     if dry_run:
         note(bench.memory_plan().line())
         return
+    progress = SweepProgress()
+    bench.check_memory(progress)
     target, _, drafter = options.shape.partition("+")
     run_id = store.begin("shape", options.config(), target=target, drafter=drafter)
     with recorded(store, run_id):
-        found = bench.measure(options.engine, SweepProgress())
+        found = bench.measure(options.engine, progress)
     columns = {"device": str(device), "dtype": found["dtype"], "attention": found["engine"]}
     columns |= {"context": max(options.contexts), "peak_memory_bytes": found["peak_bytes"]}
     if as_json:

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from bdcli.backends.select import pick_backend, torch_backend
-from bdcli.base.devices import cpu_has_bfloat16, pick_device, pick_dtype
+from bdcli.base.devices import cpu_has_bfloat16, dtype_name, pick_device, pick_dtype
 from bdcli.base.errors import BdcliError
 from bdcli.base.progress import SILENT
 from bdcli.base.provenance import git_revision, machine, versions
@@ -76,7 +76,7 @@ def _device(device: torch.device) -> str:
 
 
 def _dtype(device: torch.device) -> str:
-    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    dtype = dtype_name(pick_dtype("auto", device))
     native = "multiplies" if cpu_has_bfloat16() else "does not multiply"
     return f"auto means {dtype} (this CPU {native} bf16 itself)"
 

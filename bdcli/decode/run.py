@@ -29,8 +29,10 @@ def decode_run(
     Bad input raises before a row is written; after that the row ends as done, failed or interrupted. `session` saves
     loading the models again. Raises NotStoredError with the result where the store fails at the end.
     """
-    session = session or Session.open(options, progress)
-    ids = session.prompt_ids(text)
+    found = session or Session.find(options)
+    ids = found.prompt_ids(text)
+    found.check_memory(len(ids), progress)
+    session = session or found.load(progress)
     dataset = "stdin" if source == "-" else Path(source).stem
     names = dict(zip(("target", "drafter"), session.pair.names))
     known = {"dataset": dataset, "method": session.selection.method, **names}

@@ -1,8 +1,10 @@
-"""How large a model is, from its configuration alone: numbers in weights and in KV entries."""
+"""How large a model is, from its configuration alone: weights, and numbers in KV entries."""
 
 from __future__ import annotations
 
 from bdcli.model.config import ModelConfig
+
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def gigabytes(count: float) -> str:
@@ -17,6 +19,11 @@ def weight_count(c: ModelConfig) -> int:
     biases += c.mlp_bias * (2 * c.intermediate_size + c.hidden_size)
     layer = matrices + biases + 2 * c.hidden_size + c.qk_norm * (q + kv)
     return c.layers * layer + (1 if c.tied_head else 2) * c.vocab_size * c.hidden_size + c.hidden_size
+
+
+def weight_bytes(c: ModelConfig, kind: str) -> int:
+    """Bytes of a model's weights, kept as `kind`: the name of a dtype."""
+    return NUMBER_BYTES[kind] * weight_count(c)
 
 
 def kv_count(c: ModelConfig, entries: int) -> int:

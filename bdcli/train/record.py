@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from bdcli.base.devices import dtype_name
 from bdcli.base.progress import Progress
 from bdcli.config.loader import as_dict
 from bdcli.decode.run import recorded, result_kept
@@ -50,6 +51,7 @@ class Recorder(Progress):
 def pretrain_run(recorder: Recorder, job: Pretraining, resume: bool) -> dict:
     """Run `job`, which reports to `recorder`; returns the contract's fields."""
     recipe = job.recipe
+    job.check_space()
     run_id = recorder.begin(
         "pretrain",
         as_dict(recipe),
@@ -58,7 +60,7 @@ def pretrain_run(recorder: Recorder, job: Pretraining, resume: bool) -> dict:
         target=recipe.init,
         context=max(recipe.schedule.contexts),
         device=str(job.device),
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=dtype_name(job.dtype),
         seed=recipe.seed,
     )
     with recorded(recorder.store, run_id):
@@ -108,6 +110,7 @@ def distill_run(recorder: Recorder, job: Distillation, resume: bool) -> dict:
 def _begin(recorder: Recorder, command: str, job: Distillation) -> str:
     """Load the models, so that bad input raises before a row is written, and add the row."""
     recipe = job.recipe
+    job.plan().check_space(training=command == "distill")
     job.models()
     return recorder.begin(
         command,
@@ -118,7 +121,7 @@ def _begin(recorder: Recorder, command: str, job: Distillation) -> str:
         drafter=recipe.drafter,
         context=recipe.data.context,
         device=str(job.device),
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=dtype_name(job.dtype),
         seed=recipe.seed,
         temperature=recipe.temperature,
         gamma=recipe.evaluation.gamma,

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from bdcli.backends.cpu.code_cache import code_folder
-from bdcli.base.devices import thread_limit
+from bdcli.base.devices import dtype_name, thread_limit
 from bdcli.model.llama import Model
 
 
@@ -30,7 +30,7 @@ def obstacle(models: list[Model]) -> str | None:
 def _shape(model: Model) -> str | None:
     c = model.config
     if model.dtype not in (torch.bfloat16, torch.float32):
-        return str(model.dtype).removeprefix("torch.")
+        return dtype_name(model.dtype)
     odd = {"hidden size": c.hidden_size, "MLP width": c.intermediate_size, "head dimension": c.head_dim}
     return next((f"{name} {size} is no multiple of 32" for name, size in odd.items() if size % 32), None)
 
