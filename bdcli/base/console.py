@@ -13,6 +13,7 @@ import typer
 
 from bdcli.base.errors import INTERRUPTED, BdcliError, OutputError
 from bdcli.base.interrupt import heed_signals
+from bdcli.base.places import prepare_caches
 from bdcli.base.progress import Progress
 from bdcli.base.streams import check_output, prepare_streams
 
@@ -39,6 +40,7 @@ def end_interrupted(*more: str, where: str = "") -> NoReturn:
 def run_script(app) -> None:
     """Run the commands of a script: an expected error is one line and an exit code, as for `bdcli`."""
     prepare_streams()
+    prepare_caches()
     heed_signals()
     try:
         code = app(standalone_mode=False)

@@ -12,6 +12,7 @@ from bdcli.base.console import note, say_error
 from bdcli.base.errors import INTERRUPTED, BdcliError
 from bdcli.base.files import explain
 from bdcli.base.interrupt import heed_signals
+from bdcli.base.places import prepare_caches
 from bdcli.base.streams import check_output, prepare_streams, write_line
 from bdcli.cli.bench import bench
 from bdcli.cli.decode import decode
@@ -51,6 +52,7 @@ for command in (decode, report, prompt, convert, doctor, bench, prepare, pretrai
 def main() -> None:
     """Entry point: every expected error is one line on stderr and an exit code."""
     prepare_streams()
+    prepare_caches()
     heed_signals()
     app.debug = False
     try:

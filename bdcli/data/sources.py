@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bdcli.base.errors import UserError
-from bdcli.base.files import digest
+from bdcli.base.files import digest, user_path
 from bdcli.data.prompts import HELD_OUT, stdlib_text
 from bdcli.data.synthetic import recall_documents
 
@@ -45,7 +45,7 @@ class Document:
 def split_source(source: str) -> tuple[str, str]:
     """(name of the data set, where it is) of `NAME=PLACE`, of a known name, or of a place named after itself."""
     named = _NAMED.fullmatch(source)
-    if named and not Path(source).expanduser().exists():
+    if named and not user_path(source).exists():
         return named[1], named[2]
     known = source in KNOWN or source.split("/")[0] == LONGBENCH
     return source if known else Path(source).name.split(".")[0], source
@@ -59,7 +59,7 @@ def documents(source: str, broken: list[str] | None = None, enough: float = math
     A hub data set ends after `enough` characters. Raises UserError where a source is missing or cannot be read.
     """
     name, place = split_source(source)
-    instruction, path = INSTRUCTIONS.get(name, ""), Path(place).expanduser()
+    instruction, path = INSTRUCTIONS.get(name, ""), user_path(place)
     if place == "stdlib":
         found = _stdlib()
     elif place == "recall":

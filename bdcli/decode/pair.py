@@ -10,6 +10,7 @@ import torch
 from bdcli.backends.select import Backend, pick_backend
 from bdcli.base.devices import dtype_name, free_memory, pick_device, pick_dtype
 from bdcli.base.errors import UserError
+from bdcli.base.files import user_path
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import DecodeOptions
 from bdcli.model.checkpoint import eos_tokens, load_model, read_config
@@ -101,4 +102,4 @@ def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
 
 def _name(given: str, folder: Path) -> str:
     """How a model is stored: a local folder by its whole path."""
-    return str(folder.resolve()) if Path(given).expanduser().is_dir() else given
+    return str(folder.resolve()) if user_path(given).is_dir() else given

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from bdcli.base.errors import UserError
+from bdcli.base.files import user_path
 
 POCKET = Path(__file__).parent.parent / "assets" / "pocket"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -20,7 +21,7 @@ def resolve(name: str, role: str, pickles: bool = False) -> Path:
     """
     if name == "pocket":
         return POCKET / role
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return path
     if path.exists():

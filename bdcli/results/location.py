@@ -12,6 +12,7 @@ from sqlalchemy import URL, make_url
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import user_path
+from bdcli.base.places import has_home
 
 _URL = re.compile(r"[A-Za-z][\w+.-]*://")
 
@@ -27,13 +28,9 @@ def locate(where: str | None) -> tuple[Path | None, str]:
 
 
 def default_place() -> str:
-    try:
-        path = user_data_path("bdcli") / "runs.db"
-    except RuntimeError:
-        path = None
-    if path is None or not path.is_absolute():
+    if not has_home() and not os.environ.get("XDG_DATA_HOME"):
         raise UserError("there is no home directory to keep a store in", "Give --db runs.db, or set BDCLI_DB")
-    return str(path)
+    return str(user_data_path("bdcli") / "runs.db")
 
 
 def file_url(path: Path) -> URL:

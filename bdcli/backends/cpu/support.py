@@ -11,6 +11,7 @@ import torch
 
 from bdcli.backends.cpu.code_cache import code_folder
 from bdcli.base.devices import dtype_name, thread_limit
+from bdcli.base.errors import BdcliError
 from bdcli.model.llama import Model
 
 
@@ -24,6 +25,10 @@ def obstacle(models: list[Model]) -> str | None:
         return "numba is not installed"
     if not {"avx2", "fma"} <= processor_features():
         return "a processor without AVX2 and FMA"
+    try:
+        code_folder()
+    except BdcliError as error:
+        return error.problem
     return next((why for why in map(_shape, models) if why), None)
 
 
