@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from bdcli.base.errors import UserError
+from bdcli.base.streams import printable
 
 # What libraries put below a home directory; without one some would make a folder named ~ here, others fail.
 LIBRARY_CACHES = {
@@ -52,6 +58,23 @@ def temporary_folder() -> Path | None:
     if not _is_usable(folder) or (hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()):
         return None
     return folder
+
+
+@functools.cache
+def readable_folder(folder: Path) -> Path:
+    """`folder`, or a link to it where its path has bytes that are no UTF-8: libraries in Rust cannot open those.
+
+    The link stays for as long as this process runs. Raises UserError where none can be made.
+    """
+    if printable(str(folder)) == str(folder):
+        return folder
+    try:
+        link = Path(tempfile.mkdtemp(prefix="bdcli-")) / "folder"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+    except OSError:
+        raise UserError(f"{folder}: its name is not UTF-8", "Rename the folder") from None
+    atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
+    return link
 
 
 def _is_usable(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest, user_path
+from bdcli.base.streams import printable
 from bdcli.data.prompts import HELD_OUT, stdlib_text
 from bdcli.data.synthetic import recall_documents
 
@@ -48,7 +49,7 @@ def split_source(source: str) -> tuple[str, str]:
     if named and not user_path(source).exists():
         return named[1], named[2]
     known = source in KNOWN or source.split("/")[0] == LONGBENCH
-    return source if known else Path(source).name.split(".")[0], source
+    return source if known else printable(Path(source).name.split(".")[0]), source
 
 
 def documents(source: str, broken: list[str] | None = None, enough: float = math.inf) -> Iterator[Document]:
@@ -107,11 +108,12 @@ def _file(path: Path, broken: list[str] | None) -> Iterator[Document]:
     if not path.name.endswith(KINDS):
         raise UserError(f"data source {path} is of no kind that is read", f"Kinds: {', '.join(KINDS)}")
     if path.suffix == ".jsonl":
-        yield from _json_rows(path.stem, path.read_text("utf-8"), str(path))
+        yield from _json_rows(printable(path.stem), path.read_text("utf-8"), str(path))
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     else:
-        for name, data in _tar_members(path) if path.name.endswith(_TARS) else [(path.stem, path.read_bytes())]:
+        whole = path.name.endswith(_TARS)
+        for name, data in _tar_members(path) if whole else [(printable(path.stem), path.read_bytes())]:
             try:
                 yield Document(name, data.decode("utf-8"), is_held_out(name))
             except UnicodeDecodeError as error:
@@ -125,7 +127,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.isfile():
-                    yield Path(member.name).stem, archive.extractfile(member).read()
+                    yield printable(Path(member.name).stem), archive.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})", "Give a tar of UTF-8 texts") from None
 
@@ -143,7 +145,7 @@ def _parquet_rows(path: Path) -> Iterator[Document]:
     from datasets import Dataset
 
     for number, row in enumerate(Dataset.from_parquet(str(path))):
-        yield _row(f"{path.stem}:{number}", row, f"{path} row {number}")
+        yield _row(f"{printable(path.stem)}:{number}", row, f"{path} row {number}")
 
 
 def _hub(name: str, enough: float) -> Iterator[Document]:
