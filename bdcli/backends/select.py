@@ -33,9 +33,14 @@ class Backend:
         """`model` with a full cache."""
         return self.runner_type(model, Full().cache(self.caches, model, size))
 
-    def drafter(self, model: Model, selection: Selection, size: CacheSize, vocab: int) -> ModelDrafter:
-        """`model` with what `selection` keeps; logits line up with a target of `vocab` tokens."""
-        return self.drafter_type(self.runner_type(model, selection.cache(self.caches, model, size), vocab))
+    def drafter(
+        self, model: Model, selection: Selection, size: CacheSize, vocab: int, own: bool = False
+    ) -> ModelDrafter:
+        """`model` with what `selection` keeps; logits line up with a target of `vocab` tokens.
+
+        `own`: the model is the target itself, perhaps in fewer bits.
+        """
+        return self.drafter_type(self.runner_type(model, selection.cache(self.caches, model, size), vocab), own)
 
 
 def torch_backend(why: str = "asked for") -> Backend:
@@ -88,6 +93,5 @@ def _compiled(models: list[Model], progress: Progress) -> Backend | str:
     from bdcli.backends.cpu.huge_pages import move_to_huge_pages
     from bdcli.backends.cpu.runner import CompiledRunner
 
-    for model in models:
-        move_to_huge_pages(model)
+    move_to_huge_pages(models)
     return Backend("compiled", support.describe(), CompiledRunner, CompiledDrafter, PANEL_CACHES)

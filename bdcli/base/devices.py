@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -57,13 +59,21 @@ def cpu_has_bfloat16() -> bool:
     return any(known.get(name, False) for name in names)
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+def compiled_steps_can_run() -> bool:
+    """Whether this processor and system are those that compiled steps are written for (`bdcli.backends.cpu`)."""
+    linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    known = _capabilities()
+    return linux and known.get("avx2", False) and known.get("fma3", False) and find_spec("numba") is not None
+
+
+def pick_dtype(dtype: str, device: torch.device, engine: str = "auto") -> torch.dtype:
+    """`auto`: bf16 where the device computes in it or compiled steps read it, else fp16 on a GPU and fp32 on a CPU."""
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+    reads = cpu_has_bfloat16() or (engine in ("auto", "compiled") and compiled_steps_can_run())
+    return torch.bfloat16 if device.type == "cpu" and reads else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.config.bench import BenchRecipe
+from bdcli.config.decode import OWN
 from bdcli.config.loader import as_dict
 from bdcli.data.samples import Sample, ids_digest, load_samples
 from bdcli.model.checkpoint import fingerprint, read_config
@@ -85,7 +86,8 @@ class Experiment:
         """Folders of the target, the drafter, and the drafter of every arm that has one."""
         r = self.recipe
         names = [r.drafter, *(name for arm in r.arms.values() if (name := r.drafter_of(arm)) is not None)]
-        return [resolve(r.target, "target"), *(resolve(name, "drafter") for name in names)]
+        target = resolve(r.target, "target")
+        return [target, *(target if name == OWN else resolve(name, "drafter") for name in names)]
 
     def _check_length(self, needed: int) -> None:
         """Texts of `needed` tokens fit into the target and the measured drafter."""

@@ -7,25 +7,20 @@ its own, `generate` generates. The methods of our engine share the target's cach
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from bdcli.backends.select import pick_backend
 from bdcli.base.devices import pick_dtype
-from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.bench import peers
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Method, Outcome, PreparedTarget
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.config.decode import SELECTIONS, DecodeOptions
-from bdcli.decode.pair import Pair, load_pair
+from bdcli.decode.pair import Pair, load_pair, with_drafter
 from bdcli.decode.session import Session
-from bdcli.model.checkpoint import load_model
-from bdcli.model.hub import resolve
-from bdcli.model.tokenizer import check_vocabulary
 from bdcli.results.metrics import RoundFigures
 from bdcli.speculation.baseline import warm_up
 from bdcli.speculation.drafter import Drafter
@@ -45,21 +40,15 @@ class Models:
     def pair(self) -> Pair:
         """The target and the measured drafter."""
         r = self.recipe
-        options = DecodeOptions(target=r.target, drafter=r.drafter, dtype=r.dtype, device=r.device, engine=r.engine)
-        return load_pair(options, self.progress)
+        names = ("target", "drafter", "weights", "draft_weights", "dtype", "device", "engine")
+        return load_pair(DecodeOptions(**{name: getattr(r, name) for name in names}), self.progress)
 
     def with_drafter(self, name: str | None) -> Pair:
         """The target with the drafter `name`; None means that none is used."""
         if name is None or name == self.recipe.drafter:
             return self.pair
         if name not in self._pairs:
-            folder, target = resolve(name, "drafter"), resolve(self.recipe.target, "target")
-            check_vocabulary(target, folder, self.pair.tokenizer)
-            drafter = load_model(folder, self.pair.target.dtype, self.pair.target.device)
-            backend = pick_backend(self.recipe.engine, [self.pair.target, drafter], self.progress)
-            if backend.name != self.pair.backend.name:
-                raise UserError(f"drafter {name} cannot run in the engine of the others", "Give --engine torch")
-            self._pairs[name] = replace(self.pair, drafter=drafter, names=(self.pair.names[0], name))
+            self._pairs[name] = with_drafter(self.pair, name, self.recipe.draft_weights, self.progress)
         return self._pairs[name]
 
     def transformers(self, arm: Arm) -> peers.Transformers:
@@ -111,7 +100,6 @@ class EngineMethod(Method):
         prefill_s = time.perf_counter() - started
         controller = warm_up(run, o.gamma if drafter is not None else 0, self.gamma_max)
         rounds = [RoundFigures.of(r) for r in run.rounds(o.max_new_tokens, self.session.pair.eos, controller)]
-        weights = target.model.weight_bytes + (drafter.weight_bytes if drafter is not None else 0)
         return Outcome(
             tokens=run.new_tokens,
             rounds=rounds,
@@ -120,8 +108,12 @@ class EngineMethod(Method):
             entries=drafter.peak_entries if drafter is not None else None,
             drafter_kv_bytes=drafter.kv_bytes if drafter is not None else 0,
             target_kv_bytes=target.cache.kv_bytes,
-            weight_bytes=weights,
+            weight_bytes=self._weight_bytes(drafter),
         )
+
+    def _weight_bytes(self, drafter: Drafter | None) -> int:
+        pair = self.session.pair
+        return pair.target.weight_bytes if drafter is None or drafter.runner is None else pair.weight_bytes
 
 
 class Autoregressive(EngineMethod):

@@ -18,6 +18,7 @@ class BaseCache:
     """A cache that holds nothing yet. `length` counts the tokens read, `peak_entries` the most entries ever held."""
 
     reads_whole_prompt = False
+    copies = False  # whether `copy_from` can take entries of a full cache of the same model
 
     def __init__(self, model: Model, positions: int, total_length: int):
         c = model.config
@@ -29,6 +30,7 @@ class BaseCache:
         self.length = 0
         self.peak_entries = 0
         self._prompt: int | None = None  # tokens of the prompt while it is read
+        self._copied = 0  # tokens whose entries came from another cache
 
     def _zeros(self, *shape: int) -> Tensor:
         # zeros, not empty: a masked slot must not hold a NaN, because 0 · NaN is NaN

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bdcli.cache.base import BaseCache
 from bdcli.cache.chunks import prompt_chunks
+from bdcli.cache.full import FullCache
 from bdcli.cache.prefill import LayerPrompt
 from bdcli.cache.view import View
 from bdcli.model.llama import Model
@@ -63,6 +64,38 @@ class BudgetCache(BaseCache):
         shape = (self.layers, self.kv_heads)
         self.keys = self._zeros(*shape, self.head_dim, self.view.budget)  # transposed: scores are a plain GEMM
         self.values = self._zeros(*shape, self.view.budget, self.head_dim)
+
+    @property
+    def copies(self) -> bool:
+        """Chunks are chosen by queries that a full cache has not kept."""
+        return not self.view.chosen
+
+    def copy_from(self, source: FullCache, length: int) -> None:
+        """As `FullCache.copy_from`, of what the view after `length` tokens sees.
+
+        Places of copied keys are those of the view: ranks of sinks are their positions, and recents keep theirs.
+        """
+        sinks, start = self.view.sinks, length - self.view.window
+        if not self._copied:
+            self._oldest = max(sinks, start)
+        positions = torch.arange(self._copied, length, device=self.device)
+        positions = positions[(positions < sinks) | (positions >= start)]
+        if len(positions):
+            self._put(self._places(positions, self.ring_at), *source.entries(positions))
+        self.length = self._copied = length
+        self.record(length)
+
+    @property
+    def ring_at(self) -> int:
+        """First slot of the ring once the prompt is read."""
+        return self.view.prefix
+
+    def _places(self, positions: Tensor, ring_at: int) -> Tensor:
+        """Slots of positions: sinks in front, the others in the ring."""
+        return torch.where(positions < self.view.sinks, positions, ring_at + positions % self.view.ring)
+
+    def _put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        self.keys[:, :, :, slots], self.values[:, :, slots] = keys.transpose(2, 3), values
 
     # -- prefill
 
@@ -170,7 +203,7 @@ class BudgetCache(BaseCache):
             positions = torch.arange(start, stop, device=self.device)
             keep = (positions < view.sinks) | (positions >= stop - view.ring)
             positions, k, v = positions[keep], k[keep], v[keep]
-            slots = torch.where(positions < view.sinks, positions, view.prefix + positions % view.ring)
+            slots = self._places(positions, view.prefix)
             self.keys[layer][:, :, slots] = k.permute(1, 2, 0)
             self.values[layer][:, slots] = v.transpose(0, 1)
         self.record(stop)

@@ -26,6 +26,7 @@ class FullCache(BaseCache):
 
     max_rows = PREFILL_BLOCK
     reads_whole_prompt = True
+    copies = True
 
     def __init__(self, model: Model, capacity: int, total_length: int | None = None):
         super().__init__(model, capacity, total_length or capacity)
@@ -93,6 +94,22 @@ class FullCache(BaseCache):
             read = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=group > 1)[0]
             out[:, query_heads] = read.transpose(0, 1)
         return out.flatten(1)
+
+    def entries(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, Hkv, n, D] of n positions."""
+        slots = positions - self.shift
+        return self.keys[:, :, slots], self.values[:, :, slots]
+
+    def copy_from(self, source: FullCache, length: int) -> None:
+        """Hold the `length` tokens that `source` holds, a cache of the same model; what is held already stays."""
+        positions = torch.arange(self._copied, length, device=self.device)
+        if len(positions):
+            self._put(positions - self.shift, *source.entries(positions))
+        self.length = self._copied = length
+        self.record(length)
+
+    def _put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        self.keys[:, :, slots], self.values[:, :, slots] = keys, values
 
     def save(self, start: int) -> tuple[int, Tensor, Tensor]:
         """Copy of the entries from position `start` on; `restore` puts them back."""

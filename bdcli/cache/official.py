@@ -11,6 +11,8 @@ from bdcli.model.llama import Model
 class OfficialCache(FullCache):
     """`budget` bounds what is kept of the prompt only; `peak_entries` is the true count. Keys keep their rotation."""
 
+    copies = False  # chunks are chosen by queries that were not kept
+
     def __init__(self, model: Model, capacity: int, budget: int, total_length: int | None = None):
         self.budget = budget
         super().__init__(model, capacity, total_length)

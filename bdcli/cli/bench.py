@@ -49,7 +49,9 @@ def bench(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, triton, compiled or torch.")] = None,
     target: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
-    drafter: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Folder, hub name, pocket, or self.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of the target: auto, bf16, int8 or int4.")] = None,
+    draft_weights: Annotated[str | None, typer.Option(help="Of the drafters: auto, bf16, int8 or int4.")] = None,
     naive: Annotated[str | None, typer.Option(help="Undistilled drafter of the arms window and chunk.")] = None,
     select: Annotated[str | None, typer.Option(help="What bd arms made of --budgets keep: window or chunk.")] = None,
     protocol: Annotated[
@@ -85,6 +87,8 @@ def bench(
         engine=engine,
         target=target,
         drafter=drafter,
+        weights=weights,
+        draft_weights=draft_weights,
         naive=naive,
         select=select,
         protocol=protocol,
@@ -149,7 +153,8 @@ def _measure_shape(options: ShapeOptions, store: Store, dry_run: bool, as_json: 
         from bdcli.decode.run import recorded
 
         shape, device = parse_shape(options.shape), pick_device(options.device)
-        bench = ShapeBench(shape, options.contexts, pick_dtype(options.dtype, device), device, **options.choices)
+        dtype = pick_dtype(options.dtype, device, options.engine)
+        bench = ShapeBench(shape, options.contexts, dtype, device, **options.choices)
     if dry_run:
         note(bench.memory_plan().line())
         return

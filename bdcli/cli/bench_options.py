@@ -27,6 +27,8 @@ SETTINGS = (
     "engine",
     "target",
     "drafter",
+    "weights",
+    "draft_weights",
     "naive",
 )
 
@@ -53,6 +55,8 @@ class BenchOptions:
     engine: str | None
     target: str | None
     drafter: str | None
+    weights: str | None
+    draft_weights: str | None
     naive: str | None
     select: str | None
     protocol: str | None

@@ -19,6 +19,7 @@ Select, Positions, Dtype, EngineName, BaselineMode, Trim = (
     StrEnum(name.title(), list(CHOICES[name]))
     for name in ("select", "positions", "dtype", "engine", "baseline", "trim")
 )
+Weights = StrEnum("Weights", list(CHOICES["weights"]))
 
 
 def decode(
@@ -40,7 +41,16 @@ def decode(
         EngineName, typer.Option(help="auto: triton on a GPU, compiled on a CPU, where they can run.")
     ] = DEFAULT.engine,
     target: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.target,
-    drafter: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.drafter,
+    drafter: Annotated[
+        str | None,
+        typer.Option(help="Folder, hub name, pocket, or self: the target itself, the default for a target you name."),
+    ] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="Of the target. auto: as stored; int8 and int4 change what the target is.")
+    ] = DEFAULT.weights,
+    draft_weights: Annotated[
+        Weights, typer.Option(help="Of the drafter; they change acceptance only. auto: int4 for self, else as stored.")
+    ] = DEFAULT.draft_weights,
     baseline: Annotated[
         BaselineMode, typer.Option(help="Measure plain decoding on some rounds, on all, or not.")
     ] = DEFAULT.baseline,
@@ -55,6 +65,8 @@ def decode(
     options = DecodeOptions(
         target=target,
         drafter=drafter,
+        weights=str(weights),
+        draft_weights=str(draft_weights),
         budget=parse_budget(budget),
         gamma=parse_gamma(gamma),
         select=str(select),

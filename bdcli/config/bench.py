@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
+from bdcli.config.decode import WEIGHTS, default_drafter
 from bdcli.config.settings import TEMPERATURE, at_least, setting
 
 ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
@@ -40,7 +41,11 @@ class BenchRecipe:
     """A sweep: the models, the texts, and the arms that are compared on them."""
 
     target: str = setting("pocket", "folder, hub name, or pocket")
-    drafter: str = setting("pocket", "the drafter that is measured: folder, hub name, or pocket")
+    drafter: str | None = setting(
+        None, "the drafter that is measured: folder, hub name, pocket, or self (the default for a target you name)"
+    )
+    weights: Literal[WEIGHTS] = setting("auto", "of the target; int8 and int4 change what the target is")
+    draft_weights: Literal[WEIGHTS] = setting("auto", "of the drafters; auto: int4 for self, else as stored")
     naive: str | None = setting(None, "an undistilled drafter, for the arms window and chunk and `drafter: naive`")
     datasets: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {"stdlib": ("stdlib",)},
@@ -64,6 +69,8 @@ class BenchRecipe:
     )
 
     def __post_init__(self):
+        if self.drafter is None:
+            object.__setattr__(self, "drafter", default_drafter(self.target))
         if not any(arm is not None and arm.method == "ar" for arm in self.arms.values()):
             object.__setattr__(self, "arms", {"ar": Arm("ar"), **self.arms})
 

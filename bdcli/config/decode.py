@@ -9,10 +9,15 @@ from dataclasses import asdict, dataclass
 from bdcli.base.errors import UserError
 from bdcli.cache.selection import SELECTIONS
 
+OWN = "self"  # as a drafter's name: the target itself
+WEIGHTS = ("auto", "bf16", "int8", "int4")
+BITS = {"int8": 8, "int4": 4}  # of quantised weights
 CHOICES = {
     "select": SELECTIONS,
     "positions": ("rebased", "absolute"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "weights": WEIGHTS,
+    "draft_weights": WEIGHTS,
     "engine": ("auto", "triton", "compiled", "torch"),
     "baseline": ("sample", "full", "off"),
     "trim": ("middle",),
@@ -21,10 +26,13 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Settings of one decode run. budget None is a full cache, gamma None is auto."""
+    """Settings of one decode run. budget None is a full cache, gamma None is auto.
+
+    drafter None becomes pocket for the pocket target, else self: the target as its own drafter.
+    """
 
     target: str = "pocket"
-    drafter: str = "pocket"
+    drafter: str | None = None
     budget: int | None = 512
     gamma: int | None = None
     select: str = "window"
@@ -34,6 +42,8 @@ class DecodeOptions:
     top_p: float = 1.0
     seed: int = 0
     max_new_tokens: int = 256
+    weights: str = "auto"
+    draft_weights: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
     engine: str = "auto"
@@ -44,10 +54,13 @@ class DecodeOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if self.drafter is None:
+            object.__setattr__(self, "drafter", default_drafter(self.target))
         for name, values in CHOICES.items():
             value = getattr(self, name)
             if value not in values and not (name == "trim" and value is None):
-                raise UserError(f"--{name} {value} is not one of {', '.join(values)}", f"Default: {_default(name)}")
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {value} is not one of {', '.join(values)}", f"Default: {_default(name)}")
         _require(self.gamma is None or self.gamma >= 1, f"--gamma {self.gamma}", "be at least 1, or auto")
         _require(self.budget is None or self.budget >= 1, f"--budget {self.budget}", "be at least 1, or full")
         _require(self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}", "be at least 1")
@@ -60,6 +73,11 @@ class DecodeOptions:
 
     def as_dict(self) -> dict:
         return asdict(self) | {"budget": self.budget or "full", "gamma": self.gamma or "auto"}
+
+
+def default_drafter(target: str) -> str:
+    """The drafter of a target for which none is named."""
+    return "pocket" if target == "pocket" else OWN
 
 
 def _default(name: str) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from bdcli.base.devices import dtype_name, free_memory, pick_device, pick_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.files import user_path
 from bdcli.base.progress import SILENT, Progress
-from bdcli.config.decode import DecodeOptions
+from bdcli.config.decode import BITS, OWN, DecodeOptions
 from bdcli.model.checkpoint import eos_tokens, load_model, read_config
 from bdcli.model.config import ModelConfig
 from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
-from bdcli.model.sizes import gigabytes, weight_bytes
+from bdcli.model.quantised import nbytes
+from bdcli.model.sizes import draft_weight_bytes, gigabytes, weight_bytes
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -25,26 +26,51 @@ from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 class FoundPair:
     """A target and drafter that are here and fit together; nothing of their weights is loaded."""
 
-    folders: tuple[Path, Path]
+    options: DecodeOptions
+    paths: tuple[Path, Path]
     configs: tuple[ModelConfig, ModelConfig]
     tokenizer: object
-    eos: frozenset[int]
     names: tuple[str, str]
     device: torch.device
     dtype: torch.dtype
 
-    def load(self, engine: str, progress: Progress = SILENT) -> Pair:
+    @property
+    def own(self) -> bool:
+        """The target is its own drafter."""
+        return self.options.drafter == OWN
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of both models once they are loaded, as `Pair.weight_bytes` counts them."""
+        target, drafter = self.configs
+        o, dtype = self.options, dtype_name(self.dtype)
+        compiled = self.device.type == "cpu" and o.engine in ("auto", "compiled")
+        kind = o.draft_weights
+        if not self.own:
+            return weight_bytes(target, o.weights, dtype) + weight_bytes(drafter, kind, dtype)
+        lighter = "int4" if kind == "auto" else kind
+        more = draft_weight_bytes(target, lighter) if compiled and lighter in BITS and o.weights != lighter else 0
+        return weight_bytes(target, o.weights, dtype) + more
+
+    def load(self, progress: Progress = SILENT) -> Pair:
         """Load both models and pick what runs them. Raises UserError on every fault of a folder.
 
         What the user may have to wait for is a note of `progress`.
         """
-        models = [load_model(folder, self.dtype, self.device) for folder in self.folders]
-        return Pair(*models, self.tokenizer, self.eos, self.names, pick_backend(engine, models, progress))
+        o, own = self.options, self.own
+        target = _load(self.paths[0], self.dtype, self.device, o.weights)
+        drafter = target if own else _load(self.paths[1], self.dtype, self.device, o.draft_weights)
+        if own and o.engine in ("auto", "compiled") and self.device.type == "cpu":
+            drafter = _lighter(target, o.draft_weights)
+        backend = pick_backend(o.engine, [target, drafter], progress)
+        if backend.name != "compiled":
+            target = target.dense()
+            drafter = target if own else drafter.dense()
+        return Pair(target, drafter, self.tokenizer, eos_tokens(self.paths[0]), self.names, backend, self.paths[0])
 
     def check_weights(self) -> None:
         """Raises UserError where the weights alone do not fit into memory."""
-        needed = sum(weight_bytes(config, dtype_name(self.dtype)) for config in self.configs)
-        free = free_memory(self.device)
+        needed, free = self.weight_bytes, free_memory(self.device)
         if needed > free:
             raise UserError(
                 f"the weights take {gigabytes(needed)}, but {gigabytes(free)} are free on {self.device}",
@@ -62,6 +88,13 @@ class Pair:
     eos: frozenset[int]
     names: tuple[str, str]
     backend: Backend
+    path: Path = Path()  # of the target
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of both models; what they share counts once."""
+        weights = {id(w): w for model in (self.target, self.drafter) for w in model.tensors()}
+        return sum(map(nbytes, weights.values()))
 
     @property
     def configs(self) -> tuple[ModelConfig, ModelConfig]:
@@ -78,18 +111,22 @@ class Pair:
 
 def find_pair(options: DecodeOptions) -> FoundPair:
     """Find and check both models. Every fault that shows without loading them is a UserError."""
-    folders = resolve(options.target, "target"), resolve(options.drafter, "drafter")
+    target_path = resolve(options.target, "target")
+    own = options.drafter == OWN
+    drafter_path = target_path if own else resolve(options.drafter, "drafter")
     device = pick_device(options.device)
-    tokenizer = load_tokenizer(folders[0])
-    check_vocabulary(*folders, tokenizer)
+    _check_weights(options, device)
+    tokenizer = load_tokenizer(target_path)
+    if not own:
+        check_vocabulary(target_path, drafter_path, tokenizer)
     return FoundPair(
-        folders=folders,
-        configs=tuple(map(read_config, folders)),
+        options=options,
+        paths=(target_path, drafter_path),
+        configs=(read_config(target_path), read_config(drafter_path)),
         tokenizer=tokenizer,
-        eos=eos_tokens(folders[0]),
-        names=tuple(map(_name, (options.target, options.drafter), folders)),
+        names=(_name(options.target, target_path), OWN if own else _name(options.drafter, drafter_path)),
         device=device,
-        dtype=pick_dtype(options.dtype, device),
+        dtype=pick_dtype(options.dtype, device, options.engine),
     )
 
 
@@ -97,7 +134,41 @@ def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
     """Find, check and load both models. Raises UserError as `find_pair` and `FoundPair.load` do."""
     found = find_pair(options)
     found.check_weights()
-    return found.load(options.engine, progress)
+    return found.load(progress)
+
+
+def with_drafter(pair: Pair, name: str, weights: str, progress: Progress = SILENT) -> Pair:
+    """The same target with the drafter `name`, stored as `weights` asks. Raises UserError as `load_pair`."""
+    target = pair.target
+    if name == OWN:
+        drafter = _lighter(target, weights) if pair.backend.name == "compiled" else target
+    else:
+        path = resolve(name, "drafter")
+        check_vocabulary(pair.path, path, pair.tokenizer)
+        drafter = _load(path, target.dtype, target.device, weights)
+    backend = pick_backend(pair.backend.name, [target, drafter], progress)
+    if backend.name != "compiled":
+        drafter = drafter.dense()
+    return replace(pair, drafter=drafter, names=(pair.names[0], name))
+
+
+def _check_weights(options: DecodeOptions, device: torch.device) -> None:
+    for flag, weights in (("--weights", options.weights), ("--draft-weights", options.draft_weights)):
+        if weights in BITS and (device.type != "cpu" or options.engine not in ("auto", "compiled")):
+            raise UserError(f"{flag} {weights} needs the compiled engine of a CPU", f"Leave {flag} out")
+
+
+def _load(path: Path, dtype: torch.dtype, device: torch.device, weights: str) -> Model:
+    """A model with its weights as they are stored, dense, or in fewer bits."""
+    model = load_model(path, dtype, device, BITS.get(weights))
+    return model.dense() if weights == "bf16" else model
+
+
+def _lighter(target: Model, weights: str) -> Model:
+    """The target as its own drafter: in int4 unless asked otherwise; itself where that would not be smaller."""
+    bits = BITS.get("int4" if weights == "auto" else weights)
+    stored = BITS.get(target.weights)
+    return target if bits is None or (stored is not None and stored <= bits) else target.draft_weights(bits)
 
 
 def _name(given: str, folder: Path) -> str:

@@ -19,7 +19,7 @@ from bdcli.base.errors import OutputError, UserError
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection, parse_selection
-from bdcli.config.decode import DecodeOptions
+from bdcli.config.decode import OWN, DecodeOptions
 from bdcli.data.prompts import encode, fit
 from bdcli.decode.memory import DecodePlan, check_plan, decode_plan, runtime_bytes
 from bdcli.decode.pair import FoundPair, Pair, find_pair, load_pair
@@ -52,7 +52,7 @@ class Session:
 
     def load(self, progress: Progress = SILENT) -> Session:
         """This session with its models loaded."""
-        return replace(self, pair=self.pair.load(self.options.engine, progress))
+        return replace(self, pair=self.pair.load(progress))
 
     @cached_property
     def selection(self) -> Selection:
@@ -93,7 +93,8 @@ class Session:
 
     def drafter(self, prompt: int) -> ModelDrafter:
         size = self.size(prompt, self.selection.gamma_max)
-        return self.pair.backend.drafter(self.pair.drafter, self.selection, size, self.pair.target.config.vocab_size)
+        vocab, own = self.pair.target.config.vocab_size, self.pair.names[1] == OWN
+        return self.pair.backend.drafter(self.pair.drafter, self.selection, size, vocab, own)
 
     def speculator(self, prompt: int) -> Speculator:
         """Models with caches for a prompt of `prompt` tokens."""
@@ -103,7 +104,9 @@ class Session:
     def memory_plan(self, prompt: int) -> DecodePlan:
         """What decoding after `prompt` tokens will hold."""
         size, device = self.size(prompt, self.selection.gamma_max), self.pair.device
-        return decode_plan(*self.pair.configs, dtype_name(self.pair.dtype), size, self.selection, runtime_bytes(device))
+        kind = dtype_name(self.pair.dtype)
+        plan = decode_plan(*self.pair.configs, kind, size, self.selection, runtime_bytes(device))
+        return replace(plan, weights=self.pair.weight_bytes)
 
     def check_memory(self, prompt: int, progress: Progress = SILENT) -> None:
         """Compare the plan of decoding after `prompt` tokens with the memory there is. Raises UserError."""
@@ -128,6 +131,8 @@ class Session:
             "drafter": pair.names[1],
             "device": str(pair.target.device),
             "dtype": dtype_name(pair.dtype),
+            "weights": pair.target.weights,
+            "draft_weights": pair.drafter.weights,
             "attention": pair.backend.name,
             "budget": selection.budget or "full",
             "gamma": o.gamma or "auto",
@@ -216,7 +221,7 @@ class Generation:
             text="".join(self.pieces),
             rounds=[r.row() for r in mark_loops(self.prompt, self.tokens, self.rounds)],
             attention_detail=pair.backend.detail,
-            weight_bytes=pair.target.weight_bytes + pair.drafter.weight_bytes,
+            weight_bytes=pair.weight_bytes,
             resident_bytes=resident_memory(),
             planned_bytes=self.session.memory_plan(len(self.prompt)).peak,
             logit_error=baseline.logit_error if baseline.steps and self.session.sampling.greedy else None,

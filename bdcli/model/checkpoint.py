@@ -14,6 +14,7 @@ from bdcli.base.files import digest, new_folder
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.hub import read_model_json
 from bdcli.model.llama import Layer, Model
+from bdcli.model.quantised import quantise
 
 _IGNORED = ("rotary_emb.inv_freq",)  # tables that old checkpoints carry
 
@@ -32,8 +33,10 @@ def eos_tokens(folder: Path) -> frozenset[int]:
     return frozenset()
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> Model:
     """Weights from safetensors (one file or shards with an index), cast to `dtype` on `device`.
+
+    With `bits` 4 or 8 each layer is quantised as soon as it is read (`bdcli.model.quantised`).
 
     Raises UserError naming the file and tensor when something is missing, truncated or of another shape.
     """
@@ -41,7 +44,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
     weights = _Weights(folder, dtype, device)
     hidden, q_rows, kv_rows = c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim
     embedding = weights.take("model.embed_tokens.weight", (c.vocab_size, hidden))
-    layers = [_load_layer(weights, f"model.layers.{i}.", c, q_rows, kv_rows) for i in range(c.layers)]
+    layers = []
+    for i in range(c.layers):
+        layer = _load_layer(weights, f"model.layers.{i}.", c, q_rows, kv_rows)
+        layers.append(layer if bits is None else layer.quantised(bits))
     norm = weights.take("model.norm.weight", (hidden,))
     if c.tied_head:
         weights.skip("lm_head.weight")
@@ -49,6 +55,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
     else:
         head = weights.take("lm_head.weight", (c.vocab_size, hidden))
     weights.expect_empty()
+    if bits is not None:
+        tied, embedding = head is embedding, quantise(embedding, 8)
+        head = embedding if tied else quantise(head, 8)
     return Model(c, embedding, layers, norm, head)
 
 

@@ -7,7 +7,7 @@ Weights have the names and layouts of Hugging Face checkpoints on disk (`bdcli.m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdcli.model.config import ModelConfig
+from bdcli.model.quantised import QuantisedMatrix, Weight, dense, nbytes, quantise
 
 PREFILL_BLOCK = 512  # rows of a prefill block: wide enough for GEMM speed, small enough for the MLP's activations
 
@@ -40,46 +41,85 @@ class Layer:
     """Weights of one block. qkv stacks q, k, v rows; gate_up stacks gate and up; qk_norm is [H+Hkv, D]."""
 
     attention_norm: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Weight
+    out: Weight
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     qkv_bias: Tensor | None = None
     out_bias: Tensor | None = None
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     qk_norm: Tensor | None = None
 
+    def dense(self, dtype: torch.dtype) -> Layer:
+        """This layer with every weight as a tensor of `dtype`; what is one already is shared."""
+        matrices = self.qkv, self.out, self.gate_up, self.down
+        if self.attention_norm.dtype is dtype and all(isinstance(w, Tensor) for w in matrices):
+            return self
+        own = ((name, getattr(self, name)) for name in Layer.__slots__)
+        return Layer(**{name: None if w is None else dense(w, dtype) for name, w in own})
+
+    def quantised(self, bits: int) -> Layer:
+        """This layer with its matrices in 4 or 8 bits; the rest is shared."""
+        matrices = ("qkv", "out", "gate_up", "down")
+        return replace(self, **{name: quantise(getattr(self, name), bits) for name in matrices})
+
 
 @dataclass(slots=True)
 class Model:
+    """A decoder. Matrices may be in blocks of 4 or 8 bits (`bdcli.model.quantised`), all else is in `dtype`."""
+
     config: ModelConfig
-    embedding: Tensor  # [V, hidden]
+    embedding: Weight  # [V, hidden]
     layers: list[Layer]
     norm: Tensor
-    head: Tensor  # [V, hidden]; the embedding itself when tied
+    head: Weight  # [V, hidden]; the embedding itself when tied
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+        """Of activations, caches and dense weights."""
+        return self.norm.dtype
 
     @property
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def tensors(self) -> list[Tensor]:
-        """Every distinct weight tensor."""
+    def dense(self) -> Model:
+        """This model with every matrix as a tensor of its dtype; itself where all of them are."""
+        if not any(isinstance(w, QuantisedMatrix) for w in self.tensors()):
+            return self
+        embedding = dense(self.embedding, self.dtype)
+        head = embedding if self.head is self.embedding else dense(self.head, self.dtype)
+        layers = [layer.dense(self.dtype) for layer in self.layers]
+        return Model(self.config, embedding, layers, self.norm, head)
+
+    def draft_weights(self, bits: int) -> Model:
+        """A drafter of the same weights in fewer bits, which shares what it does not multiply by."""
+        layers = [layer.quantised(bits) for layer in self.layers]
+        return Model(self.config, self.embedding, layers, self.norm, quantise(self.head, 8))
+
+    @property
+    def weights(self) -> str:
+        """What most weights are stored in: int4, int8, or a dtype."""
+        matrix = self.layers[0].gate_up if self.layers else self.embedding
+        return f"int{matrix.format.bits}" if isinstance(matrix, QuantisedMatrix) else str(self.dtype)[6:]
+
+    def tensors(self) -> list[Weight]:
+        """Every distinct weight."""
         own = [getattr(layer, name) for layer in self.layers for name in Layer.__slots__]
         head = [] if self.head is self.embedding else [self.head]
         return [self.embedding, self.norm, *head, *(t for t in own if t is not None)]
 
     @property
     def weight_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(map(nbytes, self.tensors()))
 
     def embed(self, tokens: list[int]) -> Tensor:
-        return F.embedding(torch.tensor(tokens, device=self.device), self.embedding)
+        index = torch.tensor(tokens, device=self.device)
+        if isinstance(self.embedding, QuantisedMatrix):
+            return self.embedding.take_rows(index, self.dtype)
+        return F.embedding(index, self.embedding)
 
     def project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Residual stream x [T, hidden] to unrotated qk [T, H+Hkv, D] and v [T, Hkv, D]."""
@@ -106,7 +146,7 @@ class Model:
     def logits(self, x: Tensor) -> Tensor:
         """fp32 logits [T, V] of residual rows x [T, hidden]."""
         x = F.rms_norm(x, (self.config.hidden_size,), self.norm, self.config.norm_eps)
-        return F.linear(x, self.head).float()
+        return F.linear(x, dense(self.head, self.dtype)).float()
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], cache: Cache, on_block: Callable[[int, int], None] | None = None) -> None:
@@ -119,8 +159,8 @@ class Model:
         total, done = len(spans) * len(self.layers), 0
         cache.begin_prefill(len(tokens))
         x = self.embed(tokens) if tokens else None
-        for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
+        for i, stored in enumerate(self.layers):
+            layer, last = stored.dense(self.dtype), i == len(self.layers) - 1
             waiting = []
             for a, b in spans:
                 plan = cache.plan(a, b - a)
@@ -165,7 +205,8 @@ class Model:
         sizes = [len(text) for text in tokens]
         x = self.embed([token for text in tokens for token in text])
         plans = [cache.plan(cache.length, size) for cache, size in zip(caches, sizes)]
-        for i, layer in enumerate(self.layers):
+        for i, stored in enumerate(self.layers):
+            layer = stored.dense(self.dtype)
             qk, v = self.project(layer, x)
             texts = zip(caches, plans, qk.split(sizes), v.split(sizes))
             seen = [cache.read(i, plan, cache.write(i, plan, qk, v)) for cache, plan, qk, v in texts]

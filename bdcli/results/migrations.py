@@ -82,6 +82,7 @@ def add_columns(connection: Connection, table: str, columns: dict[type, str]) ->
 
 MIGRATIONS: list[tuple[str, Callable[[Connection], None]]] = [
     ("baseline", baseline),
+    ("weights of the models", lambda connection: add_columns(connection, "run", {String: "weights draft_weights"})),
     ("identity of processes", lambda connection: add_columns(connection, "run", {String: "process_identity"})),
 ]
 

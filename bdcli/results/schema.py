@@ -76,6 +76,8 @@ class Run(Figures, table=True):
     drafter: str | None = None
     device: str | None = None
     dtype: str | None = figure("of weights and caches", TEXT, "dtype")
+    weights: str | None = figure("what the target's weights are stored in", TEXT)
+    draft_weights: str | None = figure("the same of the drafter", TEXT)
     attention: str | None = Field(default=None, description="what ran the forwards: compiled or torch")
     budget: int | str | None = figure(
         "KV entries the drafter may hold, or full", NUMBER, "budget", sa_type=NumberOrWord

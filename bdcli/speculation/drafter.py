@@ -38,6 +38,9 @@ class Drafter(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
+    def bind(self, target: Runner) -> None:
+        """Called before anything else with the target that will verify."""
+
     def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None: ...
 
     def draft(self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator) -> Draft:
@@ -50,10 +53,15 @@ class Drafter(Protocol):
 
 
 class ModelDrafter:
-    """A model that drafts one token after the other. Backends that draft in one call derive from it."""
+    """A model that drafts one token after the other. Backends that draft in one call derive from it.
 
-    def __init__(self, runner: Runner):
-        self.runner = runner
+    `own`: the model is the target itself, perhaps in fewer bits. Then the keys and values that the target has computed
+    are copied instead of computed again, of the prompt and of every round, where the cache can take them.
+    """
+
+    def __init__(self, runner: Runner, own: bool = False):
+        self.runner, self._own = runner, own
+        self._target: Runner | None = None
 
     @property
     def length(self) -> int:
@@ -71,11 +79,23 @@ class ModelDrafter:
     def weight_bytes(self) -> int:
         return self.runner.model.weight_bytes
 
+    def bind(self, target: Runner) -> None:
+        if self._own and self.runner.cache.copies:
+            self._target = target
+
     def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None:
-        self.runner.prefill(tokens, on_block)
+        if self._target is None:
+            self.runner.prefill(tokens, on_block)
+        else:
+            self.runner.cache.copy_from(self._target.cache, len(tokens))
+            if on_block:
+                on_block(1, 1)
 
     def rollback(self, length: int) -> None:
+        """Forget everything from position `length` on, which the target has read as far."""
         self.runner.rollback(length)
+        if self._target is not None:
+            self.runner.cache.copy_from(self._target.cache, length)
 
     def draft(self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator) -> Draft:
         """Exactly `gamma` >= 1 tokens to follow `ids`, each read but the last."""

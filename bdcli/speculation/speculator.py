@@ -32,6 +32,8 @@ class Speculator:
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self._whole = None
+        if drafter is not None:
+            drafter.bind(target)
         if drafter is None or drafter.runner is not None:
             self._whole = target.whole_rounds(drafter and drafter.runner, sampling, self.generator)
         self.ids: list[int] = []

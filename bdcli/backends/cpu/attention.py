@@ -12,7 +12,7 @@ from numba import njit, types
 
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, split_row, tile_panels
-from bdcli.backends.cpu.layers import add_bias, kind_of, linear, norm_heads, pack, rotate, size_of
+from bdcli.backends.cpu.layers import add_bias, kind_of, linear, norm_heads, pack, rotate, row_at, size_of
 from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, TILES, panels
 from bdcli.backends.cpu.simd import (
     get,
@@ -121,7 +121,7 @@ def narrow_row(source, count, into):
 @njit(error_model="numpy")
 def put_query(model, one, position, into, corner):
     """A query rotated and scaled: floats; for dot products D bf16; for tiles D high parts and D low parts."""
-    kind, dim = kind_of(model, tables.ATTENTION_TILES), field(model, tables.DIM)
+    kind, dim = kind_of(model, field(model, tables.KIND), tables.ATTENTION_TILES), field(model, tables.DIM)
     floats = corner if kind in (TILES, DOTS) else into
     rotate(model, one, position, floats, number(model, tables.SCALE))
     if kind == TILES:
@@ -133,10 +133,11 @@ def put_query(model, one, position, into, corner):
 @machine_code(types.void, *[types.int64] * 7)
 def project_head(model, layer, call, own, start, rows, head):
     """Query, key or value head `head` of all rows: project, norm, rotate, and put it where attention finds it."""
-    kind, dim, hidden = kind_of(model, tables.QKV_TILES), field(model, tables.DIM), field(model, tables.HIDDEN)
+    kind = kind_of(model, field(layer, tables.QKV_KIND), tables.QKV_TILES)
+    dim, hidden = field(model, tables.DIM), field(model, tables.HIDDEN)
     heads, kv_heads = field(model, tables.HEADS), field(model, tables.KV_HEADS)
     y, corner = own + field(call, tables.TILE), own + field(call, tables.CORNER)
-    weight = field(layer, tables.QKV) + head * dim * hidden * size_of(kind)
+    weight = row_at(kind, field(layer, tables.QKV), head * dim, hidden)
     linear(kind, weight, hidden, own + field(call, tables.NARROW), rows, y, 4 * dim, dim, corner)
     if field(layer, tables.QKV_BIAS) != 0:
         add_bias(y, rows, 4 * dim, field(layer, tables.QKV_BIAS) + 4 * head * dim, dim)
@@ -221,7 +222,7 @@ def add_values(dim, columns, count, values, weights, soft, corner, into):
 @machine_code(types.void, *[types.int64] * 9)
 def attend_block(model, layer, call, own, rows, kv_head, part, first, stop):
     """All rows of a KV head against slots first..stop-1, at most BLOCK, all prefix or none."""
-    kind, dim = kind_of(model, tables.ATTENTION_TILES), field(model, tables.DIM)
+    kind, dim = kind_of(model, field(model, tables.KIND), tables.ATTENTION_TILES), field(model, tables.DIM)
     group = field(model, tables.HEADS) // field(model, tables.KV_HEADS)
     size, columns = size_of(kind), stop - first
     ranked = field(model, tables.LAST_RANK) >= 0 and first < field(model, tables.RING_AT)

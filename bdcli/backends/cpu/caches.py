@@ -70,6 +70,14 @@ class _Panels:
         self.panel_keys[layer, :, first // PANEL : first // PANEL + keys.shape[-4]] = keys
         self.panel_values[layer, :, first // pair : first // pair + values.shape[-3]] = values
 
+    def _put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Entries [layers, Hkv, n, D] into n slots."""
+        pair = self.panel_keys.shape[-1]
+        keys, values = keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
+        keys = keys.reshape(*keys.shape[:3], -1, pair)
+        self.panel_keys[:, :, slots // PANEL, :, slots % PANEL] = keys
+        self.panel_values[:, :, slots // pair, :, slots % pair] = values
+
     @property
     def storage(self) -> tuple[Tensor, Tensor]:
         return self.panel_keys, self.panel_values
@@ -92,6 +100,12 @@ class PanelFullCache(_Panels, FullCache):
     def end_prefill(self) -> None:
         super().end_prefill()
         del self.keys, self.values
+
+    def entries(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        pair = self.panel_keys.shape[-1]
+        keys = self.panel_keys[:, :, positions // PANEL, :, positions % PANEL].flatten(-2)
+        values = self.panel_values[:, :, positions // pair, :, positions % pair]
+        return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
 
     def save(self, start: int) -> tuple[int, int, Tensor, Tensor]:
         """Copy of the panels from position `start` on; `restore` puts them back."""
@@ -137,6 +151,10 @@ class PanelBudgetCache(_Panels, BudgetCache):
             tables.RING_AT: self._ring_at,
             tables.LAST_RANK: view.last_rank if view.rebased else -1,
         }
+
+    @property
+    def ring_at(self) -> int:
+        return self._ring_at
 
     def end_prefill(self) -> None:
         super().end_prefill()

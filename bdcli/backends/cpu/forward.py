@@ -13,7 +13,7 @@ from numba import njit, types
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, end_tiles, shape_tiles
 from bdcli.backends.cpu.attention import attend, merge, project_head, unseen_ranges, used_slots
-from bdcli.backends.cpu.layers import add_linear, embed, gate, kind_of, linear, normed, size_of
+from bdcli.backends.cpu.layers import add_linear, embed, gate, kind_of, linear, normed, row_at
 from bdcli.backends.cpu.sampling import best, draw
 from bdcli.backends.cpu.simd import get_i64, machine_code, put_i64
 from bdcli.backends.cpu.tables import field
@@ -23,13 +23,14 @@ from bdcli.backends.cpu.threads import barrier, claim
 @machine_code(types.void, *[types.int64] * 6)
 def logits_of(model, call, own, phase, x, rows):
     """Tiles of the lm head."""
-    vocab, hidden, kind = field(model, tables.VOCAB), field(model, tables.HIDDEN), kind_of(model, tables.HEAD_TILES)
+    vocab, hidden = field(model, tables.VOCAB), field(model, tables.HIDDEN)
+    kind = kind_of(model, field(model, tables.HEAD_KIND), tables.HEAD_TILES)
     corner = own + field(call, tables.CORNER)
     task = claim(call, phase)
     while task * tables.TILE_COLUMNS < vocab:
         first = task * tables.TILE_COLUMNS
         count = min(tables.TILE_COLUMNS, vocab - first)
-        weight = field(model, tables.HEAD) + first * hidden * size_of(kind)
+        weight = row_at(kind, field(model, tables.HEAD), first, hidden)
         linear(kind, weight, hidden, x, rows, field(call, tables.LOGITS) + 4 * first, 4 * vocab, count, corner)
         task = claim(call, phase)
 
@@ -55,8 +56,6 @@ def forward(model, call, thread, phase, start, rows, tokens, logit_rows):
     x, ready = field(call, tables.X), own + field(call, tables.NARROW)
     heads, kv_heads = field(model, tables.HEADS), field(model, tables.KV_HEADS)
     hidden, inner, width = field(model, tables.HIDDEN), field(model, tables.INNER), heads * field(model, tables.DIM)
-    qkv, out = kind_of(model, tables.QKV_TILES), kind_of(model, tables.OUT_TILES)
-    gate_up, down = kind_of(model, tables.GATE_UP_TILES), kind_of(model, tables.DOWN_TILES)
     used = used_slots(model, start, rows)
     chunks = -(-used // tables.TASK_SLOTS)
     unseen_ranges(model, own + field(call, tables.UNSEEN), start, rows)
@@ -64,6 +63,10 @@ def forward(model, call, thread, phase, start, rows, tokens, logit_rows):
     phase = barrier(call, thread, phase)
     for i in range(field(model, tables.LAYERS)):
         layer = model + 8 * (tables.MODEL_FIELDS + i * tables.LAYER_FIELDS)
+        qkv = kind_of(model, field(layer, tables.QKV_KIND), tables.QKV_TILES)
+        out = kind_of(model, field(layer, tables.OUT_KIND), tables.OUT_TILES)
+        gate_up = kind_of(model, field(layer, tables.GATE_UP_KIND), tables.GATE_UP_TILES)
+        down = kind_of(model, field(layer, tables.DOWN_KIND), tables.DOWN_TILES)
         shape_for_rows(model, call, rows)
         normed(model, x, rows, field(layer, tables.ATTENTION_NORM), ready, qkv)
         task = claim(call, phase)
@@ -111,7 +114,8 @@ def forward(model, call, thread, phase, start, rows, tokens, logit_rows):
         phase = barrier(call, thread, phase)
     if logit_rows > 0:
         shape_for_rows(model, call, logit_rows)
-        last, kind = x + 4 * hidden * (rows - logit_rows), kind_of(model, tables.HEAD_TILES)
+        last = x + 4 * hidden * (rows - logit_rows)
+        kind = kind_of(model, field(model, tables.HEAD_KIND), tables.HEAD_TILES)
         normed(model, last, logit_rows, field(model, tables.FINAL_NORM), ready, kind)
         logits_of(model, call, own, phase, ready, logit_rows)
     return barrier(call, thread, phase)

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bdcli.model.llama import Layer, Model
+from bdcli.model.quantised import QuantisedMatrix, Weight, nbytes
 
 HUGE_PAGE, MADV_DONTNEED, MADV_HUGEPAGE = 2 << 20, 4, 14  # Linux
+LINE = 64  # bytes of a cache line, where each weight begins
+MATRICES_AND_VECTORS = ("embedding", "norm", "head", *Layer.__slots__)
+_moved_already = WeakIdKeyDictionary()  # weights that lie there, by identity
 
 
 def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -28,21 +34,36 @@ def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return whole.zero_().view(dtype).view(shape)  # the advice is a wish: refused, these are ordinary pages
 
 
-def move_to_huge_pages(model: Model) -> None:
-    """Move the weights of `model` side by side onto large pages. Nothing changes but where they lie."""
-    names = [(layer, name) for layer in model.layers for name in Layer.__slots__]
-    tied = model.head is model.embedding
-    names += [(model, "embedding"), (model, "norm"), *([] if tied else [(model, "head")])]
-    names = [(owner, name) for owner, name in names if getattr(owner, name) is not None]
-    sizes = [-(-getattr(owner, name).numel() // 32) * 32 for owner, name in names]
-    memory, at = huge_zeros((sum(sizes),), model.dtype), 0
-    for (owner, name), size in zip(names, sizes):
+def move_to_huge_pages(models: list[Model]) -> None:
+    """Move the weights of models side by side onto large pages, once. Nothing changes but where they lie.
+
+    What models share they share afterwards.
+    """
+    owners = [owner for model in models for owner in (model, *model.layers)]
+    names = [(owner, name) for owner in owners for name in MATRICES_AND_VECTORS if hasattr(owner, name)]
+    found = (getattr(owner, name) for owner, name in names)
+    weights = {id(w): w for w in found if w is not None and w not in _moved_already}
+    memory, at = huge_zeros((sum(map(_lines, weights.values())),), torch.uint8), 0
+    moved = {}
+    for key, weight in weights.items():
+        moved[key] = _moved(weight, memory[at : at + _lines(weight)])
+        _moved_already[moved[key]] = True
+        at += _lines(weight)
+    for owner, name in names:
         old = getattr(owner, name)
-        new = memory[at : at + old.numel()].view(old.shape)
-        setattr(owner, name, new.copy_(old))
-        at += size
-    if tied:
-        model.head = model.embedding
+        if id(old) in weights:
+            setattr(owner, name, moved[id(old)])
+
+
+def _lines(weight: Weight) -> int:
+    """Bytes of a weight in whole cache lines."""
+    return -(-nbytes(weight) // LINE) * LINE
+
+
+def _moved(weight: Weight, memory: Tensor) -> Weight:
+    if isinstance(weight, QuantisedMatrix):
+        return replace(weight, data=_moved(weight.data, memory))
+    return memory[: nbytes(weight)].view(weight.dtype).view(weight.shape).copy_(weight)
 
 
 def give_back() -> None:

@@ -1,8 +1,8 @@
 """What happens to rows of floats between attentions: linear layers, norms, rotations, embeddings, the gated MLP.
 
 A *packed* row has the layout that its product reads: for `products.rows_dot` and bf16 weights each 32 floats are the 16
-even ones, then the 16 odd ones, for its dot products bf16 in order; for `amx.tile_rows` see `amx.pack_tiles`. Strides
-are bytes.
+even ones, then the 16 odd ones, for its dot products bf16 in order; for `amx.tile_rows` see `amx.pack_tiles`; for
+`blocks.blocks_dot` see there. Strides are bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numba import njit, types
 
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, pack_tiles, tile_rows
+from bdcli.backends.cpu.blocks import FIRST_KIND, embed_block_row, linear_blocks, pack_blocks, panel_bytes
 from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, PAIRS, TILES, rows_dot
 from bdcli.backends.cpu.simd import (
     evens,
@@ -34,27 +35,38 @@ from bdcli.backends.cpu.tables import field, number
 
 
 @njit(error_model="numpy")
-def kind_of(model, product):
-    """How the product of that BY_TILES bit is made."""
-    return TILES if field(model, tables.TILED) & product else field(model, tables.KIND)
+def kind_of(model, stored, product):
+    """How the product of that BY_TILES bit is made with a matrix, or cache, that is `stored` so."""
+    return TILES if stored < FIRST_KIND and field(model, tables.TILED) & product else stored
 
 
 @njit(error_model="numpy")
 def size_of(kind):
-    """Bytes of a weight."""
+    """Bytes of a number of a dense matrix or a cache."""
     return 4 if kind == FLOATS else 2
 
 
 @njit(error_model="numpy")
-def packed_size(kind):
-    """Bytes of a number of a packed row."""
-    return 2 if kind == DOTS else 4
+def row_at(kind, weight, row, width):
+    """Address of a row of a matrix; of its panel, which it must begin, for matrices in blocks."""
+    if kind >= FIRST_KIND:
+        return weight + row // 16 * panel_bytes(kind, width)
+    return weight + row * width * size_of(kind)
+
+
+@njit(error_model="numpy")
+def packed_row(kind, width):
+    """Bytes of a packed row."""
+    return (2 if kind == DOTS else 4) * width
 
 
 @machine_code(types.void, *[types.int64] * 9)
 def linear(kind, weight, width, x, rows, y, y_row, columns, corner):
     """y[r, c] of `rows` packed rows x of `width` floats and `columns` rows of `weight`. Strides of y in bytes."""
-    row_bytes, x_row, first = width * size_of(kind), width * packed_size(kind), 0
+    if kind >= FIRST_KIND:
+        linear_blocks(kind, weight, width, x, rows, y, y_row, columns, corner)
+        return
+    row_bytes, x_row, first = width * size_of(kind), packed_row(kind, width), 0
     if kind == TILES:
         while first < rows:
             count = min(rows - first, TILE_ROWS)
@@ -78,6 +90,9 @@ def pack(kind, base, row, width, first, a, b):
         return
     if kind == DOTS:
         put_narrow(base + 2 * (row * width + first), a, b)
+        return
+    if kind >= FIRST_KIND:
+        pack_blocks(kind, base + 4 * (row * width + first), a, b)
         return
     at = base + 4 * (row * width + first)
     put(at, evens(a, b) if kind == PAIRS else a)
@@ -118,18 +133,22 @@ def add_bias(y, rows, y_row, bias, columns):
 @machine_code(types.void, *[types.int64] * 5)
 def embed(model, call, thread, rows, tokens):
     """Embedding rows of the tokens into X; rows are shared out between the threads."""
-    hidden, threads, pairs = (
+    hidden, threads, kind = (
         field(model, tables.HIDDEN),
         field(call, tables.THREADS),
-        field(model, tables.KIND) != FLOATS,
+        field(model, tables.EMBEDDING_KIND),
     )
+    table = field(model, tables.EMBEDDING)
     for r in range(thread, rows, threads):
         token, into = get_i64(tokens + 8 * r), field(call, tables.X) + 4 * r * hidden
+        if kind >= FIRST_KIND:
+            embed_block_row(kind, table, hidden, token, into)
+            continue
         for i in range(0, hidden, 16):
-            if pairs:
-                put(into + 4 * i, get_bf16(field(model, tables.EMBEDDING) + 2 * (token * hidden + i)))
+            if kind != FLOATS:
+                put(into + 4 * i, get_bf16(table + 2 * (token * hidden + i)))
             else:
-                put(into + 4 * i, get(field(model, tables.EMBEDDING) + 4 * (token * hidden + i)))
+                put(into + 4 * i, get(table + 4 * (token * hidden + i)))
 
 
 @njit(error_model="numpy")
@@ -163,7 +182,7 @@ def add_linear(model, call, own, rows, width, weight, bias, x, tile, kind):
     """X += one tile of a linear layer onto HIDDEN columns."""
     hidden, first = field(model, tables.HIDDEN), tile * 16
     y, corner = own + field(call, tables.TILE), own + field(call, tables.CORNER)
-    linear(kind, weight + first * width * size_of(kind), width, x, rows, y, 64, 16, corner)
+    linear(kind, row_at(kind, weight, first, width), width, x, rows, y, 64, 16, corner)
     if bias != 0:
         add_bias(y, rows, 64, bias + 4 * first, 16)
     for r in range(rows):
@@ -174,14 +193,15 @@ def add_linear(model, call, own, rows, width, weight, bias, x, tile, kind):
 @machine_code(types.void, *[types.int64] * 6)
 def gate(model, layer, call, own, rows, tile):
     """silu(gate) · up of 32 columns, packed into GATED."""
-    hidden, inner, kind = field(model, tables.HIDDEN), field(model, tables.INNER), kind_of(model, tables.GATE_UP_TILES)
-    size, y, corner = size_of(kind), own + field(call, tables.TILE), own + field(call, tables.CORNER)
-    x, first, then = own + field(call, tables.NARROW), 32 * tile, kind_of(model, tables.DOWN_TILES)
+    hidden, inner = field(model, tables.HIDDEN), field(model, tables.INNER)
+    kind = kind_of(model, field(layer, tables.GATE_UP_KIND), tables.GATE_UP_TILES)
+    then = kind_of(model, field(layer, tables.DOWN_KIND), tables.DOWN_TILES)
+    y, corner = own + field(call, tables.TILE), own + field(call, tables.CORNER)
+    x, first = own + field(call, tables.NARROW), 32 * tile
     for side in range(2):
         at = side * inner + first
-        linear(
-            kind, field(layer, tables.GATE_UP) + at * hidden * size, hidden, x, rows, y + 128 * side, 256, 32, corner
-        )
+        weight = row_at(kind, field(layer, tables.GATE_UP), at, hidden)
+        linear(kind, weight, hidden, x, rows, y + 128 * side, 256, 32, corner)
         if field(layer, tables.GATE_UP_BIAS) != 0:
             add_bias(y + 128 * side, rows, 256, field(layer, tables.GATE_UP_BIAS) + 4 * at, 32)
     one, none = spread(np.float32(1)), spread(np.float32(0))

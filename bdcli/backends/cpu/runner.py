@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bdcli.backends.cpu import amx, tables
 from bdcli.backends.cpu.autotune import tiled
+from bdcli.backends.cpu.blocks import kind_of_format
 from bdcli.backends.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
 from bdcli.backends.cpu.huge_pages import give_back, huge_zeros
 from bdcli.backends.cpu.pool import pool
@@ -22,6 +23,7 @@ from bdcli.backends.cpu.products import DOTS, FLOATS, PAIRS
 from bdcli.backends.cpu.support import dots_pay
 from bdcli.model.config import RopeConfig
 from bdcli.model.llama import Layer, Model
+from bdcli.model.quantised import QuantisedMatrix, Weight
 from bdcli.model.rope import RopeTable
 from bdcli.speculation.runner import Runner
 
@@ -36,7 +38,12 @@ VECTORS = {  # fields of a layer that are few numbers and kept as floats
     tables.GATE_UP_BIAS: "gate_up_bias",
     tables.DOWN_BIAS: "down_bias",
 }
-MATRICES = {tables.QKV: "qkv", tables.OUT: "out", tables.GATE_UP: "gate_up", tables.DOWN: "down"}
+MATRICES = {  # fields of a layer for a matrix's address and for its kind
+    (tables.QKV, tables.QKV_KIND): "qkv",
+    (tables.OUT, tables.OUT_KIND): "out",
+    (tables.GATE_UP, tables.GATE_UP_KIND): "gate_up",
+    (tables.DOWN, tables.DOWN_KIND): "down",
+}
 
 
 class CompiledRunner(Runner):
@@ -74,9 +81,10 @@ class CompiledRunner(Runner):
         m, c, cache = self.model, self.model.config, self.cache
         size = tables.MODEL_FIELDS + c.layers * tables.LAYER_FIELDS
         self._table = np.zeros(size, np.int64)
+        self._kind = FLOATS if m.dtype is not torch.bfloat16 else DOTS if dots_pay() else PAIRS
         cos, sin = rotations(c.rope, cache.capacity, cache.total_length)
         fields = {
-            tables.KIND: FLOATS if m.dtype is not torch.bfloat16 else DOTS if dots_pay() else PAIRS,
+            tables.KIND: self._kind,
             tables.HIDDEN: c.hidden_size,
             tables.INNER: c.intermediate_size,
             tables.LAYERS: c.layers,
@@ -84,11 +92,11 @@ class CompiledRunner(Runner):
             tables.KV_HEADS: c.kv_heads,
             tables.DIM: c.head_dim,
             tables.VOCAB: c.vocab_size,
-            tables.EMBEDDING: self._address(m.embedding),
             tables.FINAL_NORM: self._floats(m.norm),
-            tables.HEAD: self._address(m.head),
             tables.COS: self._address(cos),
             tables.SIN: self._address(sin),
+            **self._matrix(m.embedding, tables.EMBEDDING, tables.EMBEDDING_KIND),
+            **self._matrix(m.head, tables.HEAD, tables.HEAD_KIND),
             **cache.geometry,
         }
         for field, value in fields.items():
@@ -125,9 +133,20 @@ class CompiledRunner(Runner):
     def _layer_fields(self, i: int, layer: Layer) -> dict[int, int]:
         cache = self.cache
         vectors = {field: self._floats(getattr(layer, name)) for field, name in VECTORS.items()}
-        matrices = {field: self._address(getattr(layer, name).contiguous()) for field, name in MATRICES.items()}
+        matrices: dict[int, int] = {}
+        for fields, name in MATRICES.items():
+            matrices |= self._matrix(getattr(layer, name), *fields)
         panels = {tables.KEYS: cache.panel_keys[i].data_ptr(), tables.VALUES: cache.panel_values[i].data_ptr()}
         return vectors | matrices | panels
+
+    def _matrix(self, weight: Weight, address: int, kind: int) -> dict[int, int]:
+        """Fields of a matrix: where it lies and how it is stored."""
+        if isinstance(weight, QuantisedMatrix):
+            return {
+                address: self._address(weight.data),
+                kind: kind_of_format(weight.format, 3 if self._kind == FLOATS else 2),
+            }
+        return {address: self._address(weight.contiguous()), kind: self._kind}
 
     def _plan_scratch(self) -> None:
         c, rows, threads = self.model.config, tables.MAX_CALL_ROWS, self._pool.threads

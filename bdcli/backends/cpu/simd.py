@@ -21,11 +21,12 @@ from bdcli.backends.cpu.code_cache import code_folder
 numba.config.CACHE_DIR = str(code_folder())  # before anything is compiled
 
 LANES = 16
-F32, I32, I16, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
-F32S, I32S, I16S = (ir.VectorType(t, LANES) for t in (F32, I32, I16))
+F32, F16, I64, I32, I16, I8 = ir.FloatType(), ir.HalfType(), *(ir.IntType(bits) for bits in (64, 32, 16, 8))
+F32S, F16S, I32S, I16S, I8S = (ir.VectorType(t, LANES) for t in (F32, F16, I32, I16, I8))
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 HAS_DOTS = bool(_FEATURES.get("avx512bf16"))  # the processor's dot product of bf16 pairs
+HAS_INTEGER_DOTS = bool(_FEATURES.get("avx512vnni"))  # of bytes, four a lane
 WIDE = bool(_FEATURES.get("avx512f"))  # 32 registers of 16 floats, against 16 of 8
 
 
@@ -93,6 +94,33 @@ def dot(builder, a, b, c):
     """c + the products of a's and b's pairs of bf16, both of a pair in one lane; a and b are <16 x i32>."""
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     return call(builder, name, F32S, c, builder.bitcast(a, BF16S), builder.bitcast(b, BF16S))
+
+
+def integer_dot(builder, c, a, b):
+    """c + the products of a's unsigned and b's signed bytes, all four of a lane; a, b and c are <16 x i32>."""
+    if HAS_INTEGER_DOTS:
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32S, c, a, b)
+    return builder.add(c, _bytes_dot(builder, a, b))
+
+
+def _bytes_dot(builder, a, b):
+    """The products of `integer_dot` without its instruction: nibbles of a, for sums of two bytes saturate."""
+    low = constant(0x0F0F0F0F, I32S)
+    high = builder.and_(builder.lshr(a, constant(4, I32S)), low)
+    parts = [_small_dot(builder, x, b) for x in (builder.and_(a, low), high)]
+    return builder.add(parts[0], builder.shl(parts[1], constant(4, I32S)))
+
+
+def _small_dot(builder, a, b):
+    """The products of bytes of a below 128, in halves of eight lanes."""
+    halves, bytes_, words = ir.VectorType(I32, 8), ir.VectorType(I8, 32), ir.VectorType(I16, 16)
+    ones, sums = ir.Constant(words, [1] * 16), []
+    for first in (0, 8):
+        lanes = ir.Constant(halves, list(range(first, first + 8)))
+        x, y = (builder.bitcast(builder.shuffle_vector(v, v, lanes), bytes_) for v in (a, b))
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, x, y)
+        sums.append(call(builder, "llvm.x86.avx2.pmadd.wd", halves, pairs, ones))
+    return builder.shuffle_vector(*sums, ir.Constant(I32S, list(range(16))))
 
 
 def widen_pairs(builder, pairs):
@@ -171,12 +199,15 @@ def machine_code(result, *arguments):
 entries: dict = {}  # what symbols point to; `entries[name].ctypes` can be called from Python
 
 get_f32 = compiled(_f, _i)(lambda b, at: load(b, at, F32, 4))
+get_f16 = compiled(_f, _i)(lambda b, at: b.fpext(load(b, at, F16, 2), F32))
 get_i64 = compiled(_i, _i)(lambda b, at: load(b, at, I64, 8))
+get_u8 = compiled(_i, _i)(lambda b, at: b.zext(load(b, at, I8), I64))
 get = compiled(_v, _i)(lambda b, at: load(b, at, F32S, 4))
 spread = compiled(_v, _f)(splat)
 vfma = compiled(_v, _v, _v, _v)(fma)
 vmax = compiled(_v, _v, _v)(lambda b, x, y: call(b, "llvm.maxnum.v16f32", F32S, x, y))
 vexp = compiled(_v, _v)(_exp)
+magnitude = compiled(_v, _v)(lambda b, x: call(b, "llvm.fabs.v16f32", F32S, x))
 get_bf16 = compiled(_v, _i)(
     lambda b, at: b.bitcast(b.shl(b.zext(load(b, at, I16S, 2), I32S), constant(16, I32S)), F32S)
 )
@@ -215,13 +246,22 @@ def put_narrow(b, at, x, y):
         b.store(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16S, y, x), pointer(b, at), align=4)
 
 
+def _rounded_bits(b, x):
+    """Each lane to the nearest bf16, ties to even, in the upper halves of <16 x i32>."""
+    bits = b.bitcast(x, I32S)
+    odd = b.and_(b.lshr(bits, constant(16, I32S)), constant(1, I32S))
+    return b.add(bits, b.add(odd, constant(0x7FFF, I32S)))
+
+
+def narrowed(b, x):
+    """The nearest bf16 of each lane as <16 x i16>."""
+    return b.trunc(b.lshr(_rounded_bits(b, x), constant(16, I32S)), I16S)
+
+
 @compiled(_v, _v)
 def rounded(b, x):
     """Each lane to the nearest bf16, ties to even."""
-    bits = b.bitcast(x, I32S)
-    odd = b.and_(b.lshr(bits, constant(16, I32S)), constant(1, I32S))
-    bits = b.add(bits, b.add(odd, constant(0x7FFF, I32S)))
-    return b.bitcast(b.and_(bits, constant(0xFFFF0000, I32S)), F32S)
+    return b.bitcast(b.and_(_rounded_bits(b, x), constant(0xFFFF0000, I32S)), F32S)
 
 
 @compiled(_v, _v, _v)

@@ -10,9 +10,9 @@ from numba import njit
 from bdcli.backends.cpu.simd import get_f32, get_i64
 
 # The model, its cache's geometry, then LAYER_FIELDS for each layer. EPS and SCALE are floats in their field's low half.
-MODEL_FIELDS = 24
+MODEL_FIELDS = 26
 (
-    KIND,  # products.FLOATS, products.PAIRS or products.DOTS
+    KIND,  # of caches and dense matrices: products.FLOATS, products.PAIRS or products.DOTS
     HIDDEN,
     INNER,
     LAYERS,
@@ -23,8 +23,10 @@ MODEL_FIELDS = 24
     EPS,
     SCALE,  # of attention scores, 1/√D
     EMBEDDING,
+    EMBEDDING_KIND,  # KIND, or a kind of `blocks`
     FINAL_NORM,
     HEAD,
+    HEAD_KIND,
     COS,  # float [positions, D/2]
     SIN,
     SLOTS,  # per KV head, a multiple of 32
@@ -39,18 +41,22 @@ MODEL_FIELDS = 24
 ) = range(MODEL_FIELDS)
 
 # One layer. Norms and biases are floats; a bias or qk norm that is not there has address 0.
-LAYER_FIELDS = 13
+LAYER_FIELDS = 17
 (
     ATTENTION_NORM,
     QKV,
+    QKV_KIND,
     QKV_BIAS,
     QK_NORM,
     OUT,
+    OUT_KIND,
     OUT_BIAS,
     MLP_NORM,
     GATE_UP,
+    GATE_UP_KIND,
     GATE_UP_BIAS,
     DOWN,
+    DOWN_KIND,
     DOWN_BIAS,
     KEYS,  # [Hkv][SLOTS / 16][D][16], bf16 in pairs along D: [Hkv][SLOTS / 16][D / 2][16][2]
     VALUES,  # [Hkv][SLOTS][D], bf16 in pairs along the slots: [Hkv][SLOTS / 2][D][2]
@@ -93,6 +99,7 @@ CALL_FIELDS = 30
 
 QKV_TILES, OUT_TILES, GATE_UP_TILES, DOWN_TILES, HEAD_TILES, ATTENTION_TILES = BY_TILES = 1, 2, 4, 8, 16, 32
 
+X_GROUP = 32  # numbers of a packed row that are packed together
 UNSEEN_RANGES = 4  # ranges of slots that a row may not see
 TILE_COLUMNS = 64  # weight rows of a task
 TASK_SLOTS = 512  # slots of an attention task

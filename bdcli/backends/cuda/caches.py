@@ -37,6 +37,8 @@ class _Rows:
 class StaticFullCache(_Rows, FullCache):
     """Every key and value of the sequence."""
 
+    copies = False  # a captured program would not see what is copied between its steps
+
 
 class StaticOfficialCache(_Rows, OfficialCache):
     """The paper's drafter cache; `shift` is fixed once its chunks are chosen."""
@@ -44,6 +46,8 @@ class StaticOfficialCache(_Rows, OfficialCache):
 
 class StaticBudgetCache(BudgetCache):
     """The drafter's budgeted cache with D contiguous, [layers, Hkv, B, D], as the draft kernel reads it."""
+
+    copies = False
 
     def _allocate(self) -> None:
         shape = (self.layers, self.kv_heads, self.view.budget, self.head_dim)

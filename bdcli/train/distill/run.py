@@ -139,7 +139,9 @@ class Distillation:
             folders = target, self._start(target)
             kind = dtype_name(self.dtype)
             names = {"target": self.recipe.target, "drafter": str(folders[1])}
-            pair = load_pair(DecodeOptions(**names, dtype=kind, device=str(self.device)), self.progress)
+            dense = {"weights": "bf16", "draft_weights": "bf16"}  # training multiplies whole matrices
+            options = DecodeOptions(**names, **dense, dtype=kind, device=str(self.device))
+            pair = load_pair(options, self.progress)
             self._models = Models(folders, pair, load_model(folders[1], torch.float32, self.device))
         return self._models
 
