@@ -1,4 +1,4 @@
-"""Who computes a run: by this a row that was left running is told from one whose process still works."""
+"""Who computes a run: whether the process of a row that was left running still works."""
 
 from __future__ import annotations
 

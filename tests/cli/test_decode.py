@@ -209,10 +209,10 @@ def test_a_text_whose_row_cannot_be_written_is_shown(cli, prompt, monkeypatch):
         raise BdcliError("store /x.db cannot be used (database or disk is full)", "Use another: --db runs.db")
 
     monkeypatch.setattr(Store, "finish", full)
-    done = cli("decode", prompt, "--max-new-tokens", 8, "--json")
+    done = cli("decode", prompt, "--max-new-tokens", 8, "--engine", "torch", "--json")
     assert done.code == 1 and len(done.json["tokens"]) == 8 and done.json["text"]
     assert done.err.count("\n") == 1 and "the result is not stored: store /x.db" in done.err
-    done = cli("decode", prompt, "--max-new-tokens", 8)
+    done = cli("decode", prompt, "--max-new-tokens", 8, "--engine", "torch")
     assert done.code == 1 and "speedup" in done.out and "not stored" in done.err
 
 
@@ -223,7 +223,9 @@ def test_names_that_are_bytes_run_and_are_stored_escaped(words, cli, prompt, tmp
     shutil.copy("plain.txt", "p\udcff.txt")
     shutil.copytree(POCKET / "target", "m\udcff")
     names = {"PROMPT": "p\udcff.txt", "MODEL": "m\udcff"}
-    done = cli("decode", *(names.get(word, word) for word in words), "--max-new-tokens", 4, "--json")
+    done = cli(
+        "decode", *(names.get(word, word) for word in words), "--max-new-tokens", 4, "--engine", "torch", "--json"
+    )
     assert done.code == 0, done.err
     run = Store().runs()[0]
     assert (
