@@ -190,6 +190,7 @@ def rounds(device: torch.device, dtype: torch.dtype, size: Size, backend: Backen
         budgets=size.budgets,
         repeats=size.repeats,
     )
+    bench.check_memory(NOTES)
     found = bench.measure(backend, NOTES)
     NOTES.note("without the kernels between products")
     plain = ops_for("cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,20 +11,17 @@ from typing import NoReturn, Self
 
 import typer
 
-from bdcli.base.errors import INTERRUPTED, BdcliError
-from bdcli.base.interrupt import raise_interrupt
+from bdcli.base.errors import INTERRUPTED, BdcliError, OutputError
+from bdcli.base.interrupt import heed_signals
+from bdcli.base.places import prepare_caches
 from bdcli.base.progress import Progress
+from bdcli.base.streams import check_output, prepare_streams
 
 QUIET_S = 60  # longest silence of a phase where no bar can be drawn
 
 
 def note(line: str) -> None:
     print(f"bdcli: {line}", file=sys.stderr)
-
-
-def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def as_typed(*more: str) -> str:
@@ -43,13 +39,23 @@ def end_interrupted(*more: str, where: str = "") -> NoReturn:
 
 def run_script(app) -> None:
     """Run the commands of a script: an expected error is one line and an exit code, as for `bdcli`."""
-    signal.signal(signal.SIGTERM, raise_interrupt)
+    prepare_streams()
+    prepare_caches()
+    heed_signals()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
+        check_output()
     except BdcliError as error:
-        note(f"error: {error}")
-        code = error.exit_code
+        code = say_error(error)
     sys.exit(code or 0)
+
+
+def say_error(error: BdcliError) -> int:
+    """An expected error as one line, and its exit code."""
+    if not (isinstance(error, OutputError) and error.quiet):
+        note(f"error: {error}")
+    return error.exit_code
 
 
 @contextlib.contextmanager

@@ -16,14 +16,25 @@ class Interrupt:
     requested: bool = False
 
 
+ENDINGS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no terminal to close
+
+
+def heed_signals() -> None:
+    """Let SIGTERM and SIGHUP, the end of a terminal, end a run as Ctrl-C does. `nohup` is respected."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in ENDINGS:
+            if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, raise_interrupt)
+
+
 def raise_interrupt(_number: int, _frame: object) -> None:
-    """Handler that makes SIGTERM end a run as Ctrl-C does, also where a shell has SIGINT ignored."""
+    """Handler that ends a run as Ctrl-C does, also where a shell has SIGINT ignored."""
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Inside, Ctrl-C and SIGTERM only set `requested`, so that nothing half done is lost.
+    """Inside, Ctrl-C, SIGTERM and SIGHUP only set `requested`, so that nothing half done is lost.
 
     A second one raises KeyboardInterrupt. A signal that the caller's environment ignores stays ignored.
     """
@@ -37,7 +48,7 @@ def deferred_interrupt() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         interrupt.requested = True
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
     deferred = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     for number in deferred:
         signal.signal(number, request)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bdcli.base.devices import product_dtype
-from bdcli.base.files import digest, write_file
+from bdcli.base.files import digest, make_folder, write_file
 from bdcli.base.progress import SILENT, Progress
 from bdcli.bench.claims import TEXTS_FILE, WORTH_FILE, Text, Worth, append_text, clean_tokens, open_texts, read_worth
 from bdcli.config.decode import DecodeOptions
@@ -141,7 +141,7 @@ class Measurement:
         }
         fingerprints = {role: fingerprint(_folder(role, name)) for role, name in models.items()}
         self.key = self._key(fingerprints.pop("target"))
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.texts = open_texts(folder / TEXTS_FILE, self.key, fingerprints)
 
     def _key(self, target: str) -> str:

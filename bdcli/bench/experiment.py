@@ -25,8 +25,9 @@ from bdcli.decode.positions import positions_note
 from bdcli.model.checkpoint import fingerprint, read_config
 from bdcli.model.hub import resolve
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
+from bdcli.results.processes import computed_elsewhere
 from bdcli.results.schema import Prompt, Run
-from bdcli.results.store import Store, running
+from bdcli.results.store import Store
 
 OVERHEAD_TOKENS = 8192  # an arm costs as if its context were this much longer
 KEY_DIGITS = 16
@@ -116,7 +117,7 @@ class Experiment:
         base = digest(parts)[:KEY_DIGITS]
         stored = {run.experiment for run in self.store.runs() if (run.experiment or "").startswith(base)}
         last = max((int(key.rpartition("-")[2]) for key in stored), default=0)
-        if last and any(running(run) for run in self.store.runs(f"{base}-{last}")):
+        if last and any(computed_elsewhere(run) for run in self.store.runs(f"{base}-{last}")):
             raise UserError("another process is measuring this very experiment", "Wait for it, or change the recipe")
         return f"{base}-{last + 1 if fresh or not last else last}"
 

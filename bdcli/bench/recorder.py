@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+from bdcli.base.devices import dtype_name
 from bdcli.bench.experiment import Cell, Experiment, Task
 from bdcli.bench.methods import Models
 from bdcli.bench.outcome import Method
@@ -58,7 +59,7 @@ class Recorder:
             "drafter": drafter and self.models.with_drafter(drafter).names[1],
             "device": str(pair.target.device),
             "attention": pair.backend.name,
-            "dtype": arm.dtype or str(pair.target.dtype).removeprefix("torch."),
+            "dtype": arm.dtype or dtype_name(pair.target.dtype),
             "budget": "full" if arm.method == "full" else arm.budget,
             "gamma": arm.gamma if arm.method in DRAFTING else 0,
             "temperature": r.temperature,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bdcli.backends.select import Backend, pick_backend, torch_backend
-from bdcli.base.devices import free_memory
+from bdcli.base.devices import dtype_name
 from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.bench.paper import PUBLISHED
@@ -20,7 +20,7 @@ from bdcli.bench.peers import cache_argument, fill
 from bdcli.bench.timing import REPEATS, TOKEN, RoundStep, copy_speed, fill_random, median_ms, text_of
 from bdcli.cache.selection import CacheSize, Full, parse_selection
 from bdcli.cache.view import GAMMA_MAX
-from bdcli.decode.memory import DecodePlan, decode_plan
+from bdcli.decode.memory import DecodePlan, check_plan, decode_plan, runtime_bytes
 from bdcli.model.build import random_model
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.llama import Model
@@ -90,9 +90,6 @@ class ShapeBench:
     def measure(self, engine: str | Backend = "auto", progress: Progress = SILENT) -> dict:
         """All figures, as the JSON contract has them. `engine` is a name to pick a backend by, or a backend."""
         plan = self.memory_plan()
-        progress.note(plan.line())
-        if self.device.type == "cuda":
-            plan.check(free_memory(self.device))
         models = [random_model(c, seed, self.dtype, self.device) for seed, c in enumerate(self.shape)]
         backend = engine if isinstance(engine, Backend) else pick_backend(engine, models, progress)
         copy_gb_s = copy_speed(self.device)
@@ -105,16 +102,21 @@ class ShapeBench:
         return {
             "engine": backend.name,
             "detail": backend.detail,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "copy_gb_s": copy_gb_s,
             "planned_peak_bytes": plan.peak,
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             "contexts": cells,
         }
 
+    def check_memory(self, progress: Progress = SILENT) -> None:
+        """Raises UserError where the longest context does not fit into memory. Nothing is allocated."""
+        check_plan(self.memory_plan(), self.device, progress)
+
     def memory_plan(self) -> DecodePlan:
         """What the longest context will hold."""
-        return decode_plan(*self.shape, self.dtype.itemsize, _cache_size(max(self.contexts)), Full())
+        size, kind = _cache_size(max(self.contexts)), dtype_name(self.dtype)
+        return decode_plan(*self.shape, kind, size, Full(), runtime_bytes(self.device))
 
     def _context(self, backend: Backend, models: list[Model], context: int, copy_gb_s: float) -> dict:
         """Steps at one context: AR, rounds of every γ at the first budget, draft tokens of every budget."""

@@ -14,6 +14,7 @@ from bdcli.base.errors import NonFiniteError
 from bdcli.base.interrupt import Interrupt, deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.bench.experiment import Experiment, Task
+from bdcli.bench.memory import check_sweep
 from bdcli.bench.methods import METHODS, Models
 from bdcli.bench.outcome import MemoryMeter, Outcome, PreparedTarget
 from bdcli.bench.paper import compare
@@ -42,6 +43,7 @@ class Sweep:
         self.experiment = Experiment(recipe, store, fresh)
         for line in self.experiment.notes():
             progress.note(line)
+        check_sweep(recipe, progress)
         self.models = Models(recipe, progress)
         self.methods = {name: METHODS[arm.method](self.models, arm) for name, arm in recipe.arms.items()}
         self.recorder = Recorder(self.experiment, self.models, self.methods)

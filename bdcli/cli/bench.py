@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 
 from bdcli.base.console import end_interrupted, note, status_line
 from bdcli.base.errors import BdcliError
+from bdcli.base.streams import write_json, write_line
 from bdcli.cli.bench_options import BenchOptions, ShapeOptions
 from bdcli.cli.flags import DbOption, JsonOption
 from bdcli.cli.output import SweepProgress, show_table
@@ -129,13 +129,13 @@ def _measure(recipe: BenchRecipe, store: Store, fresh: bool, as_json: bool) -> N
         result = sweep.run()
     interrupted = result["status"] == "interrupted"
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        write_json(result)
     else:
         show_table([run for run in sweep.experiment.runs() if run.tokens_per_second or not interrupted])
         if recipe.protocol == "paper":
             from bdcli.bench.paper import lines
 
-            typer.echo("\n" + "\n".join(lines(sweep.experiment.runs())))
+            write_line("\n" + "\n".join(lines(sweep.experiment.runs())))
     if interrupted:
         end_interrupted()
     for cell in result["cells"]:
@@ -158,14 +158,16 @@ def _measure_shape(options: ShapeOptions, store: Store, dry_run: bool, as_json: 
     if dry_run:
         note(bench.memory_plan().line())
         return
+    progress = SweepProgress()
+    bench.check_memory(progress)
     target, _, drafter = options.shape.partition("+")
     run_id = store.begin("shape", options.config(), target=target, drafter=drafter)
     with recorded(store, run_id):
-        found = bench.measure(options.engine, SweepProgress())
+        found = bench.measure(options.engine, progress)
     columns = {"device": str(device), "dtype": found["dtype"], "attention": found["engine"]}
     columns |= {"context": max(options.contexts), "peak_memory_bytes": found["peak_bytes"]}
-    store.finish(run_id, "done", config=options.config() | {"measured": found}, **columns)
     if as_json:
-        typer.echo(json.dumps({"run_id": run_id, "shape": options.shape} | found))
+        write_json({"run_id": run_id, "shape": options.shape} | found)
     else:
-        typer.echo("\n".join(lines(found)))
+        write_line("\n".join(lines(found)))
+    store.finish(run_id, "done", config=options.config() | {"measured": found}, **columns)

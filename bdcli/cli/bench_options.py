@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bdcli.base.errors import UserError
+from bdcli.base.streams import printable
 from bdcli.config.bench import ENGINE_METHODS, PEER_METHODS, BenchRecipe, crossed_arms
 from bdcli.config.decode import DecodeOptions, parse_budget, parse_context, parse_gamma
 from bdcli.config.loader import load_recipe
@@ -91,7 +92,7 @@ class BenchOptions:
             if not path.is_file():
                 raise UserError(f"prompt file {path} does not exist", "Give a UTF-8 text file, or leave --prompts out")
         if self.prompts:
-            name = self.prompts[0].stem if len(self.prompts) == 1 else "prompts"
+            name = printable(self.prompts[0].stem) if len(self.prompts) == 1 else "prompts"
             named[name] = [str(path) for path in self.prompts]
         return named
 
@@ -176,7 +177,7 @@ def _dataset(word: str) -> tuple[str, list[str]]:
     """(name, sources) of NAME=PLACE, of a path, which is named after the file, or of a known data set."""
     name, equals, source = word.partition("=")
     if not equals and Path(word).exists():
-        return Path(word).stem, [word]
+        return printable(Path(word).stem), [word]
     return name, [source or name]
 
 

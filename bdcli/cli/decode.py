@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
@@ -11,8 +10,9 @@ import typer
 
 from bdcli.base.console import note, status_line
 from bdcli.base.errors import INTERRUPTED, BdcliError
+from bdcli.base.streams import check_output, write_json
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import DecodeProgress, show_summary
+from bdcli.cli.output import DecodeProgress, show_summary, shown_first
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_gamma
 
 DEFAULT = DecodeOptions()
@@ -109,13 +109,12 @@ def decode(
     store = Store(db)
     with status_line("loading torch"):
         from bdcli.decode.run import decode_run
-    with DecodeProgress(show_text=not as_json) as progress:
+    show = write_json if as_json else show_summary
+    with shown_first(show), DecodeProgress(show_text=not as_json) as progress:
         result = decode_run(store, options, prompt, text, progress=progress)
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show_summary(result)
+    show(result)
     if result["status"] == "interrupted":
+        check_output(f"What was generated is kept as run {result['run_id']}")
         note(f"interrupted; what was written is kept as run {result['run_id']}")
         raise typer.Exit(INTERRUPTED)
     if result["output_equal"] is False:

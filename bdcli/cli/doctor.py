@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from bdcli.backends.select import pick_backend, torch_backend
-from bdcli.base.devices import cpu_has_bfloat16, pick_device, pick_dtype
+from bdcli.base.devices import cpu_has_bfloat16, dtype_name, pick_device, pick_dtype
 from bdcli.base.errors import BdcliError
+from bdcli.base.files import explain
 from bdcli.base.progress import SILENT
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.cache.selection import CacheSize, parse_selection
+from bdcli.cli import doctor_limits
 from bdcli.data.prompts import cut_prompt, stdlib_text
 from bdcli.model.checkpoint import load_model
 from bdcli.model.hub import POCKET
@@ -46,8 +47,11 @@ def checks(store: str | None) -> Iterator[Check]:
         "versions": lambda: ", ".join(f"{k} {v}" for k, v in versions().items()),
         "revision": lambda: git_revision() or "not a git checkout",
         "machine": machine,
-        "memory": _memory,
-        "threads": lambda: f"torch uses {torch.get_num_threads()}",
+        "memory": doctor_limits.memory,
+        "threads": doctor_limits.threads,
+        "places": doctor_limits.places,
+        "disk": lambda: doctor_limits.disk(store),
+        "terminal": doctor_limits.terminal,
         "device": lambda: _device(device),
         "dtype": lambda: _dtype(device),
         "attention": lambda: _attention(device),
@@ -61,11 +65,8 @@ def checks(store: str | None) -> Iterator[Check]:
             yield Check(name, True, work())
         except BdcliError as error:
             yield Check(name, False, str(error))
-
-
-def _memory() -> str:
-    memory = psutil.virtual_memory()
-    return f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+        except OSError as error:
+            yield Check(name, False, str(explain(error)))
 
 
 def _device(device: torch.device) -> str:
@@ -76,7 +77,7 @@ def _device(device: torch.device) -> str:
 
 
 def _dtype(device: torch.device) -> str:
-    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    dtype = dtype_name(pick_dtype("auto", device))
     native = "multiplies" if cpu_has_bfloat16() else "does not multiply"
     return f"auto means {dtype} (this CPU {native} bf16 itself)"
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from bdcli import __version__
-from bdcli.base.console import note
+from bdcli.base.console import note, say_error
 from bdcli.base.errors import INTERRUPTED, BdcliError
-from bdcli.base.interrupt import raise_interrupt
+from bdcli.base.files import explain
+from bdcli.base.interrupt import heed_signals
+from bdcli.base.places import prepare_caches
+from bdcli.base.streams import check_output, prepare_streams, write_line
 from bdcli.cli.bench import bench
 from bdcli.cli.decode import decode
 from bdcli.cli.report import report
@@ -30,7 +31,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"bdcli {__version__}")
+        write_line(f"bdcli {__version__}")
         raise typer.Exit
 
 
@@ -50,29 +51,30 @@ for command in (decode, report, prompt, convert, doctor, bench, prepare, pretrai
 
 def main() -> None:
     """Entry point: every expected error is one line on stderr and an exit code."""
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, raise_interrupt)
+    prepare_streams()
+    prepare_caches()
+    heed_signals()
     app.debug = False
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
-    except BdcliError as error:
-        if app.debug:
-            raise
-        note(f"error: {error}")
-        code = error.exit_code
+        sys.stdout.flush()
+        check_output()
     except KeyboardInterrupt:
         note("interrupted")
         code = INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader went away; nothing to say, nowhere to say it
-        code = 1
     except Exception as error:
         if app.debug:
             raise
-        usage = hasattr(error, "format_message")  # click's own errors, whose module typer may vendor
-        message = " ".join((error.format_message() if usage else f"{type(error).__name__}: {error}").split())
-        note(
-            f"error: {message}. " + ("See bdcli --help" if usage else "Run again with bdcli --debug for the traceback")
-        )
-        code = getattr(error, "exit_code", 1) if usage else 1
+        code = _say(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(error: Exception) -> int:
+    """An error as one line, and the exit code."""
+    known = explain(error) if isinstance(error, OSError) else error
+    if isinstance(known, BdcliError):
+        return say_error(known)
+    usage = hasattr(error, "format_message")  # click's own errors, whose module typer may vendor
+    message = " ".join((error.format_message() if usage else f"{type(error).__name__}: {error}").split())
+    note(f"error: {message}. " + ("See bdcli --help" if usage else "Run again with bdcli --debug for the traceback"))
+    return getattr(error, "exit_code", 1) if usage else 1

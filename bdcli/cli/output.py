@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from bdcli.base.console import ConsoleProgress, note, write
+from bdcli.base.console import ConsoleProgress, note
+from bdcli.base.errors import NotStoredError
+from bdcli.base.streams import write
+
+
+@contextmanager
+def shown_first(show: Callable[[dict], None]) -> Iterator[None]:
+    """Inside, a run whose row cannot be written has its result shown before the error ends the command."""
+    try:
+        yield
+    except NotStoredError as error:
+        show(error.result)
+        raise
 
 
 class DecodeProgress(ConsoleProgress):

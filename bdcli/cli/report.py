@@ -10,6 +10,7 @@ import typer
 
 from bdcli.base.console import note
 from bdcli.base.errors import UserError
+from bdcli.base.streams import write_line
 from bdcli.cli.flags import DbOption
 from bdcli.cli.output import show_table
 
@@ -71,25 +72,26 @@ def _show_measurements(store: Store, run_id: str, form: Format, plot: Path | Non
 
     evaluations, losses = store.evaluations(run_id), store.losses(run_id)
     if losses and plot is None:
-        typer.echo(loss_table(losses, str(form)))
+        write_line(loss_table(losses, str(form)))
         return
     if not evaluations:
         raise UserError(f"run {run_id} has no acceptance grid", "See bdcli report --command distill")
     if plot is not None:
         plot_curves(evaluations, plot)
         note(f"wrote {plot}")
-    typer.echo(acceptance_table(evaluations, str(form)))
+    write_line(acceptance_table(evaluations, str(form)))
 
 
 def _select(store: Store, keep: Filter, limit: int, best: bool) -> list[Run]:
     """Runs that pass the filter, the newest `limit` of them; a note says which cells are refused."""
+    from bdcli.results.processes import mark_unknown
     from bdcli.results.query import best_cells, check_cells, refusals
 
     runs = [run for run in store.runs() if keep(run)]
     runs = check_cells(runs[:limit] if limit else runs, store)
     for line in refusals(runs):
         note(line)
-    return best_cells(runs) if best else runs
+    return mark_unknown(best_cells(runs) if best else runs)
 
 
 def _draw(runs: list[Run], picture: Path | None, page: Path | None) -> None:
@@ -109,7 +111,7 @@ def _draw(runs: list[Run], picture: Path | None, page: Path | None) -> None:
 def _show_side_by_side(runs: list[Run]) -> None:
     from bdcli.results.tables import markdown, side_by_side
 
-    typer.echo(markdown(*side_by_side(runs)))
+    write_line(markdown(*side_by_side(runs)))
 
 
 def _show_runs(runs: list[Run], form: Format) -> None:
@@ -119,6 +121,6 @@ def _show_runs(runs: list[Run], form: Format) -> None:
     if form == "table":
         show_table(arrange(runs))
     elif form == "markdown":
-        typer.echo(as_markdown(arrange(runs)))
+        write_line(as_markdown(arrange(runs)))
     else:
-        typer.echo(as_json(runs) if form == "json" else as_csv(runs))
+        write_line(as_json(runs) if form == "json" else as_csv(runs))

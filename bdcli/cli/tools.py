@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +9,7 @@ import typer
 
 from bdcli.base.console import note, status_line
 from bdcli.base.errors import UserError
+from bdcli.base.streams import write_exactly, write_json, write_line
 from bdcli.cli.flags import DbOption, JsonOption
 from bdcli.config.decode import DecodeOptions, parse_context
 
@@ -33,7 +32,7 @@ def prompt(
 
     piece = cut_prompt(load_tokenizer(resolve(target, "target")), text, tokens)
     if out is None:
-        sys.stdout.write(piece)
+        write_exactly(piece)
         return
     try:
         out.write_text(piece, "utf-8", newline="")
@@ -51,7 +50,7 @@ def convert(
         from bdcli.model.convert import convert as write_folder
 
         write_folder(model, out)
-    typer.echo(out)
+    write_line(out)
 
 
 def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
@@ -61,9 +60,9 @@ def doctor(db: DbOption = None, as_json: JsonOption = False) -> None:
 
         found = list(checks(db))
     if as_json:
-        typer.echo(json.dumps({c.name: {"ok": c.ok, "detail": c.detail} for c in found}, ensure_ascii=False))
+        write_json({c.name: {"ok": c.ok, "detail": c.detail} for c in found})
     else:
         for c in found:
-            typer.echo(f"{'ok  ' if c.ok else 'FAIL'}  {c.name:12} {c.detail}")
+            write_line(f"{'ok  ' if c.ok else 'FAIL'}  {c.name:12} {c.detail}")
     if not all(c.ok for c in found):
         raise typer.Exit(1)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bdcli.base.console import end_interrupted, note, status_line
+from bdcli.base.streams import write_json
 from bdcli.cli.flags import DbOption, JsonOption
-from bdcli.cli.output import DistillProgress, PretrainProgress, show_accounts, show_grids, show_losses
+from bdcli.cli.output import DistillProgress, PretrainProgress, show_accounts, show_grids, show_losses, shown_first
 
 if TYPE_CHECKING:
     from bdcli.base.progress import Progress
@@ -63,9 +62,10 @@ def pretrain(
         note(line)
     if dry_run:
         return
-    with console:
+    show = write_json if as_json else show_losses
+    with shown_first(show), console:
         result = pretrain_run(recorder, job, resume)
-    _show(result, show_losses, as_json)
+    show(result)
     _end(result)
 
 
@@ -85,9 +85,10 @@ def prepare(
         return
     from bdcli.train.record import prepare_run
 
-    with console:
+    show = write_json if as_json else show_accounts
+    with shown_first(show), console:
         result = prepare_run(recorder, job)
-    _show(result, show_accounts, as_json)
+    show(result)
     note(f"learn from it with: bdcli distill {recipe} --out {job.out}")
 
 
@@ -109,10 +110,11 @@ def distill(
         return
     from bdcli.train.record import distill_run
 
-    with console:
+    show = write_json if as_json else show_grids
+    with shown_first(show), console:
         result = distill_run(recorder, job, resume)
     if job.ranks.first:
-        _show(result, show_grids, as_json)
+        show(result)
         _end(result)
 
 
@@ -155,14 +157,6 @@ def _open_store(db: str | None, dry_run: bool) -> Store | None:
     from bdcli.results.store import Store
 
     return None if dry_run else Store(db)
-
-
-def _show(result: dict, show: Callable[[dict], None], as_json: bool) -> None:
-    """The result on stdout."""
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show(result)
 
 
 def _end(result: dict) -> None:

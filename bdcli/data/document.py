@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bdcli.base.files import digest
 from bdcli.base.progress import Progress
+from bdcli.base.streams import printable
 
 HELD_OUT_SHARE = 0.08  # of the documents of a file or folder; stdlib has a list of its own
 _NAMES_KEPT = 1000  # of failures; all are counted
@@ -69,14 +69,6 @@ class Unread:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + ", ..." * (len(names) > _NAMES_SHOWN)
-
-
-def printable(name: str) -> str:
-    """A file's name as text: bytes that are not UTF-8 are escaped."""
-    try:
-        return os.fsencode(name).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # no file's name
-        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_held_out(name: str) -> bool:

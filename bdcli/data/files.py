@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bdcli.base.errors import UserError
+from bdcli.base.streams import printable
 from bdcli.base.texts import decode_text
-from bdcli.data.document import Document, Unread, UnreadableError, is_held_out, printable
+from bdcli.data.document import Document, Unread, UnreadableError, is_held_out
 from bdcli.data.encoding import COMPRESSED, DAMAGED, open_bytes, reason
 from bdcli.data.rows import json_rows, parquet_rows
 

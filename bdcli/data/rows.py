@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from bdcli.data.document import Document, Unread, UnreadableError, is_held_out, printable
+from bdcli.base.streams import printable
+from bdcli.data.document import Document, Unread, UnreadableError, is_held_out
 from bdcli.data.encoding import DAMAGED, decode_text, is_utf16, reason
 
 TEXT_FIELDS = ("text", "context", "document_text", "content")

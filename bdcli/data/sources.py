@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bdcli.base.errors import UserError
-from bdcli.data.document import Document, Unread, UnreadableError, is_held_out, printable
+from bdcli.base.streams import printable
+from bdcli.data.document import Document, Unread, UnreadableError, is_held_out
 from bdcli.data.encoding import DAMAGED, reason
 from bdcli.data.files import KINDS, check_file, file_documents, folder_files
 from bdcli.data.prompts import HELD_OUT, stdlib_text

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from bdcli.base.devices import HOST_RUNTIME_BYTES, free_memory, resident_memory
 from bdcli.base.errors import UserError
+from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection
 from bdcli.cache.view import View
 from bdcli.model.config import ModelConfig
 from bdcli.model.llama import PREFILL_BLOCK
-from bdcli.model.sizes import gigabytes, kv_count, weight_count
+from bdcli.model.sizes import NUMBER_BYTES, gigabytes, kv_count, weight_bytes
+
+NOTED_BYTES, NOTED_SHARE = 10**9, 0.5  # of main memory: beyond these people want to know what a run takes
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,12 @@ class DecodePlan:
     tables: int  # RoPE, a full cache's mask of one block, the text
     prefill: int
     round: int
+    runtime: int = 0  # of the process itself, where it shares the memory
 
     @property
     def peak(self) -> int:
-        return self.weights + self.target_kv + self.drafter_kv + self.tables + max(self.prefill, self.round)
+        lasting = self.weights + self.target_kv + self.drafter_kv + self.tables
+        return lasting + self.runtime + max(self.prefill, self.round)
 
     def line(self) -> str:
         parts = {
@@ -34,27 +42,61 @@ class DecodePlan:
             "drafter KV": self.drafter_kv,
             "reading the prompt": self.prefill,
             "rounds": self.round,
-        }
+        } | ({"Python and libraries": self.runtime} if self.runtime else {})
         return (
             f"memory: {', '.join(f'{name} {gigabytes(b)}' for name, b in parts.items())}; peak {gigabytes(self.peak)}"
         )
 
     def check(self, free: int) -> None:
-        """Raises UserError where `free` bytes, those of the weights among them, are too few."""
+        """Raises UserError where `free` bytes, what the plan counts and is there already among them, are too few."""
         if self.peak > free:
-            raise UserError(
-                f"{self.line()}, but {gigabytes(free)} are free",
-                "Shorten the prompt or --max-new-tokens, or free memory on the device",
-            )
+            raise UserError(f"{self.line()}, but {gigabytes(free)} are free", self._way_out(free))
+
+    def _way_out(self, free: int) -> str:
+        if self.weights + self.runtime > free:
+            return "Use smaller models or a --dtype of fewer bytes, or free memory on the device"
+        return "Shorten the prompt (--trim middle) or lower --max-new-tokens, or free memory on the device"
+
+
+def check_peak(line: str, peak: int, device: torch.device, hint: str) -> None:
+    """Raises UserError where `peak` bytes of a process that holds no tensors yet do not fit into the memory of
+    `device`; `line` says what they are.
+    """
+    free = free_memory(device) + (0 if device.type == "cuda" else resident_memory())
+    if peak > free:
+        raise UserError(f"{line}, but {gigabytes(free)} are free", hint)
+
+
+def check_plan(plan: DecodePlan, device: torch.device, progress: Progress = SILENT, loaded: int = 0) -> None:
+    """Raises UserError where a plan does not fit into the memory of `device`, where `loaded` bytes of it are already.
+
+    In main memory what is resident now counts as there. A plan that fits is a note where it is worth one.
+    """
+    here = loaded if device.type == "cuda" else resident_memory()
+    free = free_memory(device) + here
+    plan.check(free)
+    if device.type == "cuda" or plan.peak - plan.runtime > NOTED_BYTES or plan.peak > NOTED_SHARE * free:
+        progress.note(plan.line())
+
+
+def runtime_bytes(device: torch.device) -> int:
+    """What a process takes of the memory its tensors are in; of a GPU's it is never free in the first place."""
+    return 0 if device.type == "cuda" else HOST_RUNTIME_BYTES
 
 
 def decode_plan(
-    target: ModelConfig, drafter: ModelConfig | None, number_bytes: int, size: CacheSize, selection: Selection
+    target: ModelConfig,
+    drafter: ModelConfig | None,
+    kind: str,
+    size: CacheSize,
+    selection: Selection,
+    runtime: int = 0,
 ) -> DecodePlan:
     """Plan of decoding after a prompt in caches of `size`, with what `selection` keeps of the drafter's entries.
 
-    `number_bytes`: bytes of a number in weights and caches. The longest draft is `selection.gamma_max`.
+    `kind`: dtype of weights and caches, by name. The longest draft is `selection.gamma_max`.
     """
+    number_bytes = NUMBER_BYTES[kind]
     models = [c for c in (target, drafter) if c is not None]
     reading = [number_bytes * _reading_all(target, size.prompt)]
     drafter_kv, masks = 0, 1
@@ -68,12 +110,13 @@ def decode_plan(
             reading.append(_reading_view(drafter, selection.view(size.prompt), size.prompt, number_bytes))
     positions = sum(2 * size.capacity * c.head_dim for c in models)
     return DecodePlan(
-        weights=number_bytes * sum(map(weight_count, models)),
+        weights=sum(weight_bytes(c, kind) for c in models),
         target_kv=number_bytes * kv_count(target, size.capacity),
         drafter_kv=drafter_kv,
         tables=number_bytes * (positions + masks * PREFILL_BLOCK**2) + 8 * size.capacity,
         prefill=max(reading),
         round=_round(target, drafter, number_bytes, selection.gamma_max),
+        runtime=runtime,
     )
 
 

@@ -8,16 +8,75 @@ from pathlib import Path
 import torch
 
 from bdcli.backends.select import Backend, pick_backend
-from bdcli.base.devices import free_memory, pick_device, pick_dtype
+from bdcli.base.devices import dtype_name, free_memory, pick_device, pick_dtype
 from bdcli.base.errors import UserError
+from bdcli.base.files import user_path
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import BITS, OWN, DecodeOptions
 from bdcli.model.checkpoint import load_model, read_config, text_ends
+from bdcli.model.config import ModelConfig
 from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
 from bdcli.model.quantised import nbytes
-from bdcli.model.sizes import gigabytes, weight_count
+from bdcli.model.sizes import draft_weight_bytes, gigabytes, weight_bytes
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True)
+class FoundPair:
+    """A target and drafter that are here and fit together; nothing of their weights is loaded."""
+
+    options: DecodeOptions
+    paths: tuple[Path, Path]
+    configs: tuple[ModelConfig, ModelConfig]
+    tokenizer: object
+    names: tuple[str, str]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def own(self) -> bool:
+        """The target is its own drafter."""
+        return self.options.drafter == OWN
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of both models once they are loaded, as `Pair.weight_bytes` counts them."""
+        target, drafter = self.configs
+        o, dtype = self.options, dtype_name(self.dtype)
+        compiled = self.device.type == "cpu" and o.engine in ("auto", "compiled")
+        kind = o.draft_weights
+        if not self.own:
+            return weight_bytes(target, o.weights, dtype) + weight_bytes(drafter, kind, dtype)
+        lighter = "int4" if kind == "auto" else kind
+        more = draft_weight_bytes(target, lighter) if compiled and lighter in BITS and o.weights != lighter else 0
+        return weight_bytes(target, o.weights, dtype) + more
+
+    def load(self, progress: Progress = SILENT) -> Pair:
+        """Load both models and pick what runs them. Raises UserError on every fault of a folder.
+
+        What the user may have to wait for is a note of `progress`.
+        """
+        o, own = self.options, self.own
+        target = _load(self.paths[0], self.dtype, self.device, o.weights)
+        drafter = target if own else _load(self.paths[1], self.dtype, self.device, o.draft_weights)
+        if own and o.engine in ("auto", "compiled") and self.device.type == "cpu":
+            drafter = _lighter(target, o.draft_weights)
+        backend = pick_backend(o.engine, [target, drafter], progress)
+        if backend.name != "compiled":
+            target = target.dense()
+            drafter = target if own else drafter.dense()
+        eos = _text_ends(o, self.paths[0], self.tokenizer, progress)
+        return Pair(target, drafter, self.tokenizer, eos, self.names, backend, self.paths[0])
+
+    def check_weights(self) -> None:
+        """Raises UserError where the weights alone do not fit into memory."""
+        needed, free = self.weight_bytes, free_memory(self.device)
+        if needed > free:
+            raise UserError(
+                f"the weights take {gigabytes(needed)}, but {gigabytes(free)} are free on {self.device}",
+                "Use smaller models or free memory on the device",
+            )
 
 
 @dataclass(frozen=True)
@@ -38,41 +97,39 @@ class Pair:
         weights = {id(w): w for model in (self.target, self.drafter) for w in model.tensors()}
         return sum(map(nbytes, weights.values()))
 
+    @property
+    def configs(self) -> tuple[ModelConfig, ModelConfig]:
+        return self.target.config, self.drafter.config
 
-def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
-    """Find, check and load both models and pick what runs them. Every fault of a folder is a UserError.
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
 
-    What the user may have to wait for is a note of `progress`.
-    """
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
+
+def find_pair(options: DecodeOptions) -> FoundPair:
+    """Find and check both models. Every fault that shows without loading them is a UserError."""
     target_path = resolve(options.target, "target")
     own = options.drafter == OWN
     drafter_path = target_path if own else resolve(options.drafter, "drafter")
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device, options.engine)
     _check_weights(options, device)
-    configs = [read_config(path) for path in dict.fromkeys((target_path, drafter_path))]
+    configs = {path: read_config(path) for path in (target_path, drafter_path)}
     tokenizer = load_tokenizer(target_path)
     if not own:
         check_vocabulary(target_path, drafter_path, tokenizer)
-    if device.type == "cuda":
-        needed = sum(map(weight_count, configs)) * dtype.itemsize
-        free = free_memory(device)
-        if needed > free:
-            raise UserError(
-                f"the weights take {gigabytes(needed)}, but {gigabytes(free)} are free on {device}",
-                "Use smaller models or free memory on the device",
-            )
-    target = _load(target_path, dtype, device, options.weights)
-    drafter = target if own else _load(drafter_path, dtype, device, options.draft_weights)
-    if own and options.engine in ("auto", "compiled") and device.type == "cpu":
-        drafter = _lighter(target, options.draft_weights)
-    backend = pick_backend(options.engine, [target, drafter], progress)
-    if backend.name != "compiled":
-        target = target.dense()
-        drafter = target if own else drafter.dense()
-    names = _name(options.target, target_path), OWN if own else _name(options.drafter, drafter_path)
-    eos = _text_ends(options, target_path, tokenizer, progress)
-    return Pair(target, drafter, tokenizer, eos, names, backend, target_path)
+    return FoundPair(
+        options=options,
+        paths=(target_path, drafter_path),
+        configs=(configs[target_path], configs[drafter_path]),
+        tokenizer=tokenizer,
+        names=(_name(options.target, target_path), OWN if own else _name(options.drafter, drafter_path)),
+        device=device,
+        dtype=pick_dtype(options.dtype, device, options.engine),
+    )
 
 
 def _text_ends(options: DecodeOptions, path: Path, tokenizer, progress: Progress) -> frozenset[int]:
@@ -82,6 +139,13 @@ def _text_ends(options: DecodeOptions, path: Path, tokenizer, progress: Progress
         token = f" (the tokenizer's is {tokenizer.eos_token!r})" if tokenizer.eos_token is not None else ""
         progress.note(f"{options.target} names no EOS token{token}: texts end at the limit of new tokens")
     return eos
+
+
+def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
+    """Find, check and load both models. Raises UserError as `find_pair` and `FoundPair.load` do."""
+    found = find_pair(options)
+    found.check_weights()
+    return found.load(progress)
 
 
 def with_drafter(pair: Pair, name: str, weights: str, progress: Progress = SILENT) -> Pair:
@@ -120,4 +184,4 @@ def _lighter(target: Model, weights: str) -> Model:
 
 def _name(given: str, folder: Path) -> str:
     """How a model is stored: a local folder by its whole path."""
-    return str(folder.resolve()) if Path(given).expanduser().is_dir() else given
+    return str(folder.resolve()) if user_path(given).is_dir() else given

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bdcli.base.errors import BdcliError, NotStoredError, OutputError
 from bdcli.base.files import digest
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import DecodeOptions
@@ -26,10 +27,12 @@ def decode_run(
     """Decode `text` (read from `source`) and store the run; returns the contract's fields with run_id.
 
     Bad input raises before a row is written; after that the row ends as done, failed or interrupted. `session` saves
-    loading the models again.
+    loading the models again. Raises NotStoredError with the result where the store fails at the end.
     """
-    session = session or Session.open(options, progress)
-    ids = session.prompt_ids(text, progress)
+    found = session or Session.find(options)
+    ids = found.prompt_ids(text, progress)
+    found.check_memory(len(ids), progress)
+    session = session or found.load(progress)
     dataset = "stdin" if source == "-" else Path(source).stem
     names = dict(zip(("target", "drafter"), session.pair.names))
     known = {"dataset": dataset, "method": session.selection.method, **names}
@@ -48,8 +51,10 @@ def decode_run(
         rounds=result.rounds,
         **result.figures.model_dump(),
     )
-    store.finish(run_id, status, [row], error, **result.columns())
-    return {"run_id": run_id, **result.as_dict()}
+    shown = {"run_id": run_id, **result.as_dict()}
+    with result_kept(shown):
+        store.finish(run_id, status, [row], error, **result.columns())
+    return shown
 
 
 @contextmanager
@@ -58,6 +63,16 @@ def recorded(store: Store, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        store.finish(run_id, status, error=f"{type(error).__name__}: {error}")
+        status = "interrupted" if isinstance(error, (KeyboardInterrupt, OutputError)) else "failed"
+        with suppress(BdcliError):  # the store may be what failed, and the first error is the one to show
+            store.finish(run_id, status, error=f"{type(error).__name__}: {error}")
         raise
+
+
+@contextmanager
+def result_kept(result: dict) -> Iterator[None]:
+    """What a run ends with is stored inside; where that fails, the error carries the result."""
+    try:
+        yield
+    except BdcliError as error:
+        raise NotStoredError(error, result) from error

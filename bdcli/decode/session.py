@@ -1,6 +1,7 @@
 """A session: models loaded once and settings resolved once, for any number of texts.
 
     Session.open(options)  ->  session.prompt_ids(text)  ->  session.decode(ids, progress)  ->  DecodeResult
+    Session.find(options)  ->  session.prompt_ids(text)  ->  session.check_memory(len(ids))  ->  session.load()  ->  ...
 
 Callers show what `progress` is handed and store the result; nothing here prints or exits.
 """
@@ -8,21 +9,20 @@ Callers show what `progress` is handed and store the result; nothing here prints
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-import psutil
 import torch
 
-from bdcli.base.devices import free_memory, peak_memory
-from bdcli.base.errors import UserError
+from bdcli.base.devices import dtype_name, peak_memory, resident_memory
+from bdcli.base.errors import OutputError, UserError
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection, parse_selection
 from bdcli.config.decode import OWN, DecodeOptions
 from bdcli.data.prompts import encode, fit, shorten, special_tokens_note
-from bdcli.decode.memory import DecodePlan, decode_plan
-from bdcli.decode.pair import Pair, load_pair
+from bdcli.decode.memory import DecodePlan, check_plan, decode_plan, runtime_bytes
+from bdcli.decode.pair import FoundPair, Pair, find_pair, load_pair
 from bdcli.decode.positions import positions_note
 from bdcli.decode.result import DecodeResult
 from bdcli.model.text import StopText, TextStream
@@ -36,15 +36,24 @@ from bdcli.speculation.speculator import Speculator
 
 @dataclass(frozen=True)
 class Session:
-    """Loaded models and the options of a run."""
+    """Models and the options of a run. `find` leaves the weights to `load`, so that memory can be checked first."""
 
-    pair: Pair
+    pair: Pair | FoundPair
     options: DecodeOptions
 
     @classmethod
     def open(cls, options: DecodeOptions, progress: Progress = SILENT) -> Session:
         """Load the models that `options` name. Raises UserError on every fault of a folder or an option."""
         return cls(load_pair(options, progress), options)
+
+    @classmethod
+    def find(cls, options: DecodeOptions) -> Session:
+        """A session whose models are found and checked but not loaded; prompts can be encoded and memory planned."""
+        return cls(find_pair(options), options)
+
+    def load(self, progress: Progress = SILENT) -> Session:
+        """This session with its models loaded."""
+        return replace(self, pair=self.pair.load(progress))
 
     @cached_property
     def selection(self) -> Selection:
@@ -60,7 +69,7 @@ class Session:
 
     @cached_property
     def sampling(self) -> Sampling:
-        o, vocab = self.options, self.pair.target.config.vocab_size
+        o, vocab = self.options, self.pair.configs[0].vocab_size
         return Sampling(o.temperature, min(o.top_k, vocab), o.top_p, o.min_p, o.repetition_penalty)
 
     def prompt_ids(self, text: str, progress: Progress = SILENT) -> list[int]:
@@ -69,8 +78,8 @@ class Session:
         Special tokens that it spells are a note. Raises UserError where it is empty or too long, or the budget too
         small for it.
         """
-        o, target, tokenizer = self.options, self.pair.target.config, self.pair.tokenizer
-        text = shorten(tokenizer, text, target.max_position, o.max_new_tokens, o.trim)
+        o, target, tokenizer = self.options, self.pair.configs[0], self.pair.tokenizer
+        text = shorten(tokenizer, text, target.context_limit, o.max_new_tokens, o.trim)
         line = special_tokens_note(tokenizer, text) if o.special_tokens == "parse" else None
         if line is not None:
             progress.note(f"{line}; --special-tokens text reads them as text")
@@ -103,24 +112,26 @@ class Session:
 
     def memory_plan(self, prompt: int) -> DecodePlan:
         """What decoding after `prompt` tokens will hold."""
-        configs = self.pair.target.config, self.pair.drafter.config
-        size = self.size(prompt, self.selection.gamma_max)
-        return decode_plan(*configs, self.pair.target.dtype.itemsize, size, self.selection)
+        size, device = self.size(prompt, self.selection.gamma_max), self.pair.device
+        kind = dtype_name(self.pair.dtype)
+        plan = decode_plan(*self.pair.configs, kind, size, self.selection, runtime_bytes(device))
+        return replace(plan, weights=self.pair.weight_bytes)
+
+    def check_memory(self, prompt: int, progress: Progress = SILENT) -> None:
+        """Compare the plan of decoding after `prompt` tokens with the memory there is. Raises UserError."""
+        plan = self.memory_plan(prompt)
+        check_plan(plan, self.pair.device, progress, plan.weights if isinstance(self.pair, Pair) else 0)
 
     def decode(self, prompt: list[int], progress: Progress = SILENT) -> DecodeResult:
         """Generate and measure.
 
-        KeyboardInterrupt ends the run early: what was accepted is kept and `status` is interrupted.
+        KeyboardInterrupt, and OutputError where the text is shown, end the run early: what was accepted is kept and
+        `status` is interrupted.
         """
-        device = self.pair.target.device
         total = len(prompt) + self.options.max_new_tokens
         beyond = positions_note(self.pair.drafter.config, self.selection, total)
         if beyond:
             progress.note(beyond)
-        if device.type == "cuda":
-            plan = self.memory_plan(len(prompt))
-            progress.note(plan.line())
-            plan.check(free_memory(device) + plan.weights)
         generation = Generation(self, prompt, progress)
         generation.run()
         return generation.result()
@@ -132,7 +143,7 @@ class Session:
             "target": pair.names[0],
             "drafter": pair.names[1],
             "device": str(pair.target.device),
-            "dtype": str(pair.target.dtype).removeprefix("torch."),
+            "dtype": dtype_name(pair.dtype),
             "weights": pair.target.weights,
             "draft_weights": pair.drafter.weights,
             "attention": pair.backend.name,
@@ -185,7 +196,7 @@ class Generation:
                     if self._stop.found or interrupt.requested:
                         break
                 self._show(self._stop.feed(self._stream.feed([], end=True), end=True))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OutputError):
             return
         if not interrupt.requested:
             self.status = "done"
@@ -237,6 +248,7 @@ class Generation:
             rounds=[r.row() for r in mark_loops(self.prompt, self.tokens, self.rounds)],
             attention_detail=pair.backend.detail,
             weight_bytes=pair.weight_bytes,
-            resident_bytes=psutil.Process().memory_info().rss,
+            resident_bytes=resident_memory(),
+            planned_bytes=self.session.memory_plan(len(self.prompt)).peak,
             logit_error=baseline.logit_error if baseline.steps and self.session.sampling.greedy else None,
         )

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from bdcli.base.errors import UserError
+from bdcli.base.files import user_path
+from bdcli.base.places import readable_folder
 
 POCKET = Path(__file__).parent.parent / "assets" / "pocket"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -20,9 +22,9 @@ def resolve(name: str, role: str, pickles: bool = False) -> Path:
     """
     if name == "pocket":
         return POCKET / role
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
-        return path
+        return readable_folder(path)
     if path.exists():
         raise UserError(f"--{role} {name} is a file", "Give the model's folder, the one that holds config.json")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):

@@ -58,7 +58,7 @@ CELL_FIELDS = (
     "invalid_reason",
 )
 # Columns that change after a cell was measured, or that are no part of the measurement.
-UNSEALED = {"status", "error", "started_at", "finished_at", "pid", "process_started", "seal"}
+UNSEALED = {"status", "error", "started_at", "finished_at", "pid", "process_started", "process_identity", "seal"}
 SEAL_DIGITS = 32
 UNSEALED_PROMPT = {"id", "run_id", "text"}
 

@@ -84,6 +84,7 @@ MIGRATIONS: list[tuple[str, Callable[[Connection], None]]] = [
     ("baseline", baseline),
     ("weights of the models", lambda connection: add_columns(connection, "run", {String: "weights draft_weights"})),
     ("sampling settings", lambda connection: add_columns(connection, "run", {Float: "min_p repetition_penalty"})),
+    ("identity of processes", lambda connection: add_columns(connection, "run", {String: "process_identity"})),
 ]
 
 

@@ -62,7 +62,12 @@ class Run(Figures, table=True):
     started_at: datetime
     finished_at: datetime | None = None
     command: str = Field(index=True)
-    status: str = figure("running | done | failed | interrupted", TEXT, "status", default=...)
+    status: str = figure(
+        "running | done | failed | interrupted; running? where nobody here can see the process",
+        TEXT,
+        "status",
+        default=...,
+    )
     error: str | None = None
     method: str | None = None
     dataset: str | None = figure("name of the prompts", NAME, "dataset")
@@ -104,6 +109,9 @@ class Run(Figures, table=True):
     host: str | None = None
     pid: int | None = None
     process_started: float | None = None
+    process_identity: str | None = Field(
+        default=None, description="boot, PID namespace, and start in clock ticks since boot, of the process"
+    )
     git_revision: str | None = None
     versions: dict = Field(default_factory=dict, sa_type=JSON)
     config: dict = Field(default_factory=dict, sa_type=JSON)

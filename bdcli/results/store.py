@@ -7,26 +7,24 @@ row (kill -9, power) is marked interrupted by whoever opens the store next.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import sqlite3
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-from platformdirs import user_data_path
-from sqlalchemy import Engine, StaticPool, event, make_url
+from sqlalchemy import Engine, StaticPool, event
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
-from sqlmodel import Session, create_engine, select
+from sqlmodel import Session, SQLModel, create_engine, select
 
-from bdcli.base.errors import UserError
+from bdcli.base.errors import BdcliError, UserError
 from bdcli.base.provenance import git_revision, machine, versions
+from bdcli.base.streams import printable
 from bdcli.results import migrations
+from bdcli.results.location import file_of, file_url, is_writable, locate, read_only_url
+from bdcli.results.processes import is_alive, this_process
 from bdcli.results.schema import Evaluation, Loss, Prompt, Run
 
 PATIENCE_S = 30  # how long one process waits for another that holds the store
@@ -42,49 +40,36 @@ class Store:
     """
 
     def __init__(self, where: str | None = None, readonly: bool = False, preview: bool = False):
-        place = where or os.environ.get("BDCLI_DB") or str(user_data_path("bdcli") / "runs.db")
-        self.path = None if "://" in place else Path(place).expanduser()
-        self.name = str(self.path or place)
-        self.readonly = readonly and self.path is not None and self.path.exists() and not _writable(self.path)
-        if readonly and self.path is not None and not self.path.exists():
+        self.path, self.name = locate(where)
+        self.readonly = False
+        with self._explained(UserError):
+            self._open(where, readonly, preview)
+
+    def _open(self, where: str | None, readonly: bool, preview: bool) -> None:
+        exists = self.path is not None and self.path.exists()
+        self.readonly = readonly and exists and not is_writable(self.path)
+        place = self.name
+        if readonly and self.path is not None and not exists:
             if where:
                 raise UserError(f"there is no store at {where}", "Runs are stored by: bdcli decode PROMPT_FILE")
             place, self.path = "sqlite://", None  # nothing was ever stored: show an empty one, make no file
-        with self._explained():
-            if preview and self.path is None and make_url(place).get_backend_name() == "sqlite":
-                self.path = Path(make_url(place).database or "")
-            if preview and self.path is not None:
-                self._engine = _in_memory(self.path)
-            else:
-                self._engine = self._connect(place)
-            if preview and self.path is None:
-                if not migrations.pending(self._engine)[0]:
-                    return
-                self._engine = self._connect("sqlite://")
-            self._migrate(in_copy=readonly and self.path is not None)
-            if not self.readonly:
-                self._mark_interrupted()
+        if preview and self.path is None:
+            self.path = file_of(place)
+        self._engine = _in_memory(self.path) if preview and self.path is not None else self._connect(place)
+        if preview and self.path is None:
+            if not migrations.pending(self._engine)[0]:
+                return
+            self._engine = self._connect("sqlite://")
+        self._migrate(in_copy=readonly and self.path is not None)
+        if not self.readonly:
+            self._mark_interrupted()
 
     def _connect(self, place: str) -> Engine:
-        engine = create_engine(self._url(place), json_serializer=_compact)
+        url = place if self.path is None else (read_only_url if self.readonly else file_url)(self.path)
+        engine = create_engine(url, json_serializer=_compact)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", self._prepare_connection)
         return engine
-
-    def _url(self, place: str) -> str:
-        if self.path is None:
-            return place
-        if self.readonly:
-            return f"sqlite:///file:{self.path.absolute()}?mode=ro&immutable=1&uri=true"
-        if self.path.is_dir():
-            raise UserError(f"store {self.name} is a folder", "Give a file: --db runs.db")
-        if not _writable(self.path):
-            raise UserError(f"store {self.name} is read-only", "Make it writable, or use another: --db runs.db")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"store {self.name}: {error.strerror}", "Use another place: --db runs.db") from None
-        return f"sqlite:///{self.path}"
 
     def _prepare_connection(self, connection, _record) -> None:
         cursor = connection.cursor()
@@ -107,32 +92,35 @@ class Store:
 
     def _mark_interrupted(self) -> None:
         with Session(self._engine) as session:
-            for run in session.exec(select(Run).where(Run.status == "running", Run.host == socket.gethostname())):
-                if not _alive(run.pid, run.process_started):
+            for run in session.exec(select(Run).where(Run.status == "running")):
+                if is_alive(run) is False:
                     run.status = "interrupted"
                     session.add(run)
             session.commit()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, kind: type[BdcliError] = BdcliError) -> Iterator[None]:
+        """Errors of the store as one line with its name; `kind` is UserError where nothing was computed yet."""
+        hint = "Use another: --db runs.db"
         try:
             yield
         except (ArgumentError, NoSuchModuleError) as error:
             raise UserError(f"store {self.name}: {error}", "Give a file or a SQLAlchemy URL") from None
         except DatabaseError as error:
             reason = str(error.orig)
-            hint = "Use another: --db runs.db"
             if "not a database" in reason or "malformed" in reason:
                 raise UserError(f"store {self.name} is not a SQLite file", hint) from None
-            raise UserError(f"store {self.name} cannot be used ({reason})", hint) from None
+            raise kind(f"store {self.name} cannot be used ({reason})", hint) from None
+        except OSError as error:
+            raise kind(f"store {self.name} cannot be used ({error.strerror})", hint) from None
 
     def begin(self, command: str, config: dict, **fields) -> str:
         """Write a row with status running; returns its run_id."""
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        known = {"machine": machine(), "git_revision": git_revision(), "versions": versions(), **_process()}
+        known = {"machine": machine(), "git_revision": git_revision(), "versions": versions(), **this_process()}
         run = Run(run_id=run_id, started_at=now, command=command, status="running", config=config, **known, **fields)
-        with self._explained(), Session(self._engine) as session:
+        with self._explained(UserError), Session(self._engine) as session:
             session.add(run)
             session.commit()
         return run_id
@@ -158,7 +146,7 @@ class Store:
 
     def reopen(self, run_id: str) -> None:
         """Continue an interrupted row in this process."""
-        self.update(run_id, status="running", finished_at=None, **_process())
+        self.update(run_id, status="running", finished_at=None, **this_process())
 
     def put_prompt(self, prompt: Prompt) -> None:
         """Add a prompt's row and give it its id, or change it when it has one."""
@@ -217,19 +205,11 @@ def _in_memory(path: Path) -> Engine:
     engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=_compact)
     if path.is_file():
         log = path.with_name(path.name + "-wal")
-        logged = _writable(path) and log.exists() and log.stat().st_size > 0
+        logged = is_writable(path) and log.exists() and log.stat().st_size > 0
         uri = f"{path.absolute().as_uri()}?mode=ro{'' if logged else '&immutable=1'}"
         with closing(sqlite3.connect(uri, uri=True)) as file, engine.connect() as memory:
             file.backup(memory.connection.driver_connection)
     return engine
-
-
-def _writable(path: Path) -> bool:
-    """Write bits count even for root, who could ignore them."""
-    place = path if path.exists() else path.parent
-    if not place.exists():
-        return True
-    return bool(place.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(place, os.W_OK)
 
 
 def _assign(run: Run, fields: dict) -> None:
@@ -243,20 +223,10 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _process() -> dict:
-    """Who computes: by this a row that was left running is recognised."""
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
-
-
-def running(run: Run) -> bool:
-    """Is the process that computes this row still there, and not this one?"""
-    here = run.host == socket.gethostname() and run.pid != os.getpid()
-    return run.status == "running" and here and _alive(run.pid, run.process_started)
-
-
-def _alive(pid: int | None, started: float | None) -> bool:
-    try:
-        return pid is not None and abs(psutil.Process(pid).create_time() - (started or 0)) < 2
-    except psutil.Error:
-        return False
+@event.listens_for(SQLModel, "before_insert", propagate=True)
+@event.listens_for(SQLModel, "before_update", propagate=True)
+def _escape_names(_mapper: object, _connection: object, row: SQLModel) -> None:
+    """Names of files may hold bytes that are no UTF-8, which a store cannot."""
+    for column, value in dict(row).items():
+        if isinstance(value, (str, dict)) and (clean := printable(value)) != value:
+            setattr(row, column, clean)

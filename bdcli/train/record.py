@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from bdcli.base.devices import dtype_name
 from bdcli.base.progress import Progress
 from bdcli.config.loader import as_dict
-from bdcli.decode.run import recorded
+from bdcli.decode.run import recorded, result_kept
 from bdcli.results.schema import Evaluation, Loss
 from bdcli.results.store import Store
 from bdcli.train.acceptance import Cell
@@ -50,6 +51,7 @@ class Recorder(Progress):
 def pretrain_run(recorder: Recorder, job: Pretraining, resume: bool) -> dict:
     """Run `job`, which reports to `recorder`; returns the contract's fields."""
     recipe = job.recipe
+    job.check_space()
     run_id = recorder.begin(
         "pretrain",
         as_dict(recipe),
@@ -58,13 +60,15 @@ def pretrain_run(recorder: Recorder, job: Pretraining, resume: bool) -> dict:
         target=recipe.init,
         context=max(recipe.schedule.contexts),
         device=str(job.device),
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=dtype_name(job.dtype),
         seed=recipe.seed,
     )
     with recorded(recorder.store, run_id):
         outcome = job.run(resume)
-    recorder.store.finish(run_id, outcome.status)
-    return {"run_id": run_id, **asdict(outcome), "checkpoint": str(outcome.checkpoint)}
+    result = {"run_id": run_id, **asdict(outcome), "checkpoint": str(outcome.checkpoint)}
+    with result_kept(result):
+        recorder.store.finish(run_id, outcome.status)
+    return result
 
 
 def prepare_run(recorder: Recorder, job: Distillation) -> dict:
@@ -73,8 +77,7 @@ def prepare_run(recorder: Recorder, job: Distillation) -> dict:
     with recorded(recorder.store, run_id):
         material = job.material(share=1.0)
         passages, windows = material.passages(), material.windows()
-    recorder.store.finish(run_id, "done")
-    return {
+    result = {
         "run_id": run_id,
         "folder": str(job.data),
         "documents": asdict(windows.documents),
@@ -85,6 +88,9 @@ def prepare_run(recorder: Recorder, job: Distillation) -> dict:
         "loop_rate": sum(windows.loop_rates) / len(windows.loop_rates) if windows.loop_rates else None,
         "passages": len(passages),
     }
+    with result_kept(result):
+        recorder.store.finish(run_id, "done")
+    return result
 
 
 def distill_run(recorder: Recorder, job: Distillation, resume: bool) -> dict:
@@ -94,18 +100,17 @@ def distill_run(recorder: Recorder, job: Distillation, resume: bool) -> dict:
     run_id = _begin(recorder, "distill", job)
     with recorded(recorder.store, run_id):
         outcome = job.run(resume)
-    recorder.store.finish(run_id, outcome.status)
-    return {
-        "run_id": run_id,
-        **asdict(outcome),
-        "initial": str(outcome.initial),
-        "checkpoint": str(outcome.checkpoint),
-    }
+    folders = {"initial": str(outcome.initial), "checkpoint": str(outcome.checkpoint)}
+    result = {"run_id": run_id, **asdict(outcome), **folders}
+    with result_kept(result):
+        recorder.store.finish(run_id, outcome.status)
+    return result
 
 
 def _begin(recorder: Recorder, command: str, job: Distillation) -> str:
     """Load the models, so that bad input raises before a row is written, and add the row."""
     recipe = job.recipe
+    job.plan().check_space(training=command == "distill")
     job.models()
     return recorder.begin(
         command,
@@ -116,7 +121,7 @@ def _begin(recorder: Recorder, command: str, job: Distillation) -> str:
         drafter=recipe.drafter,
         context=recipe.data.context,
         device=str(job.device),
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=dtype_name(job.dtype),
         seed=recipe.seed,
         temperature=recipe.temperature,
         gamma=recipe.evaluation.gamma,

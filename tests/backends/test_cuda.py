@@ -396,7 +396,7 @@ def test_a_device_holds_what_was_planned():
     target, drafter = (moved(tiny_model(**shape), torch.bfloat16) for _ in range(2))
     prompt, selection = 8000, Window(52, gamma=9)
     size = CacheSize(prompt - 1, 8100, 8100)
-    plan = decode_plan(target.config, drafter.config, 2, size, selection)
+    plan = decode_plan(target.config, drafter.config, "bfloat16", size, selection)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

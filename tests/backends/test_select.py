@@ -38,13 +38,6 @@ def test_the_choice_of_engine_is_explained(monkeypatch):
     assert "aarch64" in pick_backend("auto", [fits], SILENT).detail
 
 
-def test_threads_honour_limits(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3})
-    for given, wanted in (("", 4), ("2", 2), ("9", 4), ("3,2", 3), ("0", 4), ("x", 4)):
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-        assert support.thread_limit() == wanted
-
-
 def test_threads_are_pinned_by_request(monkeypatch):
     from bdcli.backends.cpu.pool import Pool
 

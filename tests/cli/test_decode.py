@@ -1,9 +1,13 @@
 """`bdcli decode`: the JSON contract, the same text whatever the settings, one-line errors with their exit codes."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
+from bdcli.base.errors import INTERRUPTED, READER_GONE, BdcliError, UserError
+from bdcli.model.hub import POCKET
 from bdcli.results.store import Store
 from tests.support.cli import compiled_only
 from tests.support.faults import (
@@ -16,6 +20,7 @@ from tests.support.faults import (
     without_tokenizer,
 )
 
+ROOT = Path(__file__).parents[2]
 CONTRACT = {
     "run_id",
     "target",
@@ -126,6 +131,7 @@ BAD_OPTIONS = {
     "temperature": (["--temperature", -1], "--temperature -1.0"),
     "top-p": (["--top-p", 0], "--top-p 0.0"),
     "device": (["--device", "quantum"], "--device quantum is not usable"),
+    "a device without numbers": (["--device", "meta"], "--device meta is not usable"),
     "no such model": (["--target", "./nowhere"], "no such folder"),
     "other vocabulary": (other_vocabulary, "another vocabulary"),
     "truncated safetensors": (truncated, "model.safetensors is damaged or truncated"),
@@ -196,3 +202,40 @@ def test_an_unequal_text_makes_the_run_invalid(cli, prompt, monkeypatch):
     done = cli("decode", prompt, "--max-new-tokens", 40, "--gamma", 4, "--check", "--json")
     assert done.code == 1 and done.json["output_equal"] is False and "invalid" in done.err
     assert Store().runs()[0].status == "failed"
+
+
+def test_a_text_whose_row_cannot_be_written_is_shown(cli, prompt, monkeypatch):
+    def full(*_args, **_fields):
+        raise BdcliError("store /x.db cannot be used (database or disk is full)", "Use another: --db runs.db")
+
+    monkeypatch.setattr(Store, "finish", full)
+    done = cli("decode", prompt, "--max-new-tokens", 8, "--engine", "torch", "--json")
+    assert done.code == 1 and len(done.json["tokens"]) == 8 and done.json["text"]
+    assert done.err.count("\n") == 1 and "the result is not stored: store /x.db" in done.err
+    done = cli("decode", prompt, "--max-new-tokens", 8, "--engine", "torch")
+    assert done.code == 1 and "speedup" in done.out and "not stored" in done.err
+
+
+@pytest.mark.parametrize("words", [["PROMPT"], ["plain.txt", "--target", "MODEL"]], ids=["prompt", "model"])
+def test_names_that_are_bytes_run_and_are_stored_escaped(words, cli, prompt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt.rename("plain.txt")
+    shutil.copy("plain.txt", "p\udcff.txt")
+    shutil.copytree(POCKET / "target", "m\udcff")
+    names = {"PROMPT": "p\udcff.txt", "MODEL": "m\udcff"}
+    done = cli(
+        "decode", *(names.get(word, word) for word in words), "--max-new-tokens", 4, "--engine", "torch", "--json"
+    )
+    assert done.code == 0, done.err
+    run = Store().runs()[0]
+    assert (
+        run.status == "done" and r"\xff" in f"{run.dataset} {run.target}" and r"\xff" in str(run.config) + run.dataset
+    )
+    assert done.json["target"] == run.target and "\udcff" not in done.out
+
+
+def test_exit_codes_are_those_of_the_table():
+    table = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|$", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.M))
+    codes = {BdcliError.exit_code, UserError.exit_code, INTERRUPTED, READER_GONE}
+    assert {0, *codes} == set(map(int, table))
+    assert "SIGHUP" in table[str(INTERRUPTED)] and "stdout" in table[str(READER_GONE)]

@@ -1,6 +1,12 @@
 """`bdcli prompt` and `bdcli doctor`."""
 
+import io
+
 import pytest
+
+from bdcli.base.cgroup import Limits
+from bdcli.base.errors import BdcliError
+from bdcli.cli import doctor_limits
 
 
 @pytest.mark.parametrize("ctx", ["1", "37", "1k", "4k", "16k"])
@@ -23,4 +29,27 @@ def test_prompts_of_all_lengths_end_at_the_same_place(cli, tmp_path):
 def test_doctor(cli):
     done = cli("doctor", "--json")
     assert done.code == 0 and all(check["ok"] for check in done.json.values())
-    assert {"versions", "device", "dtype", "store", "pocket pair"} <= set(done.json)
+    assert {"versions", "device", "dtype", "store", "pocket pair", "places", "disk", "terminal"} <= set(done.json)
+
+
+def test_doctor_names_what_would_bite(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor_limits, "read_limits", lambda: Limits(1.5))
+    assert "CPU quota of 1.5" in doctor_limits.threads()
+    monkeypatch.setattr(doctor_limits, "free_memory", lambda _device: 200_000_000)
+    assert "limited to 0.20 GB" in doctor_limits.memory()
+    monkeypatch.setattr(doctor_limits, "resident_memory", lambda: 0)
+    with pytest.raises(BdcliError, match="Raise the limit"):
+        doctor_limits.memory()
+    monkeypatch.setattr(doctor_limits, "cache_folders", lambda: iter(()))
+    with pytest.raises(BdcliError, match="XDG_CACHE_HOME"):
+        doctor_limits.places()
+    place = str(tmp_path / "r.db")
+    assert "free beside the store" in doctor_limits.disk(place)
+    monkeypatch.setattr(doctor_limits, "_file_system", lambda _folder: "nfs4")
+    with pytest.raises(BdcliError, match=r"nfs4.*local file"):
+        doctor_limits.disk(place)
+    monkeypatch.setattr(doctor_limits, "disk_space", lambda _folder: 5_000_000)
+    with pytest.raises(BdcliError, match="5 MB free"):
+        doctor_limits.disk(place)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert "shown as ?" in doctor_limits.terminal()

@@ -1,6 +1,10 @@
 """The memory plan against what is allocated: exactly for what lives, from above and not by far for what passes."""
 
+import json
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +16,14 @@ from bdcli.base.errors import UserError
 from bdcli.bench.shapes import parse_shape
 from bdcli.cache.selection import CacheSize, Chunk, Full, Official, Window
 from bdcli.cache.view import FULL, plan_view
+from bdcli.data.prompts import cut_prompt, stdlib_text
+from bdcli.decode import memory
 from bdcli.decode.memory import decode_plan
+from bdcli.model.hub import POCKET
 from bdcli.model.rope import RopeTable
 from bdcli.model.sizes import weight_count
+from bdcli.model.tokenizer import load_tokenizer
+from bdcli.results.store import Store
 from bdcli.speculation.sampling import Sampling
 from bdcli.speculation.speculator import Speculator
 from bdcli.train.distill.memory import distill_memory
@@ -24,6 +33,8 @@ from bdcli.train.losses import head_loss
 from bdcli.train.targets import HiddenTarget
 from tests.support.models import tiny_model
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+STDLIB = "--set", "corpus.sources=[stdlib]", "--set", "corpus.weights=[1]", "--set", "held_out.sources=[stdlib]"
 STATIC = static_backend("triton", "plain operations")
 
 
@@ -78,7 +89,7 @@ def test_a_run_holds_what_was_planned(kind):
     prompt, new, gamma = 2600, 40, selection.gamma_max
     capacity = prompt + new + gamma + 2
     size = CacheSize(prompt - 1, capacity, capacity)
-    plan = decode_plan(target.config, drafter.config, 4, size, selection)
+    plan = decode_plan(target.config, drafter.config, "float32", size, selection)
     ids = torch.randint(41, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     with Peak() as peak:
         run = Speculator(STATIC.target(target, size), STATIC.drafter(drafter, selection, size, 41), Sampling(), 0)
@@ -98,10 +109,64 @@ def test_a_run_holds_what_was_planned(kind):
 
 def test_too_little_memory_is_said_with_the_numbers():
     c = tiny_model().config
-    plan = decode_plan(c, c, 2, CacheSize(1000, 1100, 1100), Full(8))
+    plan = decode_plan(c, c, "float16", CacheSize(1000, 1100, 1100), Full(8))
     plan.check(plan.peak)
     with pytest.raises(UserError, match=r"peak .* but 0\.0 MB are free"):
         plan.check(1)
+    with pytest.raises(UserError, match="smaller models"):
+        plan.check(plan.weights - 1)
+    with pytest.raises(UserError, match="Shorten the prompt"):
+        plan.check(plan.weights + 1)
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """A machine with a few MB left, on which loading a model is an error of its own."""
+
+    def unexpected(*_args, **_kwargs):
+        raise AssertionError("memory is checked before anything is loaded")
+
+    monkeypatch.setattr(memory, "free_memory", lambda _device: 5_000_000)
+    for place in ("bdcli.decode.pair.load_model", "bdcli.bench.methods.load_model", "bdcli.bench.shapes.random_model"):
+        monkeypatch.setattr(place, unexpected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["decode", "PROMPT", "--trim", "middle", "--max-new-tokens", 16000],
+        ["bench", "--ctx", "16k", "--methods", "bd", "--budgets", 64, "--samples", 1],
+        ["bench", "--shape", "llama2-7b+68m", "--ctx", "4k"],
+        ["prepare", RECIPES / "llama_4k.yaml", "--out", "OUT"],
+        ["distill", RECIPES / "llama_4k.yaml", "--out", "OUT"],
+        ["pretrain", RECIPES / "pocket_target.yaml", *STDLIB, "--max-minutes", 1, "--out", "OUT"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.usefixtures("scarce")
+def test_too_little_memory_is_one_line_before_anything_is_loaded(words, cli, tmp_path):
+    prompt = tmp_path / "p.txt"
+    prompt.write_text("x = 1\n" * 8000)
+    places = {"PROMPT": prompt, "OUT": tmp_path / "out"}
+    done = cli(*(places.get(word, word) for word in words))
+    error = done.err.splitlines()[-1]
+    assert done.code == 2 and done.out == "", done.err
+    assert "are free" in error and "Traceback" not in done.err
+    if words[0] in ("decode", "bench"):
+        assert done.err.count("\n") == 1
+    assert not Store().runs() and not (tmp_path / "out").exists()
+
+
+def test_what_is_planned_is_what_is_resident_then(tmp_path):
+    """Of a process that decodes, to a tenth: weights, caches, the prompt's activations, Python and its libraries."""
+    import bdcli.backends.cpu.runner  # noqa: F401  (compiled by now: compiling takes memory of its own)
+
+    prompt = cut_prompt(load_tokenizer(POCKET / "target"), stdlib_text(), 3000)
+    words = ["decode", "-", "--max-new-tokens", "8", "--baseline", "off", "--dtype", "float32", "--json"]
+    command = [sys.executable, "-m", "bdcli", *words, "--db", str(tmp_path / "r.db")]
+    done = subprocess.run(command, input=prompt.encode(), capture_output=True, check=True)
+    run = json.loads(done.stdout)
+    assert abs(run["planned_bytes"] / run["peak_memory_bytes"] - 1) < 0.1, run
 
 
 # -- distilling

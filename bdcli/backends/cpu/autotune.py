@@ -7,6 +7,7 @@ one call that a step is, and rounds by the number of rows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.machine.code_cache import code_folder
+from bdcli.base.errors import BdcliError
 from bdcli.base.files import write_file
 
 CHOICES = {
@@ -43,7 +45,8 @@ def tiled(shape: str, rows: tuple[int, ...], step: Callable[[int, int], None]) -
         entry = kept.get(shape, {"tries": 0, "ms": {name: [[math.inf] * 2] * len(rows) for name in CHOICES}})
         if entry["tries"] < TRIES and not steady(entry["ms"]):
             entry = {"tries": entry["tries"] + 1, "ms": measured(entry["ms"], rows, step)}
-            write_file(path, json.dumps(kept | {shape: entry}, indent=1))
+            with contextlib.suppress(BdcliError):  # a full disk: the next process measures again
+                write_file(path, json.dumps(kept | {shape: entry}, indent=1))
         _known[shape] = entry["ms"]
     times = {name: [best for best, _ in each] for name, each in _known[shape].items()}
     best = min(t[0] for t in times.values())

@@ -1,8 +1,8 @@
 """One pool of threads per process, which enter each step side by side and sleep in between.
 
 The caller's thread is one of them; the others wait in compiled code without the interpreter lock: they spin for a
-moment, because the next step usually comes soon, and then sleep on a semaphore. Their number honours OMP_NUM_THREADS
-and the processors this process may run on (`support.thread_limit`); BDCLI_PIN=1 keeps each on one of them.
+moment, because the next step usually comes soon, and then sleep on a semaphore. Their number is `devices.thread_limit`;
+BDCLI_PIN=1 keeps each on one of the processors that this process may run on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from numba import njit, types
 
 from bdcli.backends.cpu.forward import run
 from bdcli.backends.cpu.machine.simd import exchange, fetch_add, get_i64, observe, pause, publish, put_i64
-from bdcli.backends.cpu.machine.support import processors_to_keep, thread_limit
+from bdcli.backends.cpu.machine.support import processors_to_keep
 from bdcli.backends.cpu.machine.threads import wait_for, yield_processor
+from bdcli.base.devices import thread_limit
 
 SPINS = 100_000  # pauses between steps before a thread offers its processor to others; about a millisecond
 YIELDS = 200  # offers before it sleeps

@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from bdcli.base.devices import dtype_name
 from bdcli.model.llama import Model
 
 HEAD_DIMS = (64, 96, 128)  # that the kernels are compiled and tested for (`bd_kernels.variants`)
@@ -29,7 +30,7 @@ def obstacle(models: list[Model]) -> str | None:
 
 def _shape(model: Model) -> str | None:
     if model.dtype not in (torch.bfloat16, torch.float16):
-        return f"{model.dtype}".removeprefix("torch.")
+        return dtype_name(model.dtype)
     dim = model.config.head_dim
     return None if dim in HEAD_DIMS else f"head dimension {dim} is none of {', '.join(map(str, HEAD_DIMS))}"
 

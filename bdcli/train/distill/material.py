@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bdcli.base.errors import UserError
-from bdcli.base.files import digest, read_json, write_file
+from bdcli.base.files import digest, make_folder, read_json, write_file
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.distill import DistillRecipe
 from bdcli.data.sources import TOKEN_CHARACTERS
@@ -79,7 +79,7 @@ class Material:
 
     def windows(self) -> Windows:
         """All shards, made where they are missing. Raises UserError on a damaged shard or another key."""
-        self._out.mkdir(parents=True, exist_ok=True)
+        make_folder(self._out)
         manifest = self._manifest()
         d = self._recipe.data
         if not manifest["complete"]:
@@ -220,7 +220,7 @@ class Material:
             if saved["key"] != self._passages_key:
                 raise UserError(f"{path} was made for another recipe or target", "Give another --out")
         if not saved["complete"]:
-            self._out.mkdir(parents=True, exist_ok=True)
+            make_folder(self._out)
             self._write_passages(saved, path)
         return [
             Passage(p["dataset"], tuple(p["prompt"]), tuple(p["text"]), p["limit"], tuple(p["probs"]))

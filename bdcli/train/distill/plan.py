@@ -11,16 +11,20 @@ from pathlib import Path
 
 import torch
 
+from bdcli.base.devices import dtype_name
 from bdcli.base.errors import UserError
-from bdcli.cache.selection import Full, Selection, parse_selection
-from bdcli.cache.view import FULL
+from bdcli.base.files import check_disk_space, disk_size
+from bdcli.cache.selection import CacheSize, Full, Selection, Window, parse_selection
+from bdcli.cache.view import FULL, GAMMA_MAX
 from bdcli.config.distill import DistillRecipe
+from bdcli.decode.memory import check_peak, decode_plan, runtime_bytes
 from bdcli.decode.positions import positions_note
 from bdcli.model.config import ModelConfig
 from bdcli.model.sizes import weight_count
 from bdcli.train.distill.memory import distill_memory, memory_line
 from bdcli.train.distill.teacher import KEPT_TARGETS_BYTES
 from bdcli.train.distill.windows import bytes_per_token
+from bdcli.train.distill.writer import BUDGET, GAMMA
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, speed
 from bdcli.train.losses import kernel_rows
 from bdcli.train.targets import HiddenTarget
@@ -70,9 +74,9 @@ class Plan:
         if r.evaluation.patience is not None:
             yield f"stops after {r.evaluation.patience} measurements without a better acceptance"
         yield memory_line(self.memory())
-        by, kind = "Triton kernels" if self._loss[0] else "torch", str(self.dtype).removeprefix("torch.")
+        by, kind = "Triton kernels" if self._loss[0] else "torch", dtype_name(self.dtype)
         yield f"loss in {by} on {self.device}, {kind}"
-        yield f"disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
+        yield f"disk {disk_size(self.disk_bytes)} in {self.out}"
         yield f"steps take about {duration(self.seconds())} here, writing and measuring apart"
 
     def memory(self) -> dict[str, int]:
@@ -82,6 +86,24 @@ class Plan:
         lengths = [a + r.views.anchor_tokens for a in r.anchors() for s in self.selections if s.chooses]
         parts = distill_memory(self.target, self.drafter, d.context, views, lengths, self.dtype.itemsize, self._loss[1])
         return parts | {"kept hidden states": min(self.hidden_bytes, KEPT_TARGETS_BYTES)}
+
+    def writing_bytes(self) -> int:
+        """Memory of writing the material: the pair, and caches of the texts that are written at once."""
+        together = self.recipe.data.together if self.device.type == "cuda" else 1
+        size = CacheSize(self.longest, self.longest + 2 * GAMMA_MAX, self.longest)
+        plan = decode_plan(self.target, self.drafter, dtype_name(self.dtype), size, Window(BUDGET, gamma=GAMMA))
+        return plan.peak + (together - 1) * (plan.target_kv + plan.drafter_kv) + 4 * weight_count(self.drafter)
+
+    def check_space(self, training: bool) -> None:
+        """Compare what preparing, and with `training` also learning, needs with the memory and the disk there are.
+
+        Raises UserError, and BdcliError where the disk does not suffice.
+        """
+        parts, writing = self.memory() if training else {}, self.writing_bytes()
+        line = memory_line(parts) if sum(parts.values()) > writing else memory_line({"writing": writing})
+        peak = max(writing, sum(parts.values())) + runtime_bytes(self.device)
+        check_peak(line, peak, self.device, "Lower data.context or data.together, or free memory on the device")
+        check_disk_space(self.out, self.disk_bytes if training else self.data_bytes)
 
     @cached_property
     def _loss(self) -> tuple[Callable | None, int]:
@@ -118,9 +140,14 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Shards, state with optimizer moments, two drafters."""
+        return 4 * TRAINED_BYTES * weight_count(self.drafter) + self.data_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        """Shards, and a drafter of the target's first layers where the recipe names none."""
         tokens = self.recipe.data.windows * self.recipe.data.context
-        drafter = TRAINED_BYTES * weight_count(self.drafter)
-        return 4 * drafter + bytes_per_token(self.recipe, self.target.hidden_size) * tokens
+        start = 0 if self.recipe.drafter is not None else 2 * weight_count(self.drafter)
+        return start + bytes_per_token(self.recipe, self.target.hidden_size) * tokens
 
 
 def grid_selections(recipe: DistillRecipe) -> list[Selection]:

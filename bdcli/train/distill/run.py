@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bdcli.base.devices import peak_memory, pick_device, training_dtype
+from bdcli.base.devices import dtype_name, peak_memory, pick_device, training_dtype
 from bdcli.base.errors import UserError
-from bdcli.base.files import check_disk_space, digest
+from bdcli.base.files import digest
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import DecodeOptions
@@ -114,12 +114,11 @@ class Distillation:
         return self._progress if self.ranks.first else SILENT
 
     def plan(self) -> Plan:
-        """Needs of the run. Raises UserError where the models do not suffice, BdcliError where the disk does not."""
+        """Needs of the run. Raises UserError where the models do not suffice."""
         if self._plan is None:
             target = read_config(resolve(self.recipe.target, "target"))
             drafter = self._drafter_config(target)
             self._plan = Plan(self.recipe, target, drafter, self.dtype, self.device, self.out)
-            check_disk_space(self.out, self._plan.disk_bytes)
         return self._plan
 
     def _drafter_config(self, target: ModelConfig) -> ModelConfig:
@@ -138,7 +137,7 @@ class Distillation:
             self.plan()
             target = resolve(self.recipe.target, "target")
             folders = target, self._start(target)
-            kind = str(self.dtype).removeprefix("torch.")
+            kind = dtype_name(self.dtype)
             names = {"target": self.recipe.target, "drafter": str(folders[1])}
             dense = {"weights": "bf16", "draft_weights": "bf16"}  # training multiplies whole matrices
             options = DecodeOptions(**names, **dense, dtype=kind, device=str(self.device))

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bdcli.base.devices import pick_device, training_dtype
+from bdcli.base.devices import dtype_name, pick_device, training_dtype
 from bdcli.base.errors import UserError
-from bdcli.base.files import check_disk_space, digest
+from bdcli.base.files import check_disk_space, digest, disk_size, make_folder
 from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.loader import as_dict
@@ -25,9 +25,11 @@ from bdcli.data.corpus import make_corpus, ordinary_ids
 from bdcli.data.identity import sources_identity
 from bdcli.data.sources import missing_sources
 from bdcli.data.split import held_out_windows, missing_held_out
+from bdcli.decode.memory import check_peak, runtime_bytes
 from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
 from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
+from bdcli.model.sizes import gigabytes
 from bdcli.model.tokenizer import load_tokenizer
 from bdcli.train.estimate import BACKWARD, duration, forward_operations, parameters, speed
 from bdcli.train.held_out import HeldOutLoss, measure
@@ -97,27 +99,40 @@ class Pretraining:
         stages = ", ".join(f"{share:.0%} at {c}" for share, c in zip(normalize(s.shares), s.contexts))
         yield f"{'from nothing' if self.init is None else f'from {r.init}'}; {', '.join(r.corpus.sources)}"
         yield f"at most {s.tokens / 1e6:.1f} M tokens, {s.tokens_per_step} a step: {stages}; {s.follow} set the rate"
-        rows = max(s.micro_tokens, *s.contexts)
-        activations = rows * self.shape.layers * (40 * self.shape.hidden_size + 16 * self.shape.intermediate_size)
-        memory, kind = 16 * size + activations, str(self.dtype).removeprefix("torch.")
-        yield f"{size / 1e6:.1f} M parameters on {self.device} in {kind}, memory about {memory / 1e9:.1f} GB"
+        kind, memory = dtype_name(self.dtype), gigabytes(self.memory_bytes)
+        yield f"{size / 1e6:.1f} M parameters on {self.device} in {kind}, memory about {memory}"
         mean_keys = sum(share * context for share, context in zip(normalize(s.shares), s.contexts)) / 2
         operations = BACKWARD * forward_operations(self.shape, s.tokens, mean_keys)
         seconds = operations / speed(self.shape, self.dtype, self.device)
-        yield f"all of it takes about {duration(seconds)} here, disk {self.disk_bytes / 1e6:.0f} MB in {self.out}"
+        yield f"all of it takes about {duration(seconds)} here, disk {disk_size(self.disk_bytes)} in {self.out}"
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, gradients and moments, and the activations of a micro-batch."""
+        c, s = self.shape, self.recipe.schedule
+        rows = max(s.micro_tokens, *s.contexts)
+        return 16 * parameters(c) + rows * c.layers * (40 * c.hidden_size + 16 * c.intermediate_size)
 
     @property
     def disk_bytes(self) -> int:
         """Token streams, and the state with optimizer moments."""
         return 4 * self.recipe.schedule.tokens + STATE_BYTES * parameters(self.shape)
 
+    def check_space(self) -> None:
+        """Compare what the run needs with the memory and the disk there are.
+
+        Raises UserError, and BdcliError where the disk does not suffice.
+        """
+        line, hint = f"training takes {gigabytes(self.memory_bytes)}", "Lower schedule.micro_tokens or the shape"
+        check_peak(line, self.memory_bytes + runtime_bytes(self.device), self.device, hint)
+        check_disk_space(self.out, self.disk_bytes)
+
     def run(self, resume: bool) -> Pretrained:
         """All of it. Ctrl-C or the deadline ends training after the current step with the state saved."""
         state_file = self.out / STATE
         if state_file.exists() and not resume:
             raise UserError(f"{self.out} holds an earlier run", "Continue it with --resume, or give another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        check_disk_space(self.out, self.disk_bytes)
+        make_folder(self.out)
         work = self._load()
         trainer = Trainer(work.model, self.recipe.optimizer)
         if state_file.exists():

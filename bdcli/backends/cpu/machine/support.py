@@ -10,6 +10,8 @@ import sys
 import torch
 
 from bdcli.backends.cpu.machine.code_cache import code_folder
+from bdcli.base.devices import dtype_name, thread_limit
+from bdcli.base.errors import BdcliError
 from bdcli.model.llama import Model
 
 
@@ -28,13 +30,17 @@ def processor_obstacle() -> str | None:
         return "numba is not installed"
     if not {"avx2", "fma"} <= processor_features():
         return "a processor without AVX2 and FMA"
+    try:
+        code_folder()
+    except BdcliError as error:
+        return error.problem
     return None
 
 
 def _shape(model: Model) -> str | None:
     c = model.config
     if model.dtype not in (torch.bfloat16, torch.float32):
-        return str(model.dtype).removeprefix("torch.")
+        return dtype_name(model.dtype)
     odd = {"hidden size": c.hidden_size, "MLP width": c.intermediate_size, "head dimension": c.head_dim}
     return next((f"{name} {size} is no multiple of 32" for name, size in odd.items() if size % 32), None)
 
@@ -56,13 +62,6 @@ def dots_pay() -> bool:
     import llvmlite.binding
 
     return "avx512bf16" in processor_features() and llvmlite.binding.get_host_cpu_name().startswith("znver")
-
-
-def thread_limit() -> int:
-    """Threads that this process should use: OMP_NUM_THREADS if set, within the processors it may run on."""
-    allowed = len(os.sched_getaffinity(0))
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return max(1, min(allowed, int(wanted))) if wanted.isdigit() and int(wanted) > 0 else allowed
 
 
 def processors_to_keep(threads: int) -> list[int | None]:
