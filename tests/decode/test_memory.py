@@ -127,7 +127,7 @@ def scarce(monkeypatch):
         raise AssertionError("memory is checked before anything is loaded")
 
     monkeypatch.setattr(memory, "free_memory", lambda _device: 5_000_000)
-    for place in ("bdcli.decode.pair.load_model", "bdcli.bench.methods.load_model", "bdcli.bench.shapes.random_model"):
+    for place in ("bdcli.decode.pair.load_model", "bdcli.bench.shapes.random_model"):
         monkeypatch.setattr(place, unexpected)
 
 
