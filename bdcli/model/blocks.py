@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bdcli.model.quantised import QuantisedMatrix, fitting_format, pack
+
 CHUNK_WEIGHTS = 2**20  # decoded at once: what is computed on the way stays in the caches
 
 
@@ -18,23 +20,30 @@ CHUNK_WEIGHTS = 2**20  # decoded at once: what is computed on the way stays in t
 class Blocks:
     """A matrix in codes: weight = scale · code + offset in fp32, exactly the weight of the file.
 
-    Codes are unsigned in all types, so those of symmetric types have the offset -8, -16, -32 or -128 times the scale.
+    Codes of 4 bits are 0..15 and always have offsets. Those of 8 bits are signed, and symmetric types have no offsets.
     """
 
-    codes: Tensor  # uint8 [rows, inputs], below 2^bits
+    codes: Tensor  # int8 [rows, inputs]
     scales: Tensor  # fp32 [rows, inputs / block]
-    offsets: Tensor  # fp32 [rows, inputs / block]
+    offsets: Tensor | None  # fp32 [rows, inputs / block]
     bits: int  # 4 or 8; types of 5 and 6 bits have codes of 8
     block: int  # weights that share a scale: 16 or 32
 
     def values(self) -> Tensor:
         """The weights, fp32 [rows, inputs]."""
-        codes = self.codes.unflatten(1, (-1, self.block)).float()
-        return codes.mul_(self.scales[..., None]).add_(self.offsets[..., None]).flatten(1)
+        weights = self.codes.unflatten(1, (-1, self.block)).float().mul_(self.scales[..., None])
+        return (weights if self.offsets is None else weights.add_(self.offsets[..., None])).flatten(1)
 
-    def rows(self, order: Tensor) -> Blocks:
-        """The matrix with its rows in another order."""
-        return Blocks(self.codes[order], self.scales[order], self.offsets[order], self.bits, self.block)
+    def packed(self) -> QuantisedMatrix:
+        """The matrix in the smallest format that keeps it exactly."""
+        form = fitting_format(self.scales, self.offsets, self.bits, self.block)
+        scales, offsets = self.scales, self.offsets
+        if form.offsets and offsets is None:
+            offsets = torch.zeros_like(scales)
+        repeat = self.block // form.block
+        if repeat > 1:
+            scales, offsets = (side.repeat_interleave(repeat, 1) for side in (scales, offsets))
+        return pack(self.codes, scales, offsets, form)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Encoding:
     block_weights: int
     block_bytes: int
     dtype: torch.dtype | None = None  # of types that are plain numbers
-    decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None  # codes, scales, offsets of blocks
+    decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]] | None = None  # codes, scales, offsets
     bits: int = 8
 
     def row_bytes(self, weights: int) -> int:
@@ -54,9 +63,10 @@ class Encoding:
     def blocks(self, stored: Tensor) -> Blocks:
         """Codes of the rows uint8 [rows, bytes] of a quantised type."""
         rows = stored.shape[0]
-        codes, scales, offsets = self.decode(stored.view(rows, -1, self.block_bytes))
-        block = codes[0].numel() // scales[0].numel()
-        return Blocks(codes.reshape(rows, -1), scales.reshape(rows, -1), offsets.reshape(rows, -1), self.bits, block)
+        codes, *sides = self.decode(stored.view(rows, -1, self.block_bytes))
+        scales, offsets = (None if side is None else side.reshape(rows, -1) for side in sides)
+        codes = codes.reshape(rows, -1)
+        return Blocks(codes.view(torch.int8), scales, offsets, self.bits, codes.shape[1] // scales.shape[1])
 
     def numbers(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """The weights of rows uint8 [rows, bytes], cast from fp32 to `dtype`."""
@@ -85,13 +95,9 @@ def _bits(stored: Tensor) -> Tensor:
     return ((stored[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)
 
 
-def _symmetric(codes: Tensor, scales: Tensor, zero: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes whose value is 0 at `zero`. Both products are exact in fp32, so the difference is the stored weight."""
-    return codes, scales, scales * -zero
-
-
 def _q4_0(b: Tensor):
-    return _symmetric(_nibbles(b[..., 2:]), _half(b, 0), 8)
+    scales = _half(b, 0)
+    return _nibbles(b[..., 2:]), scales, scales * -8  # both products are exact in fp32, so their sum is the weight
 
 
 def _q4_1(b: Tensor):
@@ -99,7 +105,7 @@ def _q4_1(b: Tensor):
 
 
 def _q5_0(b: Tensor):
-    return _symmetric(_nibbles(b[..., 6:]) | _bits(b[..., 2:6]) << 4, _half(b, 0), 16)
+    return (_nibbles(b[..., 6:]) | _bits(b[..., 2:6]) << 4) - 16, _half(b, 0), None
 
 
 def _q5_1(b: Tensor):
@@ -107,7 +113,7 @@ def _q5_1(b: Tensor):
 
 
 def _q8_0(b: Tensor):
-    return _symmetric(b[..., 2:] ^ 128, _half(b, 0), 128)  # two's complement plus 128
+    return b[..., 2:], _half(b, 0), None
 
 
 def _scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +139,7 @@ def _q6_k(b: Tensor):
     pairs = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
     high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> pairs) & 3
     scales = _half(b, 208) * b[..., 192:208].view(torch.int8).float()
-    return _symmetric(low.flatten(-2) | high.flatten(-3) << 4, scales, 32)
+    return (low.flatten(-2) | high.flatten(-3) << 4) - 32, scales, None
 
 
 ENCODINGS = {  # by the number of ggml_type

@@ -10,7 +10,7 @@ import torch
 from bdcli.base.files import new_folder
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.llama import Layer, Model
-from bdcli.model.quantised import quantise
+from bdcli.model.quantised import quantise, stack
 from bdcli.model.source import Weights, open_source
 
 
@@ -24,15 +24,18 @@ def eos_tokens(path: Path) -> frozenset[int]:
     return open_source(path).eos()
 
 
-def load_model(path: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> Model:
+def load_model(
+    path: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, keep_codes: bool = False
+) -> Model:
     """Weights from safetensors (one file or shards with an index) or a GGUF file, cast to `dtype` on `device`.
 
-    With `bits` 4 or 8 each layer is quantised as soon as it is read (`bdcli.model.quantised`).
+    With `bits` 4 or 8 each layer is quantised as soon as it is read (`bdcli.model.quantised`). With `keep_codes`
+    matrices that a GGUF file has in codes stay in them, on a CPU.
 
     Raises UserError naming the file and tensor when something is missing, truncated or of another shape.
     """
     c = read_config(path)
-    weights = open_source(path).weights(dtype, device)
+    weights = open_source(path).weights(dtype, device, keep_codes)
     hidden, q_rows, kv_rows = c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim
     embedding = weights.take("model.embed_tokens.weight", (c.vocab_size, hidden))
     layers = []
@@ -59,10 +62,10 @@ def _load_layer(weights: Weights, at: str, c: ModelConfig, q_rows: int, kv_rows:
     gate_up = (("gate_proj", inner), ("up_proj", inner))
     layer = Layer(
         attention_norm=weights.take(at + "input_layernorm.weight", (hidden,)),
-        qkv=torch.cat([weights.take(f"{attention}{n}.weight", (rows, hidden)) for n, rows in qkv]),
+        qkv=stack([weights.take(f"{attention}{n}.weight", (rows, hidden)) for n, rows in qkv], weights.dtype),
         out=weights.take(attention + "o_proj.weight", (hidden, q_rows)),
         mlp_norm=weights.take(at + "post_attention_layernorm.weight", (hidden,)),
-        gate_up=torch.cat([weights.take(f"{mlp}{n}.weight", (rows, hidden)) for n, rows in gate_up]),
+        gate_up=stack([weights.take(f"{mlp}{n}.weight", (rows, hidden)) for n, rows in gate_up], weights.dtype),
         down=weights.take(mlp + "down_proj.weight", (hidden, inner)),
     )
     if c.qkv_bias:
@@ -91,6 +94,7 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
+    model = model.dense()
     c, weights = model.config, {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
     rows = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
     if not c.tied_head:

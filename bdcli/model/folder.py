@@ -36,7 +36,7 @@ class Folder:
                 return frozenset(eos if isinstance(eos, list) else [eos])
         return frozenset()
 
-    def weights(self, dtype: torch.dtype, device: torch.device) -> SafetensorsWeights:
+    def weights(self, dtype: torch.dtype, device: torch.device, keep_codes: bool) -> SafetensorsWeights:  # noqa: ARG002
         return SafetensorsWeights(self.path, dtype, device)
 
     def tokenizer(self):
@@ -78,7 +78,7 @@ class SafetensorsWeights:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device):
         from safetensors import SafetensorError, safe_open
 
-        self._folder, self._dtype, self._device = folder, dtype, device
+        self._folder, self.dtype, self._device = folder, dtype, device
         self._corrupt = SafetensorError
         index = folder / "model.safetensors.index.json"
         if index.exists():
@@ -119,7 +119,7 @@ class SafetensorsWeights:
             raise UserError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}", "Check the pair"
             )
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, self.dtype)
 
     def skip(self, name: str) -> None:
         self._open.discard(name)

@@ -19,6 +19,7 @@ from bdcli.model.blocks import ENCODINGS
 from bdcli.model.folder import ends_of
 from bdcli.model.gguf_file import GgufFile, StoredTensor, open_gguf, parts
 from bdcli.model.gguf_tokenizer import build_tokenizer, end_tokens, special_ids
+from bdcli.model.quantised import Weight
 
 ARCHITECTURES = {"llama": "Llama 2/3, Mistral", "qwen2": "Qwen2/2.5", "qwen3": "Qwen3"}
 ROPE_FACTORS = "rope_freqs.weight"  # a divisor for each frequency
@@ -56,8 +57,8 @@ class Gguf:
     def eos(self) -> frozenset[int]:
         return end_tokens(self._file)
 
-    def weights(self, dtype: torch.dtype, device: torch.device) -> GgufWeights:
-        return GgufWeights(self._file, dtype, device)
+    def weights(self, dtype: torch.dtype, device: torch.device, keep_codes: bool) -> GgufWeights:
+        return GgufWeights(self._file, dtype, device, keep_codes)
 
     def tokenizer(self):
         return build_tokenizer(self._file)
@@ -231,21 +232,27 @@ def _tensor(file: GgufFile, name: str) -> StoredTensor:
 class GgufWeights:
     """Tensors of a file; see `bdcli.model.source.Weights`. Heads of llama files come in the order of `transformers`."""
 
-    def __init__(self, file: GgufFile, dtype: torch.dtype, device: torch.device):
-        self._file, self._dtype, self._device = file, dtype, device
+    def __init__(self, file: GgufFile, dtype: torch.dtype, device: torch.device, keep_codes: bool):
+        self._file, self.dtype, self._device, self._keep_codes = file, dtype, device, keep_codes
         config = config_of(file)
         permuted = file.metadata["general.architecture"] == "llama"
         heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
         self._permuted_heads = heads if permuted else {}
         self._open = set(file.tensors) - {ROPE_FACTORS}
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.stored(name, shape)
-        whole = tensor.encoding.numbers(tensor.read(), self._dtype).view(shape)
-        order = self.row_order(name, shape[0])
-        return (whole if order is None else whole[order]).to(self._device)
+    def take(self, name: str, shape: tuple[int, ...]) -> Weight:
+        tensor = self._find(name, shape)
+        stored, encoding, order = tensor.read(), tensor.encoding, self._row_order(name, shape[0])
+        if len(shape) == 1:
+            whole = encoding.numbers(stored, self.dtype)[0]
+            return (whole if order is None else whole[order]).to(self._device)
+        if order is not None:
+            stored = stored[order]
+        if self._keep_codes and encoding.decode is not None and self._device.type == "cpu":
+            return encoding.blocks(stored).packed()
+        return encoding.numbers(stored, self.dtype).to(self._device)
 
-    def stored(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """Where a tensor is that has not been taken yet."""
         tensor = _tensor(self._file, stored_name(name))
         self._open.discard(tensor.name)
@@ -255,7 +262,7 @@ class GgufWeights:
             )
         return tensor
 
-    def row_order(self, name: str, rows: int) -> Tensor | None:
+    def _row_order(self, name: str, rows: int) -> Tensor | None:
         """Stored rows in the order of `transformers`, or None where they are in it.
 
         llama.cpp rotates neighbours, so in each head it has dimension i at row 2i and dimension i + D/2 at 2i + 1.

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from bdcli.model.folder import Folder
 from bdcli.model.gguf import Gguf
 from bdcli.model.gguf_file import SUFFIX
+from bdcli.model.quantised import Weight
 
 
 class Weights(Protocol):
     """Tensors of a checkpoint by their Hugging Face names, each taken once."""
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    dtype: torch.dtype  # of what is taken, unless it is in codes
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Weight:
         """A tensor of that shape, or a UserError that names it."""
 
     def skip(self, name: str) -> None:
@@ -35,8 +37,8 @@ class Source(Protocol):
     def eos(self) -> frozenset[int]:
         """Ids that end a text."""
 
-    def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        """Weights to take, cast to `dtype` on `device`."""
+    def weights(self, dtype: torch.dtype, device: torch.device, keep_codes: bool) -> Weights:
+        """Weights to take, cast to `dtype` on `device`, or in the codes that the files have."""
 
     def tokenizer(self):
         """The tokenizer as `transformers` has it."""
