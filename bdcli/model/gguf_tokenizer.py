@@ -121,6 +121,9 @@ def _tokens(file: GgufFile) -> list[str]:
         seen: set[str] = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))
         raise UserError(f"{file.path}: token {twice!r} is in the vocabulary twice", _FOLDER_INSTEAD)
+    table = file.tensors.get("token_embd.weight")
+    if table is not None and table.shape[0] < len(tokens):
+        raise UserError(f"{file.path} has {len(tokens)} tokens and {table.shape[0]} embeddings", _CONVERT_AGAIN)
     return tokens
 
 
