@@ -81,7 +81,7 @@ class Gguf:
 
 def config_of(file: GgufFile) -> dict:
     """The config.json of a file. Raises UserError on what this model cannot honour."""
-    architecture = file.metadata.get("general.architecture", "?")
+    architecture = file.get("general.architecture", str, "?")
     if architecture not in ARCHITECTURES:
         known = ", ".join(f"{name} ({family})" for name, family in ARCHITECTURES.items())
         raise UserError(f"{file.path}: architecture {architecture} is not supported", f"Supported: {known}")

@@ -72,6 +72,13 @@ class GgufFile:
     metadata: dict[str, object]
     tensors: dict[str, StoredTensor]
 
+    def get(self, key: str, kind: type, default: object = None):
+        """A value of the metadata. Raises UserError where it is not of type `kind`."""
+        value = self.metadata.get(key, default)
+        if value is not default and not isinstance(value, kind):
+            raise UserError(f"{self.path}: {key} is a {type(value).__name__}, not a {kind.__name__}", _INTACT)
+        return value
+
 
 def parts(path: Path) -> list[Path]:
     """The files of a model of which `path` is any part, in order; a file that is not split is alone.
@@ -105,20 +112,21 @@ def open_gguf(path: Path) -> GgufFile:
 @functools.lru_cache(maxsize=4)
 def _open(files: tuple[Path, ...], _stamps: tuple[tuple[int, int], ...]) -> GgufFile:
     metadata, tensors = _read_header(files[0])
-    count = metadata.get("split.count", 1)
+    file = GgufFile(files[0], metadata, tensors)
+    count = file.get("split.count", int, 1)
     if count != len(files) and count > 1:
         raise UserError(
             f"{files[0]} is one of {count} parts", f"Name them as they were made: NAME-00001-of-{count:05}{SUFFIX}"
         )
-    for file in files[1:]:
-        for name, tensor in _read_header(file)[1].items():
+    for part in files[1:]:
+        for name, tensor in _read_header(part)[1].items():
             if name in tensors:
-                raise UserError(f"{file}: tensor {name} is in another part too", _INTACT)
+                raise UserError(f"{part}: tensor {name} is in another part too", _INTACT)
             tensors[name] = tensor
-    wanted = metadata.get("split.tensors.count", len(tensors))
+    wanted = file.get("split.tensors.count", int, len(tensors))
     if wanted != len(tensors):
         raise UserError(f"{files[0]}: its parts have {len(tensors)} tensors, not {wanted}", "Download all parts again")
-    return GgufFile(files[0], metadata, tensors)
+    return file
 
 
 def _read_header(path: Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:

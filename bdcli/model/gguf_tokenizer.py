@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bdcli.base.errors import UserError
 from bdcli.model.gguf_file import GgufFile
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokenizer.ggml.token_type
 _FOLDER_INSTEAD = "Use the model's Hugging Face folder"
 _CONVERT_AGAIN = "Convert the model again with a present llama.cpp"
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
@@ -68,20 +68,25 @@ def build_tokenizer(file: GgufFile):
         known = " and ".join(_BUILDERS)
         raise UserError(f"{file.path}: tokenizer {kind} is not supported, only {known}", _FOLDER_INSTEAD)
     tokens = _tokens(file)
-    tokenizer, add_bos = _BUILDERS[kind](file, tokens)
-    _add_special_tokens(tokenizer, file, tokens)
+    try:
+        tokenizer, add_bos = _BUILDERS[kind](file, tokens)
+        _add_special_tokens(tokenizer, file, tokens)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises nothing more exact, as for a merge of tokens that do not exist
+        raise UserError(f"{file.path}: the tokenizer cannot be built ({error})", "Download it again") from None
     ids = special_ids(file)
     ends = {
-        "bos": ids["bos"] if file.metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None,
-        "eos": ids["eos"] if file.metadata.get("tokenizer.ggml.add_eos_token", False) else None,
+        "bos": ids["bos"] if file.get("tokenizer.ggml.add_bos_token", bool, add_bos) else None,
+        "eos": ids["eos"] if file.get("tokenizer.ggml.add_eos_token", bool, False) else None,
     }
     tokenizer.post_processor = _template(tokens, ends)
     named = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if ids[name] is not None}
-    template = file.metadata.get("tokenizer.chat_template")
+    template = file.get("tokenizer.chat_template", str)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        model_max_length=file.metadata.get(f"{file.metadata['general.architecture']}.context_length"),
+        model_max_length=file.get(f"{file.metadata['general.architecture']}.context_length", int),
         **named,
         **({"chat_template": template} if template else {}),
     )
@@ -89,8 +94,8 @@ def build_tokenizer(file: GgufFile):
 
 def special_ids(file: GgufFile) -> dict[str, int | None]:
     """Ids that the file names: bos, eos, unk, pad, eot, eom."""
-    count = len(file.metadata.get("tokenizer.ggml.tokens", ()))
-    ids = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    count = len(file.get("tokenizer.ggml.tokens", list, ()))
+    ids = {name: file.get(f"tokenizer.ggml.{key}_token_id", int) for name, key in _SPECIAL.items()}
     if file.metadata.get("tokenizer.ggml.model") == "llama":
         ids = {name: {"bos": 1, "eos": 2, "unk": 0}.get(name) if i is None else i for name, i in ids.items()}
     return {name: i if i is not None and 0 <= i < count else None for name, i in ids.items()}
@@ -99,18 +104,18 @@ def special_ids(file: GgufFile) -> dict[str, int | None]:
 def end_tokens(file: GgufFile) -> frozenset[int]:
     """EOS, end of turn and end of message where the file names them, and what its chat template ends a turn with."""
     ids = special_ids(file)
-    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-    template = str(file.metadata.get("tokenizer.chat_template", ""))
-    kinds = file.metadata.get("tokenizer.ggml.token_type", [])
+    tokens = file.get("tokenizer.ggml.tokens", list, [])
+    template = file.get("tokenizer.chat_template", str, "")
+    kinds = _kinds(file, tokens)
     ends = [end for end in _TURN_ENDS if end in template and end in tokens]
     shown = {tokens.index(end) for end in ends}
     named = {ids[name] for name in ("eos", "eot", "eom")} - {None}
-    return frozenset(named | {i for i in shown if i < len(kinds) and kinds[i] in (CONTROL, USER_DEFINED)})
+    return frozenset(named | {i for i in shown if kinds[i] in (CONTROL, USER_DEFINED)})
 
 
 def _field(file: GgufFile, name: str, kind: type):
-    value = file.metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, kind) or not value:
+    value = file.get(f"tokenizer.ggml.{name}", kind)
+    if not value:
         raise UserError(f"{file.path} holds no tokenizer (tokenizer.ggml.{name} is missing)", _FOLDER_INSTEAD)
     return value
 
@@ -127,9 +132,17 @@ def _tokens(file: GgufFile) -> list[str]:
     return tokens
 
 
+def _kinds(file: GgufFile, tokens: list[str]) -> list[int]:
+    """Type of each token."""
+    kinds = file.get("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
+    if len(kinds) != len(tokens):
+        raise UserError(f"{file.path} has {len(tokens)} tokens and {len(kinds)} types of them", "Download it again")
+    return kinds
+
+
 def _vocabulary(file: GgufFile, tokens: list[str]) -> dict[str, int]:
     """Ids by token, without those that pad the vocabulary."""
-    kinds = file.metadata.get("tokenizer.ggml.token_type") or [0] * len(tokens)
+    kinds = _kinds(file, tokens)
     padding = {i for i, kind in enumerate(kinds) if kind == UNUSED and re.fullmatch(r"\[PAD\d+\]", tokens[i])}
     return {token: i for i, token in enumerate(tokens) if i not in padding}
 
@@ -138,7 +151,7 @@ def _byte_level(file: GgufFile, tokens: list[str]):
     """Byte-level BPE (GPT-2, Llama 3, Qwen): the merges are listed, the way to split has a name."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    name = file.metadata.get("tokenizer.ggml.pre")
+    name = file.get("tokenizer.ggml.pre", str)
     if name not in SPLITTINGS:
         what = f"splits its text as {name}, which is not known" if name else "does not say how to split a text"
         hint = f"Known: {', '.join(SPLITTINGS)}. {_FOLDER_INSTEAD}" if name else _CONVERT_AGAIN
@@ -172,8 +185,9 @@ def _sentencepiece(file: GgufFile, tokens: list[str]):
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = _field(file, "scores", list)
-    kinds = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    normal = {score for score, kind in zip(scores, kinds) if kind == 1}
+    if len(scores) != len(tokens):
+        raise UserError(f"{file.path} has {len(tokens)} tokens and {len(scores)} scores", "Download it again")
+    normal = {score for score, kind in zip(scores, _kinds(file, tokens)) if kind == NORMAL}
     if len(normal) == 1 and len(tokens) > 1:
         raise UserError(f"{file.path}: all tokens have the score {normal.pop()}, so no merge is known", _CONVERT_AGAIN)
     vocabulary = _vocabulary(file, tokens)
@@ -186,7 +200,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]):
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    prefixed = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     spaces = [normalizers.Prepend("▁")] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -211,7 +225,7 @@ def _add_special_tokens(tokenizer, file: GgufFile, tokens: list[str]) -> None:
     """Tokens that are matched whole in a text; those of control are left out of decoded text."""
     from tokenizers import AddedToken
 
-    kinds = file.metadata.get("tokenizer.ggml.token_type", [])
+    kinds = _kinds(file, tokens)
     for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
         special = kind == CONTROL
         add([AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, kinds) if k == kind and t])
