@@ -167,9 +167,7 @@ def test_positions_are_scaled_as_in_transformers(tmp_path, name):
 
 def llama3_divisors(rope: dict, head_dim: int) -> list[float]:
     """`LlamaModel.generate_extra_tensors` of llama.cpp's converter."""
-    original, low, high = (
-        rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
+    original, low, high = (rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
     divisors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)

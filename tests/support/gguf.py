@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,22 @@ NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+# What `get_vocab_base_pre` of llama.cpp's converter hashes the ids of, and the hashes of the original tokenizers.
+PROBE = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо "
+    "на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make "
+    "it, 'D you like some tea? We'Ve a'lL"
+)
+ORIGINALS = {
+    "smollm": "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249",
+    "llama-bpe": "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5",
+    "qwen2": "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea",
+    "gpt-2": "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454",
+    "starcoder": "35d91631860c815f952d711435f48d356ebac988362536bed955d43bfa436e34",
+    "refact": "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff",
+}
 
 
 def gguf_name(name: str) -> str:
@@ -139,3 +156,8 @@ def alphabet() -> dict[str, object]:
         "tokenizer.ggml.tokens": [*tokens, "ab"],
         "tokenizer.ggml.token_type": [1] * 257,
     } | merges
+
+
+def digest_of(found: list[int]) -> str:
+    """The hash of a tokenizer's ids of PROBE, as the converter takes it."""
+    return hashlib.sha256(str(found).encode()).hexdigest()
