@@ -11,7 +11,7 @@ import typer
 
 from bdcli.base.console import note, status_line
 from bdcli.base.errors import UserError
-from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.flags import MODEL_HELP, DbOption, JsonOption
 from bdcli.config.decode import DecodeOptions, parse_context
 from bdcli.model.known import KNOWN
 
@@ -22,7 +22,7 @@ def prompt(
     ctx: Annotated[str, typer.Option(help="Length in tokens: 4k or 4096.")] = "4k",
     source: Annotated[str, typer.Option(help="stdlib (Python's own sources) or a text file.")] = "stdlib",
     out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
-    target: Annotated[str, typer.Option(help="Model whose tokenizer counts.")] = DEFAULT.target,
+    target: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {MODEL_HELP}")] = DEFAULT.target,
 ) -> None:
     """Write a real prompt of exactly that many tokens."""
     from bdcli.data.prompts import cut_prompt, read_prompt, stdlib_text

@@ -13,7 +13,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import BITS, OWN, DecodeOptions
 from bdcli.model.checkpoint import eos_tokens, load_model, read_config
-from bdcli.model.hub import resolve
+from bdcli.model.hub import NAMED, resolve
 from bdcli.model.llama import Model
 from bdcli.model.quantised import nbytes
 from bdcli.model.sizes import gigabytes, weight_count
@@ -96,7 +96,7 @@ def _check_weights(options: DecodeOptions, device: torch.device) -> None:
 
 def _load(path: Path, dtype: torch.dtype, device: torch.device, weights: str) -> Model:
     """A model with its weights as they are stored, dense, or in fewer bits."""
-    model = load_model(path, dtype, device, BITS.get(weights))
+    model = load_model(path, dtype, device, BITS.get(weights), keep_codes=weights == "auto")
     return model.dense() if weights == "bf16" else model
 
 
@@ -107,6 +107,6 @@ def _lighter(target: Model, weights: str) -> Model:
     return target if bits is None or (stored is not None and stored <= bits) else target.draft_weights(bits)
 
 
-def _name(given: str, folder: Path) -> str:
-    """How a model is stored: a local folder by its whole path."""
-    return str(folder.resolve()) if Path(given).expanduser().is_dir() else given
+def _name(given: str, path: Path) -> str:
+    """How a model is stored: a local folder or file by its whole path."""
+    return str(path.resolve()) if given not in NAMED and Path(given).expanduser().exists() else given

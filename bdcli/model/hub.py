@@ -11,7 +11,8 @@ from bdcli.model.known import KNOWN, fetched
 POCKET = Path(__file__).parent.parent / "assets" / "pocket"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*"]  # second copies of the weights in other layouts
-_NAMES = f"Give a folder, a {SUFFIX} file, a hub name like owner/model, or one of: {', '.join(('pocket', *KNOWN))}"
+NAMED = ("pocket", *KNOWN)  # models that are named without a place
+_NAMES = f"Give a folder, a {SUFFIX} file, a hub name like owner/model, or one of: {', '.join(NAMED)}"
 
 
 def resolve(name: str, role: str, pickles: bool = False) -> Path:

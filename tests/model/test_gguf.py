@@ -252,3 +252,11 @@ def test_a_file_has_all_that_a_folder_has(pocket_files, tmp_path, cli):
     }
     text = "def f(x):\n    return x  # ½ 漢字 🙂 1234\n"
     assert load_tokenizer(tmp_path / "folder")(text)["input_ids"] == load_tokenizer(path)(text)["input_ids"]
+
+
+def test_peers_are_not_given_files(pocket_files, cli):
+    """transformers would read the file in its own way, so that its figures were those of another model."""
+    done = cli("bench", "--target", pocket_files / "target.gguf", "--ctx", 200, "--methods", "ar,bd,hf-ar", "--dry-run")
+    assert done.code == 2 and "hf-ar runs transformers" in done.err and "bdcli convert" in done.err
+    done = cli("bench", "--target", pocket_files / "target.gguf", "--ctx", 200, "--methods", "ar,bd", "--dry-run")
+    assert done.code == 0, done.err
