@@ -6,7 +6,8 @@
 First the ceiling: bytes that a step must move (weights and KV entries) over the measured speed of a stream from memory.
 Then each step as a multiple of it, steps taken in turn, medians. Caches hold random numbers: speed does not depend on
 them, and nothing has to be read first. Draft tokens are timed inside rounds, each after a verification that has swept
-the target's cache through memory. The last line is JSON.
+the target's cache through memory. Last comes causal attention of a whole prompt, ours and torch's, beside a large
+product. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 import typer
 
 from bdcli.backends.select import pick_backend, torch_backend
-from bdcli.base.devices import DTYPES
+from bdcli.base.devices import DTYPES, product_dtype
 from bdcli.base.progress import Progress
 from bdcli.base.provenance import machine
 from bdcli.bench.peers import cache_argument
@@ -189,6 +191,30 @@ def comparison(name: str, ms: float, ar_ms: float, floor_ms: float) -> str:
     return f"{ms / ar_ms:.2f} × ours" if " AR" in name else ""
 
 
+def prompt_attention(folder: Path, context: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """GFLOPS of causal attention of a prompt in the target's shape, and of the largest product of its layers."""
+    from bdcli.backends.cpu.prompt_attention import causal_attention as ours
+    from bdcli.cache.causal import causal_attention as plain
+
+    c = load_model(folder, dtype, CPU).config
+    q, rows = torch.randn(context, c.heads, c.head_dim, dtype=dtype), product_dtype("cpu")
+    k, v = (torch.randn(c.kv_heads, context, c.head_dim, dtype=dtype) for _ in range(2))
+    x, w = torch.randn(context, c.hidden_size), torch.randn(2 * c.intermediate_size, c.hidden_size)
+    x, w = (t.to(dtype if dtype is torch.float32 else rows) for t in (x, w))
+    scale, gqa = c.head_dim**-0.5, c.heads != c.kv_heads
+    side_by_side = q.transpose(0, 1)[None], k[None], v[None]
+    steps = {  # a bf16 product runs in the dtype that prompts are multiplied in
+        "ours": lambda: ours(q, k, v, scale),
+        "torch, in its faster dtype": lambda: plain(q, k, v, scale),
+        "torch": lambda: F.scaled_dot_product_attention(*side_by_side, is_causal=True, enable_gqa=gqa),
+        "product": lambda: F.linear(x, w),
+    }
+    attention, product = 2 * context**2 * c.heads * c.head_dim, 2 * x.numel() * w.shape[0]
+    with torch.inference_mode():
+        times = median_ms(steps, rounds)
+    return {name: (product if name == "product" else attention) / ms / 1e6 for name, ms in times.items()}
+
+
 def measure(folders: tuple[Path, Path], context: int, dtype: torch.dtype, bandwidth: float, rounds: int) -> dict:
     """Steps of a pair at one context, shown as they come. `bandwidth` in GB/s."""
     steps, target_bytes, target = target_steps(folders[0], context, dtype, rounds)
@@ -200,7 +226,16 @@ def measure(folders: tuple[Path, Path], context: int, dtype: torch.dtype, bandwi
         draft_ms[budget], draft_floor_ms[budget] = ms, draft_bytes / bandwidth / 1e6
         note = f"{ms / draft_floor_ms[budget]:.2f} × floor, {ms / steps['AR']:.1%} of an AR step"
         show(f"draft token {budget}", ms, draft_floor_ms[budget], note)
-    return {"floor_ms": floor_ms, "steps_ms": steps, "draft_ms": draft_ms, "draft_floor_ms": draft_floor_ms}
+    gflops = prompt_attention(folders[0], context, dtype, rounds)
+    for name, speed in gflops.items():
+        print(f"  prompt: {name:28} {speed:8.1f} GFLOPS  {speed / gflops['product']:5.0%} of the product")
+    return {
+        "floor_ms": floor_ms,
+        "steps_ms": steps,
+        "draft_ms": draft_ms,
+        "draft_floor_ms": draft_floor_ms,
+        "prompt_gflops": gflops,
+    }
 
 
 def main(

@@ -81,7 +81,7 @@ def _triton(models: list[Model]) -> Backend | str:
 
 def _compiled(models: list[Model], progress: Progress) -> Backend | str:
     """The backend, or why it cannot run."""
-    from bdcli.backends.cpu import support
+    from bdcli.backends.cpu.machine import support
 
     why = support.obstacle(models)
     if why is not None:
@@ -90,7 +90,7 @@ def _compiled(models: list[Model], progress: Progress) -> Backend | str:
         progress.note("compiling for this processor, once: some 10 seconds")
     from bdcli.backends.cpu.caches import PANEL_CACHES
     from bdcli.backends.cpu.drafter import CompiledDrafter
-    from bdcli.backends.cpu.huge_pages import move_to_huge_pages
+    from bdcli.backends.cpu.machine.huge_pages import move_to_huge_pages
     from bdcli.backends.cpu.runner import CompiledRunner
 
     move_to_huge_pages(models)

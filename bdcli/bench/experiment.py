@@ -8,16 +8,19 @@ continues with what is missing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
+from bdcli.cache.selection import parse_selection
 from bdcli.config.bench import PEER_METHODS, BenchRecipe
-from bdcli.config.decode import OWN
+from bdcli.config.decode import OWN, SELECTIONS
 from bdcli.config.loader import as_dict
 from bdcli.data.samples import Sample, ids_digest, load_samples
+from bdcli.decode.positions import positions_note
 from bdcli.model.checkpoint import fingerprint, read_config
 from bdcli.model.hub import resolve
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
@@ -62,6 +65,8 @@ class Experiment:
         self.recipe, self.store = recipe, store
         self.ar = next(name for name, arm in recipe.arms.items() if arm.method == "ar")
         self._folders = self._find_models()
+        for folder in self._folders:
+            read_config(folder)
         tokenizer, longest = load_tokenizer(self._folders[0]), max(recipe.contexts)
         for folder in dict.fromkeys(self._folders[1:]):
             check_vocabulary(self._folders[0], folder, tokenizer)
@@ -95,16 +100,14 @@ class Experiment:
         return found
 
     def _check_length(self, needed: int) -> None:
-        """Texts of `needed` tokens fit into the target and the measured drafter."""
-        for name, folder in zip((self.recipe.target, self.recipe.drafter), self._folders):
-            config = read_config(folder)
-            limit = min(config.max_position, config.sliding_window or config.max_position)
-            if needed > limit:
-                raise UserError(
-                    f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the {limit} "
-                    f"positions of {name}",
-                    "Lower --ctx or --max-new-tokens",
-                )
+        """Texts of `needed` tokens fit into the target. A drafter may have fewer positions (see `plan`)."""
+        limit = read_config(self._folders[0]).context_limit
+        if needed > limit:
+            raise UserError(
+                f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the {limit} "
+                f"positions of {self.recipe.target}",
+                "Lower --ctx or --max-new-tokens",
+            )
 
     def _key(self, fresh: bool) -> str:
         """Digest of everything that a figure depends on, and a number: `fresh` takes the next one."""
@@ -137,7 +140,20 @@ class Experiment:
         ]
         if r.naive is not None and resolve(r.naive, "drafter") == self._folders[1]:
             lines.append("naive and drafter are the same model: the bd arms measure an undistilled drafter")
-        return lines
+        return lines + list(self._position_notes())
+
+    def _position_notes(self) -> Iterator[str]:
+        """A line for each arm whose drafter was made for fewer positions than it is asked for."""
+        r = self.recipe
+        for name, arm in r.arms.items():
+            drafter = r.drafter_of(arm)
+            if drafter not in (None, OWN):
+                select = arm.method if arm.method in SELECTIONS else arm.select
+                selection = parse_selection(arm.budget, select, arm.positions, arm.gamma)
+                longest = max(arm.contexts or r.contexts) + r.max_new_tokens
+                note = positions_note(read_config(resolve(drafter, "drafter")), selection, longest)
+                if note:
+                    yield f"{name}: {note}"
 
     def stored(self, task: Task) -> dict[str, Prompt]:
         """Rows of the arms that have generated after this prompt already."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.model.llama import Model
+from bdcli.model.llama import Model, RowOperations
 from bdcli.model.rope import RopeTable
 
 
@@ -19,6 +19,7 @@ class BaseCache:
 
     reads_whole_prompt = False
     copies = False  # whether `copy_from` can take entries of a full cache of the same model
+    row_operations = RowOperations
 
     def __init__(self, model: Model, positions: int, total_length: int):
         c = model.config
@@ -49,6 +50,10 @@ class BaseCache:
         if self.length:
             raise RuntimeError("prefill needs an empty cache")
         self._prompt = tokens
+
+    def prompt_needs(self, layer: int) -> tuple[int, int]:  # noqa: ARG002
+        """How many first tokens of the prompt `layer` has to read, and from which position on all of them."""
+        return 0, 0
 
     def end_layer(self, layer: int) -> None:
         """Called when `layer` has seen the whole prompt."""

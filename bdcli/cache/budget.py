@@ -107,6 +107,11 @@ class BudgetCache(BaseCache):
             empty = self._zeros(tokens, self.kv_heads, self.head_dim)
             self._layer = LayerPrompt(self.view, self.rope, empty, self.heads)
 
+    def prompt_needs(self, layer: int) -> tuple[int, int]:
+        if self.view.chosen:
+            return 0, 0
+        return self.view.sinks, max(0, self._prompt - self.view.reach(self.layers - 1 - layer))
+
     def end_layer(self, layer: int) -> None:
         if self.view.chosen:
             self._choose(layer)

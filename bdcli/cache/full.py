@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bdcli.base.devices import product_dtype
 from bdcli.cache.base import BaseCache
+from bdcli.cache.causal import causal_attention
 from bdcli.model.llama import PREFILL_BLOCK, Model
 
 
@@ -27,6 +26,7 @@ class FullCache(BaseCache):
     max_rows = PREFILL_BLOCK
     reads_whole_prompt = True
     copies = True
+    causal_attention = staticmethod(causal_attention)  # of a backend
 
     def __init__(self, model: Model, capacity: int, total_length: int | None = None):
         super().__init__(model, capacity, total_length or capacity)
@@ -79,21 +79,9 @@ class FullCache(BaseCache):
         return self._attend(q, self.keys[layer, :, :stop], self.values[layer, :, :stop], plan.mask)
 
     def read_prompt(self, layer: int, q: Tensor) -> Tensor:
-        """Causal attention [T, H·D] of all prompt queries q [T, H, D] at once.
-
-        A bf16 cache is read in fp32 where the processor multiplies that faster, one KV head per thread at a time, so
-        that few fp32 copies are alive together.
-        """
-        dtype = product_dtype(self.device.type) if self.dtype is torch.bfloat16 else self.dtype
-        heads_at_once = self.kv_heads if dtype is self.dtype else torch.get_num_threads()
-        group, out = self.heads // self.kv_heads, q.new_empty(q.shape)
-        for first in range(0, self.kv_heads, heads_at_once):
-            query_heads = slice(first * group, (first + heads_at_once) * group)
-            keys, values = (x[layer, first : first + heads_at_once, : q.shape[0]] for x in (self.keys, self.values))
-            inputs = (x[None].to(dtype) for x in (q[:, query_heads].transpose(0, 1), keys, values))
-            read = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=group > 1)[0]
-            out[:, query_heads] = read.transpose(0, 1)
-        return out.flatten(1)
+        """Causal attention [T, H·D] of all prompt queries q [T, H, D] at once."""
+        keys, values = (x[layer, :, : q.shape[0]] for x in (self.keys, self.values))
+        return self.causal_attention(q, keys, values, self.scale).flatten(1)
 
     def entries(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, Hkv, n, D] of n positions."""

@@ -66,6 +66,12 @@ class View:
         """A text of `length` tokens is seen whole."""
         return length <= self.sinks + self.window
 
+    def reach(self, layers_above: int) -> int:
+        """Last tokens of a prompt that a layer has to read, besides its sinks: a ring of them, and a window more for
+        each layer above it. Where chunks are chosen there is no such bound.
+        """
+        return self.ring + layers_above * (self.window - 1)
+
     def mean_keys(self, length: int) -> float:
         """About how many keys a query of a text of `length` tokens sees, in the mean."""
         return min(length / 2, self.prefix + self.window)

@@ -15,6 +15,8 @@ from bdcli.base.files import digest
 from bdcli.base.progress import SILENT, Progress
 from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
+from bdcli.data.identity import sources_identity
+from bdcli.data.prompts import encode_all
 from bdcli.data.sources import TOKEN_CHARACTERS, documents
 from bdcli.data.synthetic import copied_ids
 
@@ -51,7 +53,8 @@ def make_corpus(recipe: PretrainRecipe, tokenizer, vocabulary: str, path: Path, 
     Raises UserError where a source holds no whole window.
     """
     s = recipe.schedule
-    key = digest([asdict(recipe.corpus), s.tokens, s.contexts, recipe.seed, vocabulary])
+    sources = sources_identity(recipe.corpus.sources)
+    key = digest([asdict(recipe.corpus), sources, s.tokens, s.contexts, recipe.seed, vocabulary])
     if path.exists():
         return Corpus(recipe, read_state(path, key)["streams"])
     streams = []
@@ -89,7 +92,7 @@ def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Progress) 
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     parts, size = [], 0
     for at in range(0, len(docs), _DOCUMENTS_AT_ONCE):
-        for ids in tokenizer(docs[at : at + _DOCUMENTS_AT_ONCE], verbose=False)["input_ids"]:
+        for ids in encode_all(tokenizer, docs[at : at + _DOCUMENTS_AT_ONCE]):
             parts.append(torch.tensor(ids + end, dtype=torch.int32))
             size += len(parts[-1])
         progress.advance(f"tokens of {Path(source).name}", min(size, wanted), wanted)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from bdcli.base.errors import UserError
+from bdcli.model.tokenizer import added_ids, check_ids
 
 # Standard-library modules kept out of training (recipes and scripts read this list); prompts come from them.
 HELD_OUT = (
@@ -39,25 +41,44 @@ def read_prompt(source: str) -> str:
 
 
 def encode(tokenizer, text: str, chat: bool = False) -> list[int]:
-    """Token ids of a prompt. The tokenizer alone decides about BOS and the chat template."""
+    """Token ids of a prompt. The tokenizer alone decides about BOS and the chat template.
+
+    An EOS that it appends is left out: nobody wrote it, and the text is to continue. Raises UserError on a token that
+    the model does not have.
+    """
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("--chat: this tokenizer has no chat template", "Leave --chat out for a base model")
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return tokenizer(text, verbose=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        check_ids(tokenizer, ids)
+        return ids
+    return _as_prompts(tokenizer, [tokenizer(text, verbose=False)["input_ids"]])[0]
 
 
-def fit(ids: list[int], limit: int, new_tokens: int, trim: str | None) -> list[int]:
+def encode_all(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of several texts, which the tokenizer spreads over cores."""
+    return _as_prompts(tokenizer, tokenizer(list(texts), verbose=False)["input_ids"])
+
+
+def _as_prompts(tokenizer, texts: list[list[int]]) -> list[list[int]]:
+    """Ids of texts without what the tokenizer appends to each, checked."""
+    back = list(added_ids(tokenizer)[1])
+    for ids in texts:
+        check_ids(tokenizer, ids)
+    return [ids[: -len(back)] if back and ids[-len(back) :] == back else ids for ids in texts]
+
+
+def fit(ids: list[int], limit: int, new_tokens: int, trim: str | None, limit_name: str = "") -> list[int]:
     """Ids that leave space for `new_tokens` within `limit` positions; `trim` "middle" keeps a quarter head, then tail.
 
-    Raises UserError with the numbers when the prompt is too long and `trim` is None, or nothing fits.
+    Raises UserError with the numbers, or `limit_name`, when the prompt is too long and `trim` is None, or nothing fits.
     """
     space = limit - new_tokens
     if len(ids) <= space:
         return ids
-    numbers = f"{len(ids)} prompt + {new_tokens} new tokens exceed the model's {limit}"
+    numbers = f"{len(ids)} prompt + {new_tokens} new tokens exceed the model's {limit_name or limit}"
     if trim is None or space < 2:
         raise UserError(
             numbers, "Use --trim middle or lower --max-new-tokens" if space >= 2 else "Lower --max-new-tokens"
@@ -87,10 +108,13 @@ def cut_prompt(tokenizer, text: str, tokens: int, share: float = 0.75) -> str:
     """
     end = text.rfind("\n", 0, int(len(text) * share)) + 1 or len(text)
     piece = text[max(0, end - 16 * tokens) : end]
-    offsets = tokenizer(piece, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    if len(offsets) < tokens:
-        raise UserError(f"the source has {len(offsets)} tokens up to its end point, not {tokens}", "Lower --ctx")
-    start = offsets[len(offsets) - tokens][0]
+    front = len(added_ids(tokenizer)[0])
+    offsets = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if front + len(offsets) < tokens or tokens <= front:
+        raise UserError(
+            f"the source has {front + len(offsets)} tokens up to its end point, not {tokens}", "Choose another --ctx"
+        )
+    start = offsets[front + len(offsets) - tokens][0]
     # a cut inside a word can merge differently: look for the nearest start that gives the exact count
     for distance in range(256):
         for candidate in {start - distance, start + distance}:

@@ -14,6 +14,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.data.prompts import encode
 from bdcli.data.sources import INSTRUCTIONS, documents
+from bdcli.model.tokenizer import added_ids
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load_samples(
     Without `questions` all documents are running text. Documents too short are left out. Raises UserError when none is
     long enough.
     """
-    start = tuple(encode(tokenizer, ""))
+    start = added_ids(tokenizer)[0]
     usable, short = _usable(tokenizer, start, _rows(dataset, sources, questions), count, longest)
     if not usable:
         raise UserError(

@@ -94,10 +94,13 @@ def _reading_view(c: ModelConfig, view: View, tokens: int, size: int) -> int:
     """Bytes for a budgeted drafter; with chosen chunks one layer's keys of the whole prompt are there as well."""
     rows, kv = min(tokens, PREFILL_BLOCK), c.kv_heads * c.head_dim
     held = (3 if view.rebased else 2) * tokens * kv if view.chosen else 0
+    read = (
+        tokens if view.chosen else min(tokens, view.reach(c.layers - 1) + 2 * rows)
+    )  # in whole blocks, and the sinks'
     seen = min(tokens, view.sinks + view.window + rows) if view.rebased or not view.chosen else tokens
     # scores and their softmax, 8 bytes together in any dtype, a mask, and the keys and values that are seen
     attention = rows * seen * (8 * c.heads + size + 3) + size * 3 * seen * kv if c.layers > 1 else 0
-    return size * (tokens * c.hidden_size + held + _block(c, rows)) + attention
+    return size * (read * c.hidden_size + held + _block(c, rows)) + attention
 
 
 def _round(target: ModelConfig, drafter: ModelConfig | None, size: int, gamma: int) -> int:

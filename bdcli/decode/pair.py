@@ -12,7 +12,7 @@ from bdcli.base.devices import free_memory, pick_device, pick_dtype
 from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import BITS, OWN, DecodeOptions
-from bdcli.model.checkpoint import eos_tokens, load_model, read_config
+from bdcli.model.checkpoint import load_model, read_config, text_ends
 from bdcli.model.hub import NAMED, resolve
 from bdcli.model.llama import Model
 from bdcli.model.quantised import nbytes
@@ -50,11 +50,12 @@ def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device, options.engine)
     _check_weights(options, device)
+    configs = [read_config(path) for path in dict.fromkeys((target_path, drafter_path))]
     tokenizer = load_tokenizer(target_path)
     if not own:
         check_vocabulary(target_path, drafter_path, tokenizer)
     if device.type == "cuda":
-        needed = sum(weight_count(read_config(path)) for path in {target_path, drafter_path}) * dtype.itemsize
+        needed = sum(map(weight_count, configs)) * dtype.itemsize
         free = free_memory(device)
         if needed > free:
             raise UserError(
@@ -70,7 +71,17 @@ def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
         target = target.dense()
         drafter = target if own else drafter.dense()
     names = _name(options.target, target_path), OWN if own else _name(options.drafter, drafter_path)
-    return Pair(target, drafter, tokenizer, eos_tokens(target_path), names, backend, target_path)
+    eos = _text_ends(options, target_path, tokenizer, progress)
+    return Pair(target, drafter, tokenizer, eos, names, backend, target_path)
+
+
+def _text_ends(options: DecodeOptions, path: Path, tokenizer, progress: Progress) -> frozenset[int]:
+    """Tokens that end a text; a note where there are none."""
+    eos = text_ends(path, tokenizer, options.chat)
+    if not eos:
+        token = f" (the tokenizer's is {tokenizer.eos_token!r})" if tokenizer.eos_token is not None else ""
+        progress.note(f"{options.target} names no EOS token{token}: texts end at the limit of new tokens")
+    return eos
 
 
 def with_drafter(pair: Pair, name: str, weights: str, progress: Progress = SILENT) -> Pair:

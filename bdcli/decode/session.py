@@ -23,6 +23,7 @@ from bdcli.config.decode import OWN, DecodeOptions
 from bdcli.data.prompts import encode, fit
 from bdcli.decode.memory import DecodePlan, decode_plan
 from bdcli.decode.pair import Pair, load_pair
+from bdcli.decode.positions import positions_note
 from bdcli.decode.result import DecodeResult
 from bdcli.model.text import StopText, TextStream
 from bdcli.results.metrics import RoundFigures, mark_loops, measure
@@ -64,13 +65,9 @@ class Session:
         ids = encode(self.pair.tokenizer, text, o.chat)
         if not ids:
             raise UserError("the prompt has no tokens", "Write one with: bdcli prompt --ctx 4k --out prompt.txt")
-        ids = fit(ids, target.max_position, o.max_new_tokens, o.trim)
-        window = target.sliding_window
-        if window is not None and len(ids) + o.max_new_tokens > window:
-            raise UserError(
-                f"{len(ids)} prompt + {o.max_new_tokens} new tokens exceed the model's sliding window of {window}",
-                "Sliding windows are not decoded: shorten the prompt",
-            )
+        limit = target.context_limit
+        name = f"sliding window of {limit}, beyond which it is not decoded" if limit == target.sliding_window else ""
+        ids = fit(ids, limit, o.max_new_tokens, o.trim, name)
         self.selection.view(len(ids) - 1)
         return ids
 
@@ -104,6 +101,10 @@ class Session:
         KeyboardInterrupt ends the run early: what was accepted is kept and `status` is interrupted.
         """
         device = self.pair.target.device
+        total = len(prompt) + self.options.max_new_tokens
+        beyond = positions_note(self.pair.drafter.config, self.selection, total)
+        if beyond:
+            progress.note(beyond)
         if device.type == "cuda":
             plan = self.memory_plan(len(prompt))
             progress.note(plan.line())

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bdcli.base.files import new_folder
-from bdcli.model.config import ModelConfig, parse_config
+from bdcli.model.config import ModelConfig, architecture_of, parse_config
 from bdcli.model.llama import Layer, Model
-from bdcli.model.quantised import quantise, stack
+from bdcli.model.quantised import Weight, quantise, stack
+from bdcli.model.safetensors_files import EMBEDDING, HEAD
 from bdcli.model.source import Weights, open_source
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Configuration of a folder or a GGUF file. Raises UserError on what this model cannot honour."""
+    """Configuration of a folder or a GGUF file. Raises UserError on what is no model, or none that can be honoured."""
     return parse_config(open_source(path).config(), str(path))
 
 
 def eos_tokens(path: Path) -> frozenset[int]:
     """Ids that end a text of the model."""
     return open_source(path).eos()
+
+
+def text_ends(path: Path, tokenizer, chat: bool) -> frozenset[int]:
+    """Tokens that end a text: the model's EOS, and in a chat the tokenizer's too, which closes a turn."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    return eos_tokens(path) | ({own} if chat and own is not None else set())
 
 
 def load_model(
@@ -37,22 +45,31 @@ def load_model(
     c = read_config(path)
     weights = open_source(path).weights(dtype, device, keep_codes)
     hidden, q_rows, kv_rows = c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    embedding = weights.take("model.embed_tokens.weight", (c.vocab_size, hidden))
+    embedding, head = _load_ends(weights, c)
     layers = []
     for i in range(c.layers):
         layer = _load_layer(weights, f"model.layers.{i}.", c, q_rows, kv_rows)
         layers.append(layer if bits is None else layer.quantised(bits))
     norm = weights.take("model.norm.weight", (hidden,))
-    if c.tied_head:
-        weights.skip("lm_head.weight")
-        head = embedding
-    else:
-        head = weights.take("lm_head.weight", (c.vocab_size, hidden))
     weights.expect_empty()
+    tied = head is embedding
     if bits is not None:
-        tied, embedding = head is embedding, quantise(embedding, 8)
+        embedding = quantise(embedding, 8)
         head = embedding if tied else quantise(head, 8)
-    return Model(c, embedding, layers, norm, head)
+    return Model(replace(c, tied_head=tied), embedding, layers, norm, head)
+
+
+def _load_ends(weights: Weights, c: ModelConfig) -> tuple[Weight, Weight]:
+    """Embedding and head. Tied ones are one tensor, stored under either name; two that differ are not tied."""
+    shape = c.vocab_size, c.hidden_size
+    if c.tied_head and EMBEDDING not in weights and HEAD in weights:
+        embedding = head = weights.take(HEAD, shape)
+        return embedding, head
+    embedding = weights.take(EMBEDDING, shape)
+    if c.tied_head and HEAD not in weights:
+        return embedding, embedding
+    head = weights.take(HEAD, shape)
+    return embedding, embedding if c.tied_head and torch.equal(head, embedding) else head
 
 
 def _load_layer(weights: Weights, at: str, c: ModelConfig, q_rows: int, kv_rows: int) -> Layer:
@@ -83,7 +100,7 @@ def _load_layer(weights: Weights, at: str, c: ModelConfig, q_rows: int, kv_rows:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when the model does: its settings and the first and last MiB of the weights, with their sizes."""
+    """Identity of a model: of all bytes of its weights, its configuration, its tokenizer and its EOS tokens."""
     return open_source(path).fingerprint()
 
 
@@ -117,9 +134,15 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
             weights[at + "self_attn.k_norm.weight"] = layer.qk_norm[c.heads]
     flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
     source = open_source(like)
-    raw = source.config() | {"dtype": "bfloat16", "num_hidden_layers": c.layers}
-    if "layer_types" in raw:  # full attention in all of them, or it would not have been read
-        raw["layer_types"] = raw["layer_types"][:1] * c.layers
+    raw = source.config()
+    raw |= {
+        "architectures": [architecture_of(raw, str(like))],
+        "dtype": "bfloat16",
+        "num_hidden_layers": c.layers,
+        "tie_word_embeddings": c.tied_head,
+    }
+    if raw.get("layer_types") is not None:
+        raw["layer_types"] = (raw["layer_types"] + raw["layer_types"][-1:] * c.layers)[: c.layers]
     with new_folder(folder) as fresh:
         source.write_files(fresh)
         (fresh / "config.json").write_text(json.dumps(raw, indent=2), "utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from bdcli.base.errors import UserError
 from bdcli.base.files import new_folder
 from bdcli.model.checkpoint import load_model, read_config, save_model
-from bdcli.model.folder import COPIED
 from bdcli.model.gguf import Gguf
 from bdcli.model.hub import resolve
-from bdcli.model.source import open_source
+from bdcli.model.safetensors_files import EMBEDDING, HEAD
+from bdcli.model.source import COPIED, open_source
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -24,9 +25,9 @@ WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 def convert(name: str, out: Path) -> Path:
     """Write the model `name`, which has .bin weights or is a GGUF file, as the safetensors folder `out`.
 
-    Tensors of .bin files keep their dtype, those of GGUF files become bf16; a head that is tied to the embedding is
-    left out. The folder appears whole or not at all. Raises UserError where there is nothing to convert, or a .bin file
-    holds more than tensors.
+    Tensors of .bin files keep their dtype, those of GGUF files become bf16; a head that config.json ties to the
+    embedding is left out where it equals that. The folder appears whole or not at all. Raises UserError where there is
+    nothing to convert, or a .bin file holds more than tensors.
     """
     if out.exists():
         raise UserError(f"{out} exists", "Give a new folder")
@@ -37,11 +38,19 @@ def convert(name: str, out: Path) -> Path:
     if list(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds safetensors already", "Use it as it is")
     with new_folder(out) as fresh:
-        _convert_into(fresh, folder, read_config(folder).tied_head)
+        _convert_into(fresh, folder, spare_head=read_config(folder).tied_head and _head_is_embedding(_files(folder)))
     return out
 
 
-def _convert_into(fresh: Path, folder: Path, tied_head: bool) -> None:
+def _head_is_embedding(files: Sequence[Path]) -> bool:
+    """Both tensors are there and hold the same numbers."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        found |= {name: tensor for name, tensor in _load(path).items() if name in (EMBEDDING, HEAD)}
+    return len(found) == 2 and torch.equal(found[EMBEDDING], found[HEAD])
+
+
+def _convert_into(fresh: Path, folder: Path, spare_head: bool) -> None:
     from safetensors.torch import save_file
 
     where: dict[str, str] = {}
@@ -49,8 +58,8 @@ def _convert_into(fresh: Path, folder: Path, tied_head: bool) -> None:
     for number, path in enumerate(files, 1):
         # clones, for a file may hold tensors that share their memory
         tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in _load(path).items()}
-        if tied_head:
-            tensors.pop("lm_head.weight", None)
+        if spare_head:
+            tensors.pop(HEAD, None)
         shard = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_file(tensors, fresh / shard, {"format": "pt"})
         where |= dict.fromkeys(tensors, shard)

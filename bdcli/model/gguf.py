@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdcli.base.digests import file_digest
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.model.blocks import ENCODINGS
-from bdcli.model.folder import ends_of
 from bdcli.model.gguf_file import GgufFile, StoredTensor, open_gguf, parts
 from bdcli.model.gguf_tokenizer import build_tokenizer, end_tokens, special_ids
 from bdcli.model.quantised import Weight
@@ -65,9 +65,7 @@ class Gguf:
 
     def fingerprint(self) -> str:
         """Of the contents alone, since these files are renamed."""
-        files = parts(self._file.path)
-        ends = [piece for file in files for piece in (f"{file.stat().st_size}".encode(), *ends_of(file))]
-        return digest(b"".join(ends))
+        return digest([file_digest(file) for file in parts(self._file.path)])
 
     def write_tokenizer(self, folder: Path) -> None:
         self.tokenizer().save_pretrained(folder)
@@ -272,8 +270,8 @@ class GgufWeights:
             return None
         return torch.arange(rows).view(self._permuted_heads[found[1]], -1, 2).transpose(1, 2).flatten()
 
-    def skip(self, name: str) -> None:
-        self._open.discard(stored_name(name))
+    def __contains__(self, name: str) -> bool:
+        return _has(self._file, stored_name(name))
 
     def expect_empty(self) -> None:
         left = sorted(self._open)

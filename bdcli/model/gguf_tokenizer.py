@@ -83,13 +83,16 @@ def build_tokenizer(file: GgufFile):
     tokenizer.post_processor = _template(tokens, ends)
     named = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if ids[name] is not None}
     template = file.get("tokenizer.chat_template", str)
-    return PreTrainedTokenizerFast(
+    built = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         model_max_length=file.get(f"{file.metadata['general.architecture']}.context_length", int),
         **named,
         **({"chat_template": template} if template else {}),
     )
+    table = file.tensors.get("token_embd.weight")
+    built.embedding_rows = None if table is None else table.shape[0]
+    return built
 
 
 def special_ids(file: GgufFile) -> dict[str, int | None]:

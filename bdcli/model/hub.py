@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from bdcli.base.errors import UserError
@@ -71,3 +72,17 @@ def _first_part(path: Path) -> Path:
     if not first.is_file():
         raise UserError(f"{first}: no such file", _NAMES)
     return first
+
+
+def read_model_json(path: Path) -> dict:
+    try:
+        parsed = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "Point at a Hugging Face model folder") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "Give a readable model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})", "Download it again") from None
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} is not a JSON object", "Download it again")
+    return parsed

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdcli.base.devices import product_dtype
 from bdcli.model.config import ModelConfig
 from bdcli.model.quantised import QuantisedMatrix, Weight, dense, nbytes, quantise
 
@@ -26,14 +27,36 @@ class Cache(Protocol):
     length: int
     max_rows: int  # the most rows one `plan` may have after prefill
     reads_whole_prompt: bool  # prefill asks `read_prompt` once a layer instead of `read` once a block
+    row_operations: type[RowOperations]  # what a backend reads prompts with
 
     def begin_prefill(self, tokens: int) -> None: ...
+    def prompt_needs(self, layer: int) -> tuple[int, int]: ...  # first tokens, and where the last ones begin
     def end_layer(self, layer: int) -> None: ...
     def end_prefill(self) -> None: ...
     def plan(self, start: int, rows: int) -> object: ...
     def write(self, layer: int, plan: object, qk: Tensor, v: Tensor) -> object: ...
     def read(self, layer: int, plan: object, q: object) -> Tensor: ...
     def read_prompt(self, layer: int, q: Tensor) -> Tensor: ...
+
+
+class RowOperations:
+    """What happens to a prompt's rows between products, and to weights before them, in torch."""
+
+    @staticmethod
+    def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+        """A weight as a tensor of `dtype`."""
+        return dense(weight, dtype)
+
+    @staticmethod
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of rows x [T, hidden]."""
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    def gate(gate_up: Tensor) -> Tensor:
+        """silu(gate) · up [T, inner] of rows that hold both side by side."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
 
 
 @dataclass(slots=True)
@@ -52,13 +75,13 @@ class Layer:
     down_bias: Tensor | None = None
     qk_norm: Tensor | None = None
 
-    def dense(self, dtype: torch.dtype) -> Layer:
+    def dense(self, dtype: torch.dtype, rows: type[RowOperations] = RowOperations) -> Layer:
         """This layer with every weight as a tensor of `dtype`; what is one already is shared."""
         matrices = self.qkv, self.out, self.gate_up, self.down
         if self.attention_norm.dtype is dtype and all(isinstance(w, Tensor) for w in matrices):
             return self
         own = ((name, getattr(self, name)) for name in Layer.__slots__)
-        return Layer(**{name: None if w is None else dense(w, dtype) for name, w in own})
+        return Layer(**{name: None if w is None else rows.dense(w, dtype) for name, w in own})
 
     def quantised(self, bits: int) -> Layer:
         """This layer with its matrices in 4 or 8 bits; the rest is shared."""
@@ -121,10 +144,9 @@ class Model:
             return self.embedding.take_rows(index, self.dtype)
         return F.embedding(index, self.embedding)
 
-    def project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, layer: Layer, x: Tensor, rows: type[RowOperations] = RowOperations) -> tuple[Tensor, Tensor]:
         """Residual stream x [T, hidden] to unrotated qk [T, H+Hkv, D] and v [T, Hkv, D]."""
-        c = self.config
-        return self.project_normed(layer, F.rms_norm(x, (c.hidden_size,), layer.attention_norm, c.norm_eps))
+        return self.project_normed(layer, rows.norm(x, layer.attention_norm, self.config.norm_eps))
 
     def project_normed(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """`project` of rows that went through the layer's first norm."""
@@ -135,13 +157,12 @@ class Model:
             qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * layer.qk_norm
         return qk, v
 
-    def mix(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+    def mix(self, layer: Layer, x: Tensor, attended: Tensor, rows: type[RowOperations] = RowOperations) -> Tensor:
         """Residual stream after attention output [T, H·D] and the MLP."""
-        c = self.config
         x = x + F.linear(attended, layer.out, layer.out_bias)
-        y = F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.norm_eps)
-        gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+        y = rows.norm(x, layer.mlp_norm, self.config.norm_eps)
+        gated = rows.gate(F.linear(y, layer.gate_up, layer.gate_up_bias))
+        return x + F.linear(gated, layer.down, layer.down_bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """fp32 logits [T, V] of residual rows x [T, hidden]."""
@@ -152,33 +173,42 @@ class Model:
     def prefill(self, tokens: list[int], cache: Cache, on_block: Callable[[int, int], None] | None = None) -> None:
         """Fill an empty cache with `tokens`, layer by layer, so that at most one layer's full keys need to live.
 
-        No logits are made, so the last layer stops at its keys and values. `on_block(done, total)` counts blocks
-        of layers.
+        A layer reads the blocks of rows that its cache needs, each as in a reading of all of them. No logits are made,
+        so the last layer stops at its keys and values. `on_block(done, total)` counts tokens that all layers have read.
         """
-        spans = [(a, min(a + PREFILL_BLOCK, len(tokens))) for a in range(0, len(tokens), PREFILL_BLOCK)]
-        total, done = len(spans) * len(self.layers), 0
         cache.begin_prefill(len(tokens))
-        x = self.embed(tokens) if tokens else None
+        starts, report = range(0, len(tokens), PREFILL_BLOCK), on_block or (lambda *_: None)
+        dtype, rows = self._prompt_dtype(), cache.row_operations
+        needs = [cache.prompt_needs(i) for i in range(len(self.layers))]
+        parts = [[a for a in starts if a < head or a + PREFILL_BLOCK > first] for head, first in needs] + [[]]
+        x = {a: self.embed(tokens[a : a + PREFILL_BLOCK]).to(dtype) for a in parts[0]}
+        done, total = 0, sum(map(len, parts))
         for i, stored in enumerate(self.layers):
-            layer, last = stored.dense(self.dtype), i == len(self.layers) - 1
-            waiting = []
-            for a, b in spans:
-                plan = cache.plan(a, b - a)
-                qk, v = self.project(layer, x[a:b])
-                q = cache.write(i, plan, qk, v)
-                if not last and cache.reads_whole_prompt:
+            layer, waiting = stored.dense(dtype, rows), []
+            for a in parts[i]:
+                plan = cache.plan(a, len(x[a]))
+                qk, v = self.project(layer, x[a], rows)
+                q = cache.write(i, plan, qk.to(self.dtype), v.to(self.dtype))
+                if a not in parts[i + 1]:
+                    del x[a]  # no layer above reads it
+                elif cache.reads_whole_prompt:
                     waiting.append(q)
-                elif not last:
-                    x[a:b] = self.mix(layer, x[a:b], cache.read(i, plan, q))
-                done += 1
-                if on_block:
-                    on_block(done, total)
+                    continue
+                else:
+                    x[a] = self.mix(layer, x[a], cache.read(i, plan, q).to(dtype), rows)
+                report((done := done + 1) * len(tokens) // total, len(tokens))
             if waiting:
                 attended = cache.read_prompt(i, torch.cat(waiting))
-                for a, b in spans:
-                    x[a:b] = self.mix(layer, x[a:b], attended[a:b])
+                for a in parts[i]:
+                    x[a] = self.mix(layer, x[a], attended[a : a + PREFILL_BLOCK].to(dtype), rows)
+                    report((done := done + 1) * len(tokens) // total, len(tokens))
             cache.end_layer(i)
         cache.end_prefill()
+
+    def _prompt_dtype(self) -> torch.dtype:
+        """What a prompt's rows are multiplied in: fp32 also for bf16 weights, where the processor is faster so."""
+        on_cpu = self.device.type == "cpu" and self.dtype is torch.bfloat16
+        return product_dtype("cpu") if on_cpu else self.dtype
 
     def forward(self, tokens: list[int], cache: Cache, rows: int) -> Tensor:
         """Append `tokens` to the cache; fp32 logits [rows, V] of the last `rows` of them, at most `cache.max_rows`."""

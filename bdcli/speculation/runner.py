@@ -36,7 +36,7 @@ class Runner:
         return self.model.dtype is torch.float32
 
     def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None:
-        """Read a prompt into the empty cache. `on_block(done, total)` counts blocks of layers and rows."""
+        """Read a prompt into the empty cache. `on_block(done, total)` counts tokens."""
         self.model.prefill(self.known(tokens), self.cache, on_block)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # a timed prefill includes its work

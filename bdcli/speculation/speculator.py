@@ -8,9 +8,8 @@ roll back by moving an integer. Each model is fed `ids[length:]`, so a full acce
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class Speculator:
             raise RuntimeError(f"the target holds {self.target.length} tokens, not {len(prompt) - 1}")
         for role, model in (("target", None if target_ready else self.target), ("drafter", self.drafter)):
             if model is not None:
-                model.prefill(prompt[:-1], partial(progress.advance, f"reading the prompt: {role}"))
+                model.prefill(prompt[:-1], _reading(progress, f"reading the prompt: {role}"))
 
     def rounds(self, max_new_tokens: int, eos: frozenset[int], controller: Controller) -> Iterator[Round]:
         """Rounds until an EOS token, which ends the text inside its block, or `max_new_tokens`, never passed."""
@@ -144,6 +143,16 @@ class Speculator:
             if not self.sampling.greedy:
                 draw(self.sampling.distribution(logits)[0], torch.Generator(logits.device).manual_seed(0))
         return logits, time.perf_counter() - started
+
+
+def _reading(progress: Progress, phase: str) -> Callable[[int, int], None]:
+    """Shows tokens read of all, and how many a second."""
+    began = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        progress.advance(phase, done, total, f"{done / (time.perf_counter() - began):.0f} tokens/s")
+
+    return report
 
 
 def _one_hot(tokens: list[int], vocab: int, device: torch.device) -> Tensor:

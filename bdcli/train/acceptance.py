@@ -22,6 +22,7 @@ from bdcli.cache.kinds import TORCH_CACHES
 from bdcli.cache.selection import CacheSize, Selection
 from bdcli.model.llama import Model
 from bdcli.results.metrics import looped_tokens
+from bdcli.speculation.runner import Runner
 from bdcli.speculation.sampling import Sampling
 
 GREEDY = Sampling()
@@ -78,20 +79,26 @@ class Cell:
 
 
 def accept_probabilities(
-    drafter: Model, passage: Passage, selection: Selection, sampling: Sampling = GREEDY
+    drafter: Model,
+    passage: Passage,
+    selection: Selection,
+    sampling: Sampling = GREEDY,
+    vocabulary: int | None = None,
 ) -> list[float]:
     """For each token of the text: the probability that decoding accepts it, under the view of `selection`.
 
-    Greedy: 1 where the token is the drafter's choice, else 0.
+    Greedy: 1 where the token is the drafter's choice, else 0. `vocabulary` is the target's size, the drafter's by
+    default.
     """
     prompt, text = list(passage.prompt), list(passage.text)
     total = len(prompt) + passage.limit
     cache = selection.cache(TORCH_CACHES, drafter, CacheSize(len(prompt) - 1, total, total))
-    drafter.prefill(prompt[:-1], cache)
+    runner = Runner(drafter, cache, vocabulary)
+    runner.prefill(prompt[:-1])
     fed, found = [prompt[-1], *text[:-1]], []
     while len(found) < len(text):
         block = fed[len(found) : len(found) + min(cache.max_rows, BLOCK_TOKENS)]
-        logits, wanted = drafter.forward(block, cache, len(block)), text[len(found) : len(found) + len(block)]
+        logits, wanted = runner.feed(block, len(block)), text[len(found) : len(found) + len(block)]
         if sampling.greedy:
             found += [float(b == t) for b, t in zip(logits.argmax(-1).tolist(), wanted)]
         else:
@@ -150,22 +157,28 @@ def acceptance_grid(
     selections: Sequence[Selection],
     gamma: int,
     sampling: Sampling = GREEDY,
+    vocabulary: int | None = None,
 ) -> Iterator[Cell]:
-    """Every data set and context among `passages`, under every one of `selections`."""
+    """Every data set and context among `passages`, under every one of `selections`; `vocabulary` is the target's."""
     groups: dict[tuple[str, int], list[Passage]] = {}
     for p in passages:
         groups.setdefault((p.dataset, len(p.prompt)), []).append(p)
     for group, selection in itertools.product(groups.values(), selections):
-        yield acceptance_cell(drafter, group, selection, gamma, sampling)
+        yield acceptance_cell(drafter, group, selection, gamma, sampling, vocabulary)
 
 
 def acceptance_cell(
-    drafter: Model, passages: Sequence[Passage], selection: Selection, gamma: int, sampling: Sampling = GREEDY
+    drafter: Model,
+    passages: Sequence[Passage],
+    selection: Selection,
+    gamma: int,
+    sampling: Sampling = GREEDY,
+    vocabulary: int | None = None,
 ) -> Cell:
     """Pooled acceptance over passages of one data set and context, replayed with draft length `gamma`."""
     played = []
     for p in passages:
-        found = accept_probabilities(drafter, p, selection, sampling)
+        found = accept_probabilities(drafter, p, selection, sampling, vocabulary)
         played.append(replay(found, gamma, p.limit, looped_tokens(p.prompt, p.text)))
     low, high = _interval(played)
     drafted, clean = sum(p.drafted for p in played), sum(p.clean_drafted for p in played)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdcli.backends.causal import causal_attention
 from bdcli.cache.chunks import SCORING_QUERIES
 from bdcli.cache.view import FullView, OfficialView, View
 from bdcli.model.llama import PREFILL_BLOCK, Layer, Model
@@ -68,10 +69,8 @@ def final_rows(model: Model, ids: Tensor) -> Tensor:
         for part in (slice(a, a + PREFILL_BLOCK) for a in rows):
             qk, v[part] = model.project(layer, x[part])
             q[part], k[part] = rope.rotate(qk, rope.rows(part)).split((c.heads, c.kv_heads), 1)
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
+        out = causal_attention(q[None], k[None], v[None])[0]
         del q, k, v
-        out = out[0].transpose(0, 1).reshape(ids.shape[0], -1)
         for part in (slice(a, a + PREFILL_BLOCK) for a in rows):
             x[part] = model.mix(layer, x[part], out[part])
     return F.rms_norm(x, x.shape[-1:], model.norm, c.norm_eps)
@@ -83,9 +82,8 @@ def causal_block(model: Model, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
     qk, v = model.project(layer, x)
     qk, v = qk.unflatten(0, (texts, -1)), v.unflatten(0, (texts, -1))
     qk = qk * cos + torch.cat((qk[..., half:], qk[..., :half]), -1) * sin
-    q, k, v = (t.transpose(1, 2) for t in (qk[:, :, : c.heads], qk[:, :, c.heads :], v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
-    return model.mix(layer, x, out.transpose(1, 2).reshape(x.shape[0], -1))
+    out = causal_attention(qk[:, :, : c.heads], qk[:, :, c.heads :], v)
+    return model.mix(layer, x, out.flatten(0, 1))
 
 
 def anchored_hidden(
@@ -182,9 +180,7 @@ def attend(rope: RopeTable, qk: Tensor, v: Tensor, view: View | FullView) -> Ten
     rotated = rope.rotate(qk, rope.rows(slice(0, length)))
     q, k = rotated[:, :heads], rotated[:, heads:]
     if view.covers(length):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
-        return out[0].transpose(0, 1).reshape(length, -1)
+        return causal_attention(q[None], k[None], v[None])[0]
     if view.rebased:
         ranks = torch.arange(length, device=v.device).clamp(max=view.last_rank)
         q_rank = rope.rotate(qk[:, :heads], rope.rows(ranks))

@@ -29,6 +29,12 @@ class Target(Protocol):
     def cut(self, span: slice) -> Target:
         """The same for a slice of the rows."""
 
+    def within(self, vocabulary: int) -> tuple[Target, Tensor | None]:
+        """The same for a drafter that has only the first `vocabulary` ids, with p over those alone.
+
+        Beside it the rows [T] of which nothing is left, as a boolean; None where that cannot be.
+        """
+
 
 @dataclass(frozen=True)
 class HiddenTarget:
@@ -39,6 +45,9 @@ class HiddenTarget:
 
     def cut(self, span: slice) -> HiddenTarget:
         return replace(self, hidden=self.hidden[span])
+
+    def within(self, vocabulary: int) -> tuple[HiddenTarget, None]:
+        return self if vocabulary >= len(self.head) else replace(self, head=self.head[:vocabulary]), None
 
     def read(self, span: slice, temperature: float) -> tuple[Tensor, LogProbs | None]:
         logits = wide(F.linear(self.hidden[span], self.head))
@@ -62,14 +71,28 @@ class TopKTarget:
     index: Tensor
     log_probs: Tensor
     temperature: float
+    vocabulary: int | None = None  # where the index is this, the drafter has no such token
 
     def cut(self, span: slice) -> TopKTarget:
         return replace(self, index=self.index[span], log_probs=self.log_probs[span])
 
+    def within(self, vocabulary: int) -> tuple[TopKTarget, Tensor | None]:
+        unknown = self.index >= vocabulary
+        if not unknown.any():
+            return self, None
+        order = unknown.int().argsort(dim=-1, stable=True)  # known ones first, falling as before
+        unknown, index = unknown.gather(-1, order), self.index.gather(-1, order)
+        logs = self.log_probs.gather(-1, order).float()
+        lost = logs.masked_fill(~unknown, -torch.inf).logsumexp(-1, keepdim=True).exp().clamp(max=1 - 1e-6)
+        logs = (logs - torch.log1p(-lost)).masked_fill(unknown, NOTHING)
+        index = index.masked_fill(unknown, vocabulary)
+        return TopKTarget(index, logs, self.temperature, vocabulary), unknown[..., 0]
+
     def read(self, span: slice, temperature: float) -> tuple[Tensor, LogProbs | None]:
         index = self.index[span].long()
+        best = index[:, 0] if self.vocabulary is None else index[:, 0].clamp(max=self.vocabulary - 1)
         if temperature == 0:
-            return index[:, 0], None
+            return best, None
         if temperature != self.temperature:
             raise UserError(
                 f"the cached top-k targets were made at temperature {self.temperature:g}, not {temperature:g}",
@@ -80,11 +103,14 @@ class TopKTarget:
         tail = (1 - known.exp().sum(-1, keepdim=True)).clamp_(min=0).log_()
 
         def with_tail(log_q: Tensor) -> Tensor:
+            width = log_q.shape[-1]
+            if self.vocabulary is not None:  # one more column takes what the drafter does not have
+                log_q = F.pad(log_q, (0, 1), value=-torch.inf)
             rest = log_q.scatter(-1, index, -torch.inf)
             rest.add_(tail - rest.logsumexp(-1, keepdim=True)).clamp_(min=NOTHING)
-            return rest.scatter_(-1, index, known.clamp(min=NOTHING).to(rest.dtype))
+            return rest.scatter_(-1, index, known.clamp(min=NOTHING).to(rest.dtype))[..., :width]
 
-        return index[:, 0], with_tail
+        return best, with_tail
 
 
 @dataclass(frozen=True)
@@ -95,6 +121,10 @@ class ArgmaxTarget:
 
     def cut(self, span: slice) -> ArgmaxTarget:
         return ArgmaxTarget(self.index[span])
+
+    def within(self, vocabulary: int) -> tuple[ArgmaxTarget, Tensor | None]:
+        unknown = self.index >= vocabulary
+        return ArgmaxTarget(self.index.masked_fill(unknown, 0)), unknown
 
     def read(self, span: slice, _temperature: float) -> tuple[Tensor, LogProbs | None]:
         return self.index[span].long(), None

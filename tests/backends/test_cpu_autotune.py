@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bdcli.backends.cpu import support
+from bdcli.backends.cpu.machine import support
 from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.progress import SILENT
 from bdcli.cache.selection import Full

@@ -27,7 +27,7 @@ def packer():
     from numba import types
 
     from bdcli.backends.cpu.blocks import pack_blocks
-    from bdcli.backends.cpu.simd import entries, get, machine_code
+    from bdcli.backends.cpu.machine.simd import entries, get, machine_code
 
     def pack_32_floats(kind, source, into):
         pack_blocks(kind, into, get(source), get(source + 64))
@@ -110,4 +110,4 @@ def test_forwards_equal_torchs(shape, form, dtype, monkeypatch):
         errors.append((got - want).square().mean())
         floor.append((torchs - want).square().mean())
     error, floor = (torch.stack(x).mean().sqrt() / want.std() for x in (errors, floor))
-    assert error < (2e-5 if dtype is torch.float32 else 1.5 * floor)
+    assert error < (2e-5 if dtype is torch.float32 else 2 * floor)

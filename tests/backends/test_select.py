@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bdcli.backends.cpu import support
+from bdcli.backends.cpu.machine import support
 from bdcli.backends.select import pick_backend, torch_backend
 from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT

@@ -233,7 +233,7 @@ def test_view_sizes():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 3), (5, 1), (3, 3)])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_a_bf16_prompt_is_read_in_the_dtype_that_multiplies_faster(monkeypatch, kind, heads, kv_heads):
-    monkeypatch.setattr("bdcli.cache.full.product_dtype", lambda _device: kind)
+    monkeypatch.setattr("bdcli.cache.causal.product_dtype", lambda _device: kind)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # three heads take two turns
     model = tiny_model(heads=heads, kv_heads=kv_heads, dtype=torch.bfloat16)
     cache, length = FullCache(model, 80), random.randrange(1, 71)

@@ -25,10 +25,12 @@ def test_every_context_of_a_sample_ends_at_the_same_token_inside_the_file(pocket
         load_samples(pocket[2], "d", [str(file), str(short)], 3, 6000)
 
 
-def test_questions_are_never_cut_and_a_bos_is_kept(pocket, tmp_path):
+def test_questions_are_never_cut_a_bos_is_kept_and_an_eos_is_not(pocket, tmp_path):
     class WithBos:
+        """Puts a BOS in front and an EOS behind."""
+
         def __call__(self, text, **_):
-            return {"input_ids": [0, *pocket[2](text)["input_ids"]]}
+            return {"input_ids": [0, *pocket[2](text)["input_ids"], 1]}
 
     file = tmp_path / "qa.jsonl"
     rows = [{"context": f"document {n} " * 200, "input": f"What is {n}?"} for n in range(3)]
@@ -37,5 +39,5 @@ def test_questions_are_never_cut_and_a_bos_is_kept(pocket, tmp_path):
     assert len(samples) == 3  # each question once
     for n, sample in enumerate(samples):
         prompt = sample.prompt(120)
-        assert prompt[0] == 0 and prompt.count(0) == 1 and len(prompt) == 120
+        assert prompt[0] == 0 and prompt.count(0) == 1 and len(prompt) == 120 and 1 not in prompt
         assert pocket[2].decode(prompt[1:]).endswith(f"document {n} \n\nWhat is {n}?")

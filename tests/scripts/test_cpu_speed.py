@@ -22,3 +22,4 @@ def test_the_speed_script_prints_every_step(tmp_path):
     (found,) = json.loads(done.stdout.splitlines()[-1])
     assert {"AR", "verify 9", "torch AR", "transformers AR bfloat16"} <= found["steps_ms"].keys()
     assert min(found["steps_ms"].values()) > 0 and len(found["draft_ms"]) == 4
+    assert {"ours", "torch", "product"} <= found["prompt_gflops"].keys() and min(found["prompt_gflops"].values()) > 0

@@ -16,7 +16,8 @@ def randn(*shape):
 
 
 def entry(name):
-    from bdcli.backends.cpu import runner, simd  # noqa: F401
+    from bdcli.backends.cpu import runner  # noqa: F401
+    from bdcli.backends.cpu.machine import simd
 
     return simd.entries[name].ctypes
 
@@ -24,7 +25,7 @@ def entry(name):
 def force(monkeypatch, units):
     """These units of the processor multiply bf16, whatever is faster here."""
     from bdcli.backends.cpu import amx
-    from bdcli.backends.cpu.simd import HAS_DOTS
+    from bdcli.backends.cpu.machine.llvm import HAS_DOTS
 
     if UNITS[units] and not amx.available():
         pytest.skip("no matrix tiles here")

@@ -17,7 +17,7 @@ def random_blocks(form: BlockFormat, rows: int, inputs: int) -> tuple[Tensor, Te
     low, high = (0, 16) if form.bits == 4 else (-128, 128)
     codes = torch.randint(low, high, (rows, inputs), generator=FRESH).to(torch.int8)
     shape = rows, inputs // form.block
-    sides = 0.3 / high * randn(*shape), 0.1 * randn(*shape)
+    sides = 0.15 / high * randn(*shape), 0.05 * randn(*shape)
     scales, offsets = (x.to(form.scale_dtype).float() for x in sides)
     return codes, scales, offsets if form.offsets else None
 

@@ -1,4 +1,4 @@
 """Compiled decoding on x86-64 processors: KV and weights read once a step, at memory speed.
 
-data flows  simd -> tables, products, amx -> layers, attention, sampling -> threads, forward -> pool -> caches, runner
+data flows  machine -> tables, products, blocks, amx -> layers, attention, sampling -> forward -> pool -> caches, runner
 """

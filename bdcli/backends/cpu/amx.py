@@ -18,27 +18,23 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from bdcli.backends.cpu.products import offset_by
-from bdcli.backends.cpu.simd import (
-    F32S,
-    I64,
-    LANES,
-    call,
+from bdcli.backends.cpu.machine.llvm import I64, call, pointer
+from bdcli.backends.cpu.machine.simd import (
     compiled,
     evens,
     get,
     get_f32,
-    load,
     machine_code,
     odds,
     paired,
-    pointer,
     put,
     put_column,
     put_f32,
+    put_transposed,
     rounded,
     spread,
 )
+from bdcli.backends.cpu.products import offset_by
 
 TILE_ROWS = 16
 HALF = 1024  # bytes of a tile; of 16 packed rows, each 32 numbers are a tile of their high parts, then of the low ones
@@ -138,22 +134,6 @@ def _row_tiles(builder, w, w_row, x, y, y_step, y_row, count, steps):
     _in_twos(builder, count, some)
 
 
-@compiled(types.void, *[types.int64] * 2)
-def _transpose(builder, source, into):
-    """16 × 16 floats."""
-    rows = [load(builder, builder.add(source, I64(64 * i)), F32S, 64) for i in range(LANES)]
-    for step in (8, 4, 2, 1):
-        keep = [lane if not lane & step else lane - step + LANES for lane in range(LANES)]
-        move = [lane + step if not lane & step else lane + LANES for lane in range(LANES)]
-        for i in range(LANES):
-            if not i & step:
-                a, b = rows[i], rows[i + step]
-                rows[i] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), keep))
-                rows[i + step] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), move))
-    for i, row in enumerate(rows):
-        builder.store(row, pointer(builder, builder.add(into, I64(64 * i))), align=64)
-
-
 @compiled(types.void, *[types.int64] * 10)
 def _panel_tiles(builder, x, x_row, low, p, p_row, p_step, p_panel, y, y_row, shape):
     count, steps = builder.lshr(shape, I64(32)), builder.and_(shape, I64(0xFFFFFFFF))
@@ -175,6 +155,40 @@ def _panel_tiles(builder, x, x_row, low, p, p_row, p_step, p_panel, y, y_row, sh
             _write(builder, j, offset_by(builder, y, (builder.add(first, I64(j)), I64(64))), y_row)
 
     _in_twos(builder, count, some)
+
+
+def _squares(zeros):
+    """Compiled code for `square_tiles`, whose y starts from 0 or from what it is."""
+
+    def emit(builder, x, x_row, p, p_row, p_step, p_panel, y, y_row, count, steps):
+        def some(columns, first):
+            sums = [
+                (2 * i + j, offset_by(builder, y, (i * TILE_ROWS, y_row), (builder.add(first, I64(j)), I64(64))))
+                for i in range(2)
+                for j in range(columns)
+            ]
+            for tile, at in sums:
+                _zero(builder, tile) if zeros else _read(builder, tile, at, y_row)
+            with cgutils.for_range(builder, steps) as loop:
+                for i in range(2):
+                    at = offset_by(builder, x, (i * TILE_ROWS, x_row), (loop.index, I64(64)))
+                    _read(builder, 4 + i, at, x_row)
+                for j in range(columns):
+                    at = offset_by(builder, p, (builder.add(first, I64(j)), p_panel), (loop.index, p_step))
+                    _read(builder, 6 + j, at, p_row)
+                for tile, _ in sums:
+                    _add_product(builder, tile, 4 + tile // 2, 6 + tile % 2)
+            for tile, at in sums:
+                _write(builder, tile, at, y_row)
+
+        _in_twos(builder, count, some)
+
+    return compiled(types.void, *[types.int64] * 10)(emit)
+
+
+# y[r, 16 j + lane] (+)= Σ_s P[s, j] x[r, s] for 2 · TILE_ROWS rows of bf16, `count` panels j and `steps` times 32 of s;
+# P as in `tile_panels`, tiles shaped for 16 rows of it.
+square_tiles, more_square_tiles = _squares(True), _squares(False)
 
 
 @machine_code(types.void, types.int64)
@@ -212,7 +226,7 @@ def tile_rows(rows, alone, w, w_row, x, y, y_row, columns, steps, corner):
                     for n in range(done - first, TILE_ROWS):
                         put_f32(at + r * y_row + 4 * n, get_f32(tile + 64 * n + 4 * r))
             else:
-                _transpose(tile, corner + 2 * HALF)
+                put_transposed(tile, 64, corner + 2 * HALF)
                 for r in range(rows):
                     put(at + r * y_row, get(corner + 2 * HALF + 64 * r))
         done = first + TILE_ROWS * groups

@@ -13,8 +13,7 @@ from numba import njit, types
 from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, split_row, tile_panels
 from bdcli.backends.cpu.layers import add_bias, kind_of, linear, norm_heads, pack, rotate, row_at, size_of
-from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, TILES, panels
-from bdcli.backends.cpu.simd import (
+from bdcli.backends.cpu.machine.simd import (
     get,
     get_f32,
     get_i64,
@@ -31,6 +30,7 @@ from bdcli.backends.cpu.simd import (
     vfma,
     vmax,
 )
+from bdcli.backends.cpu.products import DOTS, FLOATS, MAX_ROWS, TILES, panels
 from bdcli.backends.cpu.tables import field, number
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from bdcli.backends.cpu import tables
-from bdcli.backends.cpu.code_cache import code_folder
+from bdcli.backends.cpu.machine.code_cache import code_folder
 from bdcli.base.files import write_file
 
 CHOICES = {

@@ -19,8 +19,7 @@ import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 
-from bdcli.backends.cpu.products import offset_by
-from bdcli.backends.cpu.simd import (
+from bdcli.backends.cpu.machine.llvm import (
     F16S,
     F32,
     F32S,
@@ -29,29 +28,32 @@ from bdcli.backends.cpu.simd import (
     I32S,
     I64,
     WIDE,
-    Vector,
     ask,
     call,
-    compiled,
     constant,
     fma,
+    integer_dot,
+    load,
+    narrowed,
+    pointer,
+    splat,
+    tree,
+)
+from bdcli.backends.cpu.machine.simd import (
+    Vector,
+    compiled,
     get_f16,
     get_f32,
     get_u8,
     highest,
-    integer_dot,
-    load,
     machine_code,
     magnitude,
-    narrowed,
-    pointer,
     put_f32,
-    splat,
     spread,
     total,
-    tree,
     vmax,
 )
+from bdcli.backends.cpu.products import offset_by
 from bdcli.backends.cpu.tables import X_GROUP
 from bdcli.model.quantised import FORMATS, LANES, BlockFormat
 

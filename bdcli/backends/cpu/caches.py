@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from bdcli.backends.cpu import tables
-from bdcli.backends.cpu.huge_pages import huge_zeros
+from bdcli.backends.cpu.layers import CompiledRows
+from bdcli.backends.cpu.machine.huge_pages import huge_zeros
+from bdcli.backends.cpu.prompt_attention import causal_attention
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache
 from bdcli.cache.official import OfficialCache
@@ -46,6 +48,7 @@ class _Panels:
     `geometry` maps fields of `tables` to what compiled code needs to know.
     """
 
+    row_operations = CompiledRows
     geometry: dict[int, int]
 
     def _allocate_panels(self, slots: int) -> None:
@@ -86,6 +89,8 @@ class _Panels:
 class PanelFullCache(_Panels, FullCache):
     """The target's cache: during prefill one layer's rows live beside the panels."""
 
+    causal_attention = staticmethod(causal_attention)
+
     def _allocate(self, slots: int) -> None:
         self._allocate_panels(round_up(slots, SLOT_MULTIPLE))
 
@@ -123,6 +128,8 @@ class PanelFullCache(_Panels, FullCache):
 
 class PanelOfficialCache(_Panels, OfficialCache):
     """The paper's drafter cache, moved into panels when its chunks are chosen."""
+
+    causal_attention = staticmethod(causal_attention)
 
     def begin_prefill(self, tokens: int) -> None:
         super().begin_prefill(tokens)

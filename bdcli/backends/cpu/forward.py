@@ -14,10 +14,10 @@ from bdcli.backends.cpu import tables
 from bdcli.backends.cpu.amx import TILE_ROWS, end_tiles, shape_tiles
 from bdcli.backends.cpu.attention import attend, merge, project_head, unseen_ranges, used_slots
 from bdcli.backends.cpu.layers import add_linear, embed, gate, kind_of, linear, normed, row_at
+from bdcli.backends.cpu.machine.simd import get_i64, machine_code, put_i64
+from bdcli.backends.cpu.machine.threads import barrier, claim
 from bdcli.backends.cpu.sampling import best, draw
-from bdcli.backends.cpu.simd import get_i64, machine_code, put_i64
 from bdcli.backends.cpu.tables import field
-from bdcli.backends.cpu.threads import barrier, claim
 
 
 @machine_code(types.void, *[types.int64] * 6)

@@ -16,9 +16,9 @@ import numpy as np
 from numba import njit, types
 
 from bdcli.backends.cpu.forward import run
-from bdcli.backends.cpu.simd import exchange, fetch_add, get_i64, observe, pause, publish, put_i64
-from bdcli.backends.cpu.support import processors_to_keep, thread_limit
-from bdcli.backends.cpu.threads import wait_for, yield_processor
+from bdcli.backends.cpu.machine.simd import exchange, fetch_add, get_i64, observe, pause, publish, put_i64
+from bdcli.backends.cpu.machine.support import processors_to_keep, thread_limit
+from bdcli.backends.cpu.machine.threads import wait_for, yield_processor
 
 SPINS = 100_000  # pauses between steps before a thread offers its processor to others; about a millisecond
 YIELDS = 200  # offers before it sleeps

@@ -22,7 +22,7 @@ import itertools
 from numba import types
 from numba.core import cgutils
 
-from bdcli.backends.cpu.simd import (
+from bdcli.backends.cpu.machine.llvm import (
     F32,
     F32S,
     HAS_DOTS,
@@ -31,21 +31,21 @@ from bdcli.backends.cpu.simd import (
     I64,
     WIDE,
     ask,
-    compiled,
     constant,
     dot,
     fma,
     load,
-    machine_code,
     pointer,
     splat,
     tree,
     widen_pairs,
 )
+from bdcli.backends.cpu.machine.simd import compiled, machine_code
 
 FLOATS, PAIRS, DOTS, TILES = range(4)
 KINDS = (FLOATS, PAIRS, DOTS) if HAS_DOTS else (FLOATS, PAIRS)  # of this file, here
 MAX_ROWS = 9 if WIDE else 8  # nine: a draft of eight and the token before it; beyond, LLVM spills registers
+WIDE_ROWS, WIDE_COLUMNS = 6, (4, 2, 1) if WIDE else (1,)  # sums of `wide_panels` in registers: 24 of 32, 12 of 16
 STEP_BYTES = 64
 AHEAD = 4096  # bytes of weights that are asked for before they are needed
 
@@ -165,6 +165,52 @@ def _panels(builder, rows, kind, p, p_step, p_panel, x, x_row, y, y_row, shape, 
                 builder.store(builder.load(total, typ=F32S), pointer(builder, place), align=4)
 
     _by_rows_and_kind(builder, rows, kind, count, some)
+
+
+def _wide(zeros):
+    """Compiled code for `panels` of WIDE_ROWS rows, whose y starts from 0 or from what it is."""
+
+    def emit(builder, dots, p, p_step, p_panel, x, x_row, y, y_row, count, steps):
+        done = builder.append_basic_block("done")
+        switch = builder.switch(dots, done)
+        for kind in (FLOATS, DOTS) if HAS_DOTS else (FLOATS,):
+            block = builder.append_basic_block(f"kind{kind}")
+            switch.add_case(I64(kind), block)
+            builder.position_at_end(block)
+            first = I64(0)
+            for columns in WIDE_COLUMNS:  # as many groups of the widest as fit, then narrower ones
+                stop = builder.and_(count, I64(-columns))
+                with cgutils.for_range_slice(builder, first, stop, I64(columns), intp=I64) as (at, _):
+                    some(kind, columns, at, builder, p, p_step, p_panel, x, x_row, y, y_row, steps)
+                first = stop
+            builder.branch(done)
+        builder.position_at_end(done)
+
+    def some(kind, columns, first, builder, p, p_step, p_panel, x, x_row, y, y_row, steps):
+        sums, word = _accumulators(builder, WIDE_ROWS, columns), I32S if kind == DOTS else F32S
+        at_y = offset_by(builder, y, (first, I64(64)))
+        places = [
+            [offset_by(builder, at_y, (r, y_row), (j, I64(64))) for j in range(columns)] for r in range(WIDE_ROWS)
+        ]
+        for row, at in zip(sums, places):
+            for total, place in zip(row, at):
+                builder.store(constant(0.0) if zeros else load(builder, place, F32S, 4), total)
+        start = offset_by(builder, p, (first, p_panel))
+        with cgutils.for_range(builder, steps) as loop:
+            at = builder.add(start, builder.mul(loop.index, p_step))
+            weights = [load(builder, offset_by(builder, at, (j, p_panel)), word, 4) for j in range(columns)]
+            from_x = builder.add(x, builder.mul(loop.index, I64(4)))
+            for r in range(WIDE_ROWS):
+                one = load(builder, offset_by(builder, from_x, (r, x_row)), I32 if kind == DOTS else F32, 4)
+                _multiply(builder, kind, [sums[r]], weights, [[splat(builder, one)]])
+        for row, at in zip(sums, places):
+            for total, place in zip(row, at):
+                builder.store(builder.load(total, typ=F32S), pointer(builder, place), align=4)
+
+    return compiled(types.void, *[types.int64] * 10)(emit)
+
+
+wide_panels, more_wide_panels = _wide(True), _wide(False)
 
 
 @machine_code(types.void, *[types.int64] * 9)

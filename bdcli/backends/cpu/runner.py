@@ -17,10 +17,10 @@ from bdcli.backends.cpu import amx, tables
 from bdcli.backends.cpu.autotune import tiled
 from bdcli.backends.cpu.blocks import kind_of_format
 from bdcli.backends.cpu.caches import PanelBudgetCache, PanelFullCache, PanelOfficialCache
-from bdcli.backends.cpu.huge_pages import give_back, huge_zeros
+from bdcli.backends.cpu.machine.huge_pages import give_back, huge_zeros
+from bdcli.backends.cpu.machine.support import dots_pay
 from bdcli.backends.cpu.pool import pool
 from bdcli.backends.cpu.products import DOTS, FLOATS, PAIRS
-from bdcli.backends.cpu.support import dots_pay
 from bdcli.model.config import RopeConfig
 from bdcli.model.llama import Layer, Model
 from bdcli.model.quantised import QuantisedMatrix, Weight

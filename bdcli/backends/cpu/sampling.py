@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, types
 
 from bdcli.backends.cpu import tables
-from bdcli.backends.cpu.simd import get, get_f32, highest, machine_code, put, put_f32, spread, total, vexp, vmax
+from bdcli.backends.cpu.machine.simd import get, get_f32, highest, machine_code, put, put_f32, spread, total, vexp, vmax
 from bdcli.backends.cpu.tables import field, number
 
 HALVINGS = 40

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from bdcli.backends.cpu.simd import get_f32, get_i64
+from bdcli.backends.cpu.machine.simd import get_f32, get_i64
 
 # The model, its cache's geometry, then LAYER_FIELDS for each layer. EPS and SCALE are floats in their field's low half.
 MODEL_FIELDS = 26

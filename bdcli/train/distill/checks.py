@@ -10,6 +10,7 @@ from pathlib import Path
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest, read_json
 from bdcli.config.distill import DistillRecipe
+from bdcli.data.identity import sources_identity
 from bdcli.data.sources import missing_sources
 from bdcli.model.checkpoint import fingerprint, read_config
 from bdcli.model.hub import resolve
@@ -58,6 +59,7 @@ def window_dependencies(recipe: DistillRecipe, target: Path, drafter: Path) -> d
     data.pop("together")  # changes how fast, not what
     return {
         "data": data,
+        "data.sources": sources_identity(recipe.data.sources),
         "seed": recipe.seed,
         "temperature": recipe.temperature,
         "loss.temperature": recipe.loss.temperature if recipe.data.cache == "topk" else None,
@@ -71,7 +73,8 @@ def passages_key(recipe: DistillRecipe, target: Path) -> str:
     evaluation = asdict(recipe.evaluation)
     for name in ("every", "patience"):
         evaluation.pop(name)
-    return digest([evaluation, recipe.data.sources, recipe.temperature, fingerprint(target)])
+    sources = sources_identity(recipe.evaluation.sources or recipe.data.sources)
+    return digest([evaluation, sources, recipe.temperature, fingerprint(target)])
 
 
 def changed_parts(made: dict, parts: dict) -> list[str]:

@@ -7,26 +7,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from bdcli.base.progress import Progress
-from bdcli.cache.selection import parse_selection
 from bdcli.config.distill import DistillRecipe
 from bdcli.model.llama import Model
 from bdcli.speculation.sampling import Sampling
 from bdcli.train.acceptance import Cell, Passage, acceptance_grid
+from bdcli.train.distill.plan import grid_selections
 from bdcli.train.trainer import TrainingState
 
 
 class Judge:
-    """Measures the grid of `recipe` on `passages`; calls `keep` where a drafter is the best so far."""
+    """Measures the grid of `recipe` on `passages`; calls `keep` where a drafter is the best so far.
+
+    `vocabulary` is the target's size.
+    """
 
     def __init__(
         self,
         recipe: DistillRecipe,
         drafter: Model,
+        vocabulary: int,
         passages: Sequence[Passage],
         keep: Callable[[], None],
         progress: Progress,
     ):
-        self._recipe, self._drafter, self._passages = recipe, drafter, passages
+        self._recipe, self._drafter, self._vocabulary, self._passages = recipe, drafter, vocabulary, passages
         self._keep, self._progress = keep, progress
 
     def measure(self, state: TrainingState) -> float:
@@ -50,10 +54,9 @@ class Judge:
         return f"no better for {since} measurements" if patience is not None and since >= patience else None
 
     def _grid(self) -> list[Cell]:
-        e, v = self._recipe.evaluation, self._recipe.views
-        selections = [parse_selection(budget, v.select, v.positions, e.gamma) for budget in e.budgets]
+        selections, gamma = grid_selections(self._recipe), self._recipe.evaluation.gamma
         sampling = Sampling(self._recipe.temperature)
-        return list(acceptance_grid(self._drafter, self._passages, selections, e.gamma, sampling))
+        return list(acceptance_grid(self._drafter, self._passages, selections, gamma, sampling, self._vocabulary))
 
     def _score(self, cells: list[Cell]) -> float:
         """Mean over budgets, or over the full cache where the drafter learns that alone."""

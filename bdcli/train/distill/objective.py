@@ -18,10 +18,15 @@ from bdcli.train.targets import Target
 
 
 class Objective:
-    """What `recipe` teaches `drafter`, whose weights are fp32; products run in `dtype`."""
+    """What `recipe` teaches `drafter`, whose weights are fp32; products run in `dtype`.
 
-    def __init__(self, recipe: DistillRecipe, drafter: Model, dtype: torch.dtype):
+    `vocabulary` is the target's size, the drafter's by default. The drafter learns the ids that both have, which are
+    those that decoding lets it propose.
+    """
+
+    def __init__(self, recipe: DistillRecipe, drafter: Model, dtype: torch.dtype, vocabulary: int | None = None):
         self._recipe, self._drafter, self._dtype = recipe, drafter, dtype
+        self._vocabulary = vocabulary or drafter.config.vocab_size
         v = recipe.views
         self._anchor_spans: list[slice] = []  # rows that follow an anchor, the prompt's last position first
         if v.select != "window":
@@ -40,7 +45,9 @@ class Objective:
         sparse_weight = self._recipe.loss.sparse_weight / max(1, sparse)
         stacked = [s for s in selections if not s.chooses]
         choosing = [s for s in selections if s.chooses]
-        device = self._drafter.device
+        device, own = self._drafter.device, self._drafter.config.vocab_size
+        if own < self._vocabulary:
+            ids = ids.where(ids < own, 0)  # read as decoding reads them
         rope = RopeTable(self._drafter.config.rope, len(ids), len(ids), self._dtype, device)
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             everywhere = self._stacked_rows(rope, ids, stacked) if stacked else None
@@ -75,13 +82,21 @@ class Objective:
 
     def _span_loss(self, x: Tensor, target: Target, weights: list[float]) -> Tensor:
         """Σ over views of weight · mean loss over rows; x [views, rows, hidden] before the final norm."""
-        s, head = self._recipe.loss, self._drafter.head
+        s, head, lost = self._recipe.loss, self._drafter.head, None
+        if len(head) < self._vocabulary:
+            target, lost = target.within(len(head))
+        elif len(head) > self._vocabulary:
+            head = head[: self._vocabulary]
         x = F.rms_norm(x, x.shape[-1:], self._drafter.norm, self._drafter.config.norm_eps).to(self._dtype)
         row_weights = torch.ones(x.shape[:-1], device=x.device)
         if s.weights == "accepted_length":
             with torch.no_grad():
                 alpha = head_loss(x, head, target, s.kind, s.temperature)[1].alpha
+            if lost is not None:
+                alpha = alpha.masked_fill(lost, 0)
             row_weights = accepted_length_weights(alpha, self._recipe.evaluation.gamma)
             row_weights /= row_weights.mean(-1, keepdim=True).clamp(min=1e-6)
         row_weights = row_weights * torch.tensor(weights, device=x.device)[:, None]
+        if lost is not None:
+            row_weights = row_weights.masked_fill(lost, 0)
         return head_loss(x, head, target, s.kind, s.temperature, row_weights, float(x.shape[1]))[0]

@@ -15,6 +15,7 @@ from bdcli.base.errors import UserError
 from bdcli.cache.selection import Full, Selection, parse_selection
 from bdcli.cache.view import FULL
 from bdcli.config.distill import DistillRecipe
+from bdcli.decode.positions import positions_note
 from bdcli.model.config import ModelConfig
 from bdcli.model.sizes import weight_count
 from bdcli.train.distill.memory import distill_memory, memory_line
@@ -45,9 +46,9 @@ class Plan:
         d, e = self.recipe.data, self.recipe.evaluation
         self.selections = draw_selections(self.recipe, 0)
         self.longest = max(d.context, *e.contexts) + e.new_tokens
-        if self.longest > self.target.max_position:
+        if self.longest > self.target.context_limit:
             raise UserError(
-                f"the recipe needs {self.longest} positions, the target has {self.target.max_position}",
+                f"the recipe needs {self.longest} positions, the target has {self.target.context_limit}",
                 "Lower data.context or evaluation.contexts",
             )
 
@@ -60,8 +61,9 @@ class Plan:
         sizes = [f"{weight_count(config) / 1e6:.1f} M parameters" for config in (self.target, self.drafter)]
         drafter = r.drafter or f"of its first {r.layers} layers"
         yield f"target {r.target} ({sizes[0]}), drafter {drafter} ({sizes[1]})"
-        if self.longest > self.drafter.max_position:
-            yield f"texts of {self.longest} tokens: the drafter was made for {self.drafter.max_position}"
+        budgets = {s.budget: s for s in (*self.selections, *grid_selections(r))}
+        notes = [positions_note(self.drafter, s, self.longest) for s in budgets.values()]
+        yield from dict.fromkeys(note for note in notes if note)
         yield f"the target writes about {written} tokens: ends of training windows and held-out passages"
         yield f"{r.optimizer.steps} steps × {tokens} tokens × {views} views"
         yield f"{self.supervised:.2f} supervised positions per token the target reads"
@@ -119,6 +121,12 @@ class Plan:
         tokens = self.recipe.data.windows * self.recipe.data.context
         drafter = TRAINED_BYTES * weight_count(self.drafter)
         return 4 * drafter + bytes_per_token(self.recipe, self.target.hidden_size) * tokens
+
+
+def grid_selections(recipe: DistillRecipe) -> list[Selection]:
+    """What the drafter keeps where its acceptance is measured."""
+    e, v = recipe.evaluation, recipe.views
+    return [parse_selection(budget, v.select, v.positions, e.gamma) for budget in e.budgets]
 
 
 def draw_selections(recipe: DistillRecipe, step: int) -> list[Selection]:

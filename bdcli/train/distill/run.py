@@ -164,7 +164,7 @@ class Distillation:
     def batches(self, windows: WindowSource) -> Batches:
         """The micro-batches of every step over `windows`."""
         models = self.models()
-        objective = Objective(self.recipe, models.drafter, self.dtype)
+        objective = Objective(self.recipe, models.drafter, self.dtype, models.pair.target.config.vocab_size)
         return Batches(self.recipe, windows, models.pair.target, objective, self.ranks)
 
     def run(self, resume: bool) -> Outcome:
@@ -192,7 +192,8 @@ class Distillation:
             if self.ranks.first:
                 save_model(models.drafter, models.folders[1], self.out / BEST)
 
-        return Judge(self.recipe, models.drafter, passages, keep, self.progress)
+        vocabulary = models.pair.target.config.vocab_size
+        return Judge(self.recipe, models.drafter, vocabulary, passages, keep, self.progress)
 
     def _outcome(self, trainer: Trainer, windows: Windows, stopped: str | None, tokens_per_second: float) -> Outcome:
         state = trainer.state

@@ -22,6 +22,7 @@ from bdcli.base.progress import SILENT, Progress
 from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import make_corpus, ordinary_ids
+from bdcli.data.identity import sources_identity
 from bdcli.data.sources import missing_sources
 from bdcli.data.split import held_out_windows
 from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
@@ -143,13 +144,14 @@ class Pretraining:
         tokenizer = load_tokenizer(start)
         vocabulary = digest([sorted(tokenizer.get_vocab().items())])
         model = load_model(start, torch.float32, self.device)
-        self._check_positions(model.config.max_position)
+        self._check_positions(model.config.context_limit)
         corpus = make_corpus(r, tokenizer, vocabulary, self.out / TOKENS, self.progress)
         batches = Batches(r, model, corpus, ordinary_ids(tokenizer), self.dtype)
         h = r.held_out
         sources = h.sources or r.corpus.sources
         held_out = held_out_windows(tokenizer, sources, max(h.contexts), h.documents, bool(h.sources))
-        key = digest([as_dict(replace(r, checkpoint_minutes=0)), fingerprint(start)])
+        texts = sources_identity((*r.corpus.sources, *h.sources))
+        key = digest([as_dict(replace(r, checkpoint_minutes=0)), texts, fingerprint(start)])
         return _Work(start, model, batches, torch.tensor(held_out), key)
 
     def _check_positions(self, available: int) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from bdcli.backends.cpu.code_cache import code_folder
+from bdcli.backends.cpu.machine.code_cache import code_folder
 from bdcli.model.llama import Model
 
 
@@ -17,13 +17,18 @@ def obstacle(models: list[Model]) -> str | None:
     """Why compiled steps cannot run here, in a few words; None when they can."""
     if any(m.device.type != "cpu" for m in models):
         return f"{models[0].device.type} device"
+    return processor_obstacle() or next((why for why in map(_shape, models) if why), None)
+
+
+def processor_obstacle() -> str | None:
+    """`obstacle` of this machine, whatever the models."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"{platform.system()} on {platform.machine()}, not Linux on x86-64"
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
     if not {"avx2", "fma"} <= processor_features():
         return "a processor without AVX2 and FMA"
-    return next((why for why in map(_shape, models) if why), None)
+    return None
 
 
 def _shape(model: Model) -> str | None:

@@ -18,7 +18,7 @@ def code_folder() -> Path:
     """
     from platformdirs import user_cache_path
 
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
     name = f"code-{digest(sources)[:16]}"
     for place in (user_cache_path("bdcli"), Path(tempfile.gettempdir()) / f"bdcli-{os.getuid()}"):
         folder = place / name
