@@ -193,7 +193,7 @@ def comparison(name: str, ms: float, ar_ms: float, floor_ms: float) -> str:
 
 def prompt_attention(folder: Path, context: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     """GFLOPS of causal attention of a prompt in the target's shape, and of the largest product of its layers."""
-    from bdcli.backends.cpu.prompt_attention import causal_attention as ours
+    from bdcli.backends.cpu.prompt.attention import causal_attention as ours
     from bdcli.cache.causal import causal_attention as plain
 
     c = load_model(folder, dtype, CPU).config

@@ -18,7 +18,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     texts, length, heads, dim = q.shape
     if _can_compile(q, k, v):
-        from bdcli.backends.cpu.prompt_attention import causal_attention as compiled
+        from bdcli.backends.cpu.prompt.attention import causal_attention as compiled
 
         rows = [compiled(q[i], k[i].transpose(0, 1), v[i].transpose(0, 1), dim**-0.5) for i in range(texts)]
         out = torch.stack(rows) if texts > 1 else rows[0]

@@ -72,7 +72,7 @@ class Experiment:
             check_vocabulary(self._folders[0], folder, tokenizer)
         self._check_length(longest + recipe.max_new_tokens)
         self.samples = {
-            name: load_samples(tokenizer, name, sources, recipe.samples, longest)
+            name: load_samples(tokenizer, name, sources, recipe.samples, longest, special=recipe.special_tokens)
             for name, sources in recipe.datasets.items()
         }
         self.key = self._key(fresh)
@@ -154,6 +154,12 @@ class Experiment:
                 note = positions_note(read_config(resolve(drafter, "drafter")), selection, longest)
                 if note:
                     yield f"{name}: {note}"
+
+    def notes(self) -> list[str]:
+        """Lines about texts that spell special tokens."""
+        found = {sample.source.rpartition("@")[0]: sample.note for group in self.samples.values() for sample in group}
+        hint = "--set special_tokens=text reads them as text"
+        return [f"{name}: {note}; {hint}" for name, note in found.items() if note is not None]
 
     def stored(self, task: Task) -> dict[str, Prompt]:
         """Rows of the arms that have generated after this prompt already."""

@@ -75,11 +75,14 @@ class EngineMethod(Method):
             temperature=r.temperature,
             top_k=r.top_k,
             top_p=r.top_p,
+            min_p=r.min_p,
+            repetition_penalty=r.repetition_penalty,
             seed=r.seed,
             max_new_tokens=r.max_new_tokens,
             baseline="off",
         )
         self.session = Session(models.with_drafter(r.drafter_of(arm)), options)
+        self.session.selection.view(0)  # too small a budget is refused before anything is measured
         self.gamma_max = self.session.selection.gamma_max
 
     def drafter(self, prompt: int) -> Drafter | None:
@@ -98,7 +101,7 @@ class EngineMethod(Method):
         started = time.perf_counter()
         run.prefill(prompt, target_ready=True)
         prefill_s = time.perf_counter() - started
-        controller = warm_up(run, o.gamma if drafter is not None else 0, self.gamma_max)
+        controller = warm_up(run, self.session.gamma if drafter is not None else 0, self.gamma_max)
         rounds = [RoundFigures.of(r) for r in run.rounds(o.max_new_tokens, self.session.pair.eos, controller)]
         return Outcome(
             tokens=run.new_tokens,

@@ -164,6 +164,8 @@ class HfMethod(Method):
         sampling = {"do_sample": False}
         if r.temperature > 0:
             sampling = {"do_sample": True, "temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p}
+            sampling |= {"min_p": r.min_p} if r.min_p else {}
+        sampling["repetition_penalty"] = r.repetition_penalty
         ids = torch.tensor([prompt], device=hf.target.device)
         try:
             started = time.perf_counter()

@@ -64,6 +64,8 @@ class Recorder:
             "temperature": r.temperature,
             "top_k": r.top_k,
             "top_p": r.top_p,
+            "min_p": r.min_p,
+            "repetition_penalty": r.repetition_penalty,
             "seed": r.seed,
             **self.methods[cell.arm].columns(),
         }

@@ -40,6 +40,8 @@ class Sweep:
     def __init__(self, recipe: BenchRecipe, store: Store, progress: Progress = SILENT, fresh: bool = False):
         self.recipe, self.progress = recipe, progress
         self.experiment = Experiment(recipe, store, fresh)
+        for line in self.experiment.notes():
+            progress.note(line)
         self.models = Models(recipe, progress)
         self.methods = {name: METHODS[arm.method](self.models, arm) for name, arm in recipe.arms.items()}
         self.recorder = Recorder(self.experiment, self.models, self.methods)
@@ -156,6 +158,6 @@ class Sweep:
         for row in self._uncompared(rows):
             row.output_equal, row.ties = row.tokens == ar.tokens, 0
             if not row.output_equal and not prepared.target.exact:
-                rule = teacher_force(prepared.target, prompt, row.tokens)
+                rule = teacher_force(prepared.target, prompt, row.tokens, self.recipe.repetition_penalty)
                 row.output_equal, row.ties = rule.equal, rule.ties
             self.recorder.put(row)

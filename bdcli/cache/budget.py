@@ -102,8 +102,8 @@ class BudgetCache(BaseCache):
     def begin_prefill(self, tokens: int) -> None:
         super().begin_prefill(tokens)
         if self.view.chosen:
-            if tokens < self.view.budget:
-                raise RuntimeError("a view with chosen chunks needs a prompt longer than the budget")
+            if tokens - self.view.window - self.view.sinks < self.view.chosen:
+                raise RuntimeError("between its sinks and its window the prompt has fewer chunks than are chosen")
             empty = self._zeros(tokens, self.kv_heads, self.head_dim)
             self._layer = LayerPrompt(self.view, self.rope, empty, self.heads)
 

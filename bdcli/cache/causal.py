@@ -1,6 +1,6 @@
 """Causal attention over a whole prompt in torch: what a full cache reads its prompt with.
 
-`bdcli.backends.cpu.prompt_attention` is the same for processors, compiled; where that cannot run, torch's own kernel is
+`bdcli.backends.cpu.prompt.attention` is the same for processors, compiled; where that cannot run, torch's own kernel is
 much faster than an online softmax in torch operations.
 """
 

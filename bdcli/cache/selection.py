@@ -85,11 +85,15 @@ class Window:
         """The view after a prompt of `prompt` tokens. Raises UserError where the budget is too small."""
         return plan_view(self.budget, self.label, self.positions, self.gamma, prompt)
 
-    def entries(self, size: CacheSize) -> int:  # noqa: ARG002
-        return self.budget
+    def entries(self, size: CacheSize) -> int:
+        """The budget, or what the whole text and a draft tail take where that is less."""
+        return self._fitted(size).budget
 
     def cache(self, kinds: CacheKinds, model: Model, size: CacheSize) -> BaseCache:
-        return kinds.budget(model, size.capacity, self.view(size.prompt), size.rope_length)
+        return kinds.budget(model, size.capacity, self._fitted(size), size.rope_length)
+
+    def _fitted(self, size: CacheSize) -> View:
+        return self.view(size.prompt).fitted(size.rope_length)
 
 
 @dataclass(frozen=True)

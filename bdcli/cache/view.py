@@ -72,6 +72,10 @@ class View:
         """
         return self.ring + layers_above * (self.window - 1)
 
+    def fitted(self, length: int) -> View:
+        """The same view of a text of `length` tokens, without entries that it cannot use."""
+        return replace(self, budget=min(self.budget, max(length, self.sinks + 1) + self.gamma_max + 1))
+
     def mean_keys(self, length: int) -> float:
         """About how many keys a query of a text of `length` tokens sees, in the mean."""
         return min(length / 2, self.prefix + self.window)
@@ -164,7 +168,7 @@ def plan_view(budget: int, select: str, positions: str, gamma: int | None, promp
             f"budget {budget} is too small: {sinks} sinks + {gamma_max} draft tokens + 2 need {sinks + gamma_max + 2}",
             "Raise --budget or lower --gamma",
         )
-    chosen = int(whole.window * CHOSEN_SHARE) // CHUNK_KEYS * CHUNK_KEYS
-    if select == "window" or prompt <= sinks + whole.window or chosen == 0:
+    if select == "window" or prompt <= sinks + whole.window:
         return whole
+    chosen = int(whole.window * CHOSEN_SHARE) // CHUNK_KEYS * CHUNK_KEYS
     return View(budget, sinks, chosen, gamma_max, positions == "rebased")

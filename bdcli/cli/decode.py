@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
 
@@ -15,14 +16,15 @@ from bdcli.cli.output import DecodeProgress, show_summary
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_gamma
 
 DEFAULT = DecodeOptions()
-Select, Positions, Dtype, EngineName, BaselineMode, Trim = (
+Select, Positions, Dtype, EngineName, BaselineMode, Trim, SpecialTokens = (
     StrEnum(name.title(), list(CHOICES[name]))
-    for name in ("select", "positions", "dtype", "engine", "baseline", "trim")
+    for name in ("select", "positions", "dtype", "engine", "baseline", "trim", "special_tokens")
 )
 Weights = StrEnum("Weights", list(CHOICES["weights"]))
 
 
 def decode(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT_FILE", help="UTF-8 text file, or - for standard input.")],
     budget: Annotated[str, typer.Option(help="KV entries the drafter may hold per layer and head, or full.")] = "512",
     gamma: Annotated[str, typer.Option(help="Tokens drafted per round, or auto.")] = "auto",
@@ -31,6 +33,13 @@ def decode(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = DEFAULT.temperature,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to mass p.")] = DEFAULT.top_p,
+    min_p: Annotated[float, typer.Option(help="Keep tokens at least so likely as p times the best.")] = DEFAULT.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of prompt and text are made less likely; 1 is off.")
+    ] = DEFAULT.repetition_penalty,
+    generation_config: Annotated[
+        bool, typer.Option("--generation-config", help="Sample as the target's generation_config.json; flags win.")
+    ] = False,
     seed: Annotated[
         int, typer.Option(help="Repeats sampled text for a fixed --gamma; auto depends on timing.")
     ] = DEFAULT.seed,
@@ -57,6 +66,9 @@ def decode(
     check: Annotated[bool, typer.Option("--check", help="Compare every token with plain decoding.")] = False,
     trim: Annotated[Trim | None, typer.Option(help="Shorten a prompt over the context: keep head and tail.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")] = False,
+    special_tokens: Annotated[
+        SpecialTokens, typer.Option(help="Special tokens that the prompt spells: tokens, or text.")
+    ] = DEFAULT.special_tokens,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     db: DbOption = None,
     as_json: JsonOption = False,
@@ -74,6 +86,8 @@ def decode(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         max_new_tokens=max_new_tokens,
         dtype=str(dtype),
@@ -83,8 +97,11 @@ def decode(
         check=check,
         trim=None if trim is None else str(trim),
         chat=chat,
+        special_tokens=str(special_tokens),
         stop=tuple(stop or ()),
     )
+    if generation_config:
+        options = with_generation_config(context, options)
     from bdcli.data.prompts import read_prompt
     from bdcli.results.store import Store
 
@@ -103,3 +120,16 @@ def decode(
         raise typer.Exit(INTERRUPTED)
     if result["output_equal"] is False:
         raise BdcliError("the text differs from plain decoding, so the run is invalid", "See bdcli doctor")
+
+
+def with_generation_config(context: typer.Context, options: DecodeOptions) -> DecodeOptions:
+    """`options` with what the target's generation_config.json says of sampling, except where a flag was given."""
+    from bdcli.model.generation import sampling_settings
+    from bdcli.model.hub import resolve
+
+    found = sampling_settings(resolve(options.target, "target"))
+    used = {name: value for name, value in found.items() if context.get_parameter_source(name).name != "COMMANDLINE"}
+    resolved = replace(options, **used)  # refuses bad values before anything is said
+    listed = ", ".join(f"{name} {value}" for name, value in used.items()) or "nothing that a flag does not say"
+    note(f"from generation_config.json: {listed}")
+    return resolved

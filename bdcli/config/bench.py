@@ -8,7 +8,7 @@ from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
 from bdcli.config.decode import WEIGHTS, default_drafter
-from bdcli.config.settings import TEMPERATURE, at_least, setting
+from bdcli.config.settings import SAMPLING_BOUNDS, SEED, at_least, setting
 
 ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
 PEER_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
@@ -59,10 +59,13 @@ class BenchRecipe:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bf16 where it is native")
     device: str = setting("auto", "auto, cpu, cuda, ...")
     engine: Literal["auto", "compiled", "torch"] = setting("auto", "what runs the forwards of our arms")
-    temperature: float = setting(0.0, "0 is greedy", at_least(0, TEMPERATURE))
-    top_k: int = setting(0, "0 is off")
-    top_p: float = setting(1.0, "1 is off")
-    seed: int = setting(0, "seed of sampling")
+    temperature: float = setting(0.0, "0 is greedy", SAMPLING_BOUNDS["temperature"])
+    top_k: int = setting(0, "0 is off", SAMPLING_BOUNDS["top_k"])
+    top_p: float = setting(1.0, "1 is off", SAMPLING_BOUNDS["top_p"])
+    min_p: float = setting(0.0, "0 is off", SAMPLING_BOUNDS["min_p"])
+    repetition_penalty: float = setting(1.0, "1 is off", SAMPLING_BOUNDS["repetition_penalty"])
+    seed: int = setting(0, "seed of sampling", SEED)
+    special_tokens: Literal["parse", "text"] = setting("parse", "special tokens that texts spell: tokens, or text")
     arms: dict[str, Arm] = field(
         default_factory=lambda: {"bd-512": Arm(budget=512)},
         metadata={"help": "name: method, budget, gamma, ...; ar is always among them"},
@@ -93,8 +96,6 @@ class BenchRecipe:
             yield "contexts", "must be at least 2 tokens each"
         if not self.datasets:
             yield "datasets", "must name at least one"
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            yield "top_p", "top_k must be 0 or more, top_p must lie in (0, 1]"
         if sum(arm.method == "ar" for arm in self.arms.values()) > 1:
             yield "arms", "ar may stand there once"
         for name, arm in self.arms.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass
 
 from bdcli.base.errors import UserError
 from bdcli.cache.selection import SELECTIONS
+from bdcli.config.settings import LARGEST_COUNT, SAMPLING_BOUNDS
 
 OWN = "self"  # as a drafter's name: the target itself
 WEIGHTS = ("auto", "bf16", "int8", "int4")
@@ -21,6 +21,7 @@ CHOICES = {
     "engine": ("auto", "triton", "compiled", "torch"),
     "baseline": ("sample", "full", "off"),
     "trim": ("middle",),
+    "special_tokens": ("parse", "text"),
 }
 
 
@@ -40,6 +41,8 @@ class DecodeOptions:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     max_new_tokens: int = 256
     weights: str = "auto"
@@ -51,6 +54,7 @@ class DecodeOptions:
     check: bool = False
     trim: str | None = None
     chat: bool = False
+    special_tokens: str = "parse"
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -63,12 +67,16 @@ class DecodeOptions:
                 raise UserError(f"{flag} {value} is not one of {', '.join(values)}", f"Default: {_default(name)}")
         _require(self.gamma is None or self.gamma >= 1, f"--gamma {self.gamma}", "be at least 1, or auto")
         _require(self.budget is None or self.budget >= 1, f"--budget {self.budget}", "be at least 1, or full")
-        _require(self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}", "be at least 1")
-        finite = math.isfinite(self.temperature) and self.temperature >= 0
-        _require(finite, f"--temperature {self.temperature}", "be 0 (greedy) or more")
-        _require(self.top_k >= 0, f"--top-k {self.top_k}", "be 0 (off) or more")
-        _require(0 < self.top_p <= 1, f"--top-p {self.top_p}", "lie in (0, 1]")
-        _require(0 <= self.seed < 2**63, f"--seed {self.seed}", "lie in 0 .. 2^63-1")
+        whole = 1 <= self.max_new_tokens <= LARGEST_COUNT
+        _require(whole, f"--max-new-tokens {self.max_new_tokens}", f"lie in 1 .. {LARGEST_COUNT}")
+        for name, bounds in SAMPLING_BOUNDS.items():
+            value = getattr(self, name)
+            _require(bounds.allows(value), f"--{name.replace('_', '-')} {value}", bounds.rule.removeprefix("must "))
+        if self.check and self.temperature > 0:
+            raise UserError(
+                f"--check compares greedy text, and --temperature {self.temperature} samples",
+                "Leave --check out, or give --temperature 0",
+            )
         _require(all(self.stop), "--stop ''", "hold at least one character")
 
     def as_dict(self) -> dict:

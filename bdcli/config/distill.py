@@ -8,7 +8,7 @@ from typing import Literal
 
 from bdcli.cache.view import GAMMA_MAX, SINKS
 from bdcli.config.optimizer import Updates
-from bdcli.config.settings import NON_NEGATIVE, TEMPERATURE, above, at_least, setting, within
+from bdcli.config.settings import NON_NEGATIVE, SEED, TRAINED_TEMPERATURE, above, at_least, setting, within
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Data:
     )
     written_tokens: int = setting(256, "length of that end")
     written_temperature: float | None = setting(
-        None, "temperature it is written at; none is the serving temperature", at_least(0, TEMPERATURE)
+        None, "temperature it is written at; none is the serving temperature", TRAINED_TEMPERATURE
     )
     together: int = setting(
         8, "texts written at once where the target's products are shared (not in compiled steps)", above(0)
@@ -69,7 +69,7 @@ class Loss:
         "kl", "ce on the target's argmax, forward KL, -log acceptance, LK hybrid"
     )
     sparse_weight: float = setting(1.0, "λ in L = L_A + λ·L_C; the full branch has weight 1", at_least(0, NON_NEGATIVE))
-    temperature: float = setting(1.0, "softmax temperature of both sides in the loss", above(0))
+    temperature: float = setting(1.0, "softmax temperature of both sides in the loss", within(0.01, 100))
     weights: Literal["uniform", "accepted_length"] = setting(
         "uniform", "accepted_length weighs each position by what it adds to the expected accepted length"
     )
@@ -114,11 +114,11 @@ class DistillRecipe:
         "pocket", "the drafter to start from, named as the target; none takes the first layers of the target"
     )
     layers: int = setting(2, "how many layers of the target, where drafter is none", above(0))
-    seed: int = setting(0, "seed of data order, views and sampling")
+    seed: int = setting(0, "seed of data order, views and sampling", SEED)
     device: str = setting("auto", "auto, cpu, cuda")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")
     temperature: float = setting(
-        0.0, "serving temperature: what the target writes is written at it", at_least(0, TEMPERATURE)
+        0.0, "serving temperature: what the target writes is written at it", TRAINED_TEMPERATURE
     )
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)

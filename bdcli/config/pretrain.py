@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bdcli.config.optimizer import Updates
-from bdcli.config.settings import NON_NEGATIVE, above, at_least, setting, within
+from bdcli.config.settings import NON_NEGATIVE, SEED, above, at_least, setting, within
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PretrainRecipe:
         None, "layers taken of init, the first ones; beyond its own, new ones that change nothing at first"
     )
     tokenizer: str | None = setting(None, "model whose tokenizer is taken; none takes that of init, or trains one")
-    seed: int = setting(0, "seed of weights and data order")
+    seed: int = setting(0, "seed of weights and data order", SEED)
     device: str = setting("auto", "auto, cpu, cuda")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")
     compile: bool = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -19,17 +20,34 @@ class Bounds:
 
 def above(limit: float) -> Bounds:
     """Larger than `limit`."""
-    return Bounds(lambda value: not value <= limit, f"must be above {limit}")
+    return Bounds(lambda value: value > limit, f"must be above {limit}")
 
 
 def at_least(limit: float, rule: str = "") -> Bounds:
     """`limit` or more; `rule` says it in other words."""
-    return Bounds(lambda value: not value < limit, rule or f"must be at least {limit}")
+    return Bounds(lambda value: value >= limit, rule or f"must be at least {limit}")
 
 
 def within(low: float, high: float) -> Bounds:
     """From `low` to `high`, both included."""
     return Bounds(lambda value: low <= value <= high, f"must lie in {low} .. {high}")
+
+
+LARGEST_COUNT = 2**31 - 1  # of tokens, in settings that the store keeps as integers
+SEED = within(0, 2**63 - 1)
+# Losses divide logits by it, in fp32: far outside this range nothing is left to learn from.
+TRAINED_TEMPERATURE = Bounds(
+    lambda value: value == 0 or 0.01 <= value <= 100, "must be 0 (greedy) or lie in 0.01 .. 100"
+)
+# What decode and bench sample with; the store's columns have the same names.
+SAMPLING_BOUNDS = {
+    "temperature": Bounds(lambda value: 0 <= value < math.inf, TEMPERATURE),
+    "top_k": Bounds(lambda value: 0 <= value <= LARGEST_COUNT, f"must lie in 0 (off) .. {LARGEST_COUNT}"),
+    "top_p": Bounds(lambda value: 0 < value <= 1, "must lie in (0, 1]; 1 is off"),
+    "min_p": Bounds(lambda value: 0 <= value <= 1, "must lie in 0 (off) .. 1"),
+    "repetition_penalty": Bounds(lambda value: 0.01 <= value <= 100, "must lie in 0.01 .. 100; 1 is off"),
+    "seed": SEED,
+}
 
 
 def setting(default, meaning: str, bounds: Bounds | None = None):

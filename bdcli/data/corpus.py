@@ -16,7 +16,7 @@ from bdcli.base.progress import SILENT, Progress
 from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.identity import sources_identity
-from bdcli.data.prompts import encode_all
+from bdcli.data.prompts import encode_documents
 from bdcli.data.sources import TOKEN_CHARACTERS, documents
 from bdcli.data.synthetic import copied_ids
 
@@ -92,7 +92,7 @@ def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Progress) 
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     parts, size = [], 0
     for at in range(0, len(docs), _DOCUMENTS_AT_ONCE):
-        for ids in encode_all(tokenizer, docs[at : at + _DOCUMENTS_AT_ONCE]):
+        for ids in encode_documents(tokenizer, docs[at : at + _DOCUMENTS_AT_ONCE]):
             parts.append(torch.tensor(ids + end, dtype=torch.int32))
             size += len(parts[-1])
         progress.advance(f"tokens of {Path(source).name}", min(size, wanted), wanted)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
-from bdcli.data.prompts import encode
+from bdcli.data.prompts import encode_document, special_tokens_note
 from bdcli.data.sources import INSTRUCTIONS, documents
 from bdcli.model.tokenizer import added_ids
 
@@ -27,6 +27,7 @@ class Sample:
     start: tuple[int, ...]  # what the tokenizer puts in front of any text
     before: tuple[int, ...]
     tail: tuple[int, ...]
+    note: str | None = None  # about its document's text, for people
 
     def prompt(self, context: int) -> list[int]:
         """Exactly `context` ids."""
@@ -40,6 +41,7 @@ class _Document(NamedTuple):
     name: str
     ids: tuple[int, ...]
     tail: tuple[int, ...]
+    note: str | None
 
 
 def ids_digest(ids: Sequence[int]) -> str:
@@ -48,15 +50,21 @@ def ids_digest(ids: Sequence[int]) -> str:
 
 
 def load_samples(
-    tokenizer, dataset: str, sources: Sequence[str], count: int, longest: int, questions: bool = True
+    tokenizer,
+    dataset: str,
+    sources: Sequence[str],
+    count: int,
+    longest: int,
+    questions: bool = True,
+    special: str = "parse",
 ) -> list[Sample]:
     """`count` samples of up to `longest` tokens; fewer when the documents are rows with a question each.
 
-    Without `questions` all documents are running text. Documents too short are left out. Raises UserError when none is
-    long enough.
+    Without `questions` all documents are running text. `special` as for `bdcli.data.prompts.encode`. Documents too
+    short are left out. Raises UserError when none is long enough.
     """
     start = added_ids(tokenizer)[0]
-    usable, short = _usable(tokenizer, start, _rows(dataset, sources, questions), count, longest)
+    usable, short = _usable(_Encoder(tokenizer, start, special), _rows(dataset, sources, questions), count, longest)
     if not usable:
         raise UserError(
             f"no document of {dataset} ({', '.join(sources)}) has {longest} tokens; {short} are shorter",
@@ -64,7 +72,7 @@ def load_samples(
         )
     samples = []
     for index in range(count):
-        (name, ids, tail), turn = usable[index % len(usable)], index // len(usable)
+        (name, ids, tail, note), turn = usable[index % len(usable)], index // len(usable)
         if tail and turn:
             break  # a question is asked once
         length = longest - len(start) - len(tail)
@@ -72,31 +80,40 @@ def load_samples(
         if not tail:
             cuts = (count - index % len(usable) + len(usable) - 1) // len(usable)  # samples of this document
             end = length + (len(ids) - length) * (turn + 1) // (cuts + 1)
-        samples.append(Sample(dataset, index, f"{name}@{end}", start, ids[end - length : end], tail))
+        samples.append(Sample(dataset, index, f"{name}@{end}", start, ids[end - length : end], tail, note))
     return samples
 
 
+class _Encoder(NamedTuple):
+    """A tokenizer, the ids that it puts in front, and how special tokens in a text are read."""
+
+    tokenizer: object
+    start: tuple[int, ...]
+    special: str
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        """Ids of `text` without those in front."""
+        ids = tuple(encode_document(self.tokenizer, text, self.special))
+        return ids[len(self.start) :] if self.start and ids[: len(self.start)] == self.start else ids
+
+
 def _usable(
-    tokenizer, start: tuple[int, ...], rows: Iterable[tuple[str, str, str]], count: int, longest: int
+    encoder: _Encoder, rows: Iterable[tuple[str, str, str]], count: int, longest: int
 ) -> tuple[list[_Document], int]:
     """The first `count` documents that fill `longest` tokens with their whole question, and how many do not."""
     usable, short = [], 0
     for name, text, question in rows:
-        ids = _bare(tokenizer, text, start)
-        tail = _bare(tokenizer, question, start) if question else ()
-        if len(start) + len(tail) < longest <= len(start) + len(ids) + len(tail):
-            usable.append(_Document(name, ids, tail))
+        ids = encoder(text)
+        tail = encoder(question) if question else ()
+        taken = len(encoder.start) + len(tail)
+        if taken < longest <= taken + len(ids):
+            note = special_tokens_note(encoder.tokenizer, text) if encoder.special == "parse" else None
+            usable.append(_Document(name, ids, tail, note))
         else:
             short += 1
         if len(usable) == count:
             break
     return usable, short
-
-
-def _bare(tokenizer, text: str, start: tuple[int, ...]) -> tuple[int, ...]:
-    """Ids of `text` without what the tokenizer puts in front."""
-    ids = tuple(encode(tokenizer, text))
-    return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
 def _rows(dataset: str, sources: Sequence[str], questions: bool) -> Iterator[tuple[str, str, str]]:

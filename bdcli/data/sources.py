@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
+from bdcli.base.texts import decode_text, read_text
 from bdcli.data.prompts import HELD_OUT, stdlib_text
 from bdcli.data.synthetic import recall_documents
 
@@ -111,13 +112,18 @@ def _file(path: Path, broken: list[str] | None) -> Iterator[Document]:
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     else:
-        for name, data in _tar_members(path) if path.name.endswith(_TARS) else [(path.stem, path.read_bytes())]:
+        for name, data in _tar_members(path) if path.name.endswith(_TARS) else [(path.stem, None)]:
             try:
-                yield Document(name, data.decode("utf-8"), is_held_out(name))
-            except UnicodeDecodeError as error:
+                yield Document(name, _text(name, data, path), is_held_out(name))
+            except UserError:
                 if broken is None:
-                    raise UserError(f"{path}: {name} is not UTF-8 (byte {error.start})", "Convert it first") from None
+                    raise
                 broken.append(name)
+
+
+def _text(name: str, data: bytes | None, path: Path) -> str:
+    """Text of the file `path`, or `data` of the member `name` of that archive."""
+    return read_text(path) if data is None else decode_text(data, f"{path}: {name}")
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:

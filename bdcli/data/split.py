@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bdcli.base.errors import UserError
-from bdcli.data.prompts import encode
+from bdcli.data.prompts import encode_document
 from bdcli.data.sources import documents, split_source
 
 
@@ -42,7 +42,7 @@ class TrainingDocuments:
         rest: list[int] = []
         before: list[int] = []
         for document in kept:
-            ids = encode(tokenizer, document.text + document.question)
+            ids = encode_document(tokenizer, document.text + document.question)
             if answer:
                 before = (before + ids)[answer - length :]
                 if document.question and len(before) == length - answer:
@@ -67,7 +67,7 @@ def held_out_prompts(
         name, here = split_source(source)[0], count // len(sources) + (len(found) < count % len(sources))
         usable: list[tuple[list[int], bool]] = []
         for d in documents(source) if here else ():
-            ids = encode(tokenizer, d.text + d.question) if d.held_out or everything else []
+            ids = encode_document(tokenizer, d.text + d.question) if d.held_out or everything else []
             if len(ids) > length:
                 usable.append((ids, bool(d.question)))
             if len(usable) == here:
@@ -96,7 +96,7 @@ def held_out_windows(tokenizer, sources: Sequence[str], length: int, count: int,
         pool = []
         for doc in documents(source):
             if doc.held_out or everything:
-                ids = encode(tokenizer, doc.text)
+                ids = encode_document(tokenizer, doc.text)
                 if len(ids) >= length:
                     start = (len(ids) - length) // 2
                     pool.append(ids[start : start + length])

@@ -29,7 +29,7 @@ def decode_run(
     loading the models again.
     """
     session = session or Session.open(options, progress)
-    ids = session.prompt_ids(text)
+    ids = session.prompt_ids(text, progress)
     dataset = "stdin" if source == "-" else Path(source).stem
     names = dict(zip(("target", "drafter"), session.pair.names))
     known = {"dataset": dataset, "method": session.selection.method, **names}

@@ -20,7 +20,7 @@ from bdcli.base.interrupt import deferred_interrupt
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection, parse_selection
 from bdcli.config.decode import OWN, DecodeOptions
-from bdcli.data.prompts import encode, fit
+from bdcli.data.prompts import encode, fit, shorten, special_tokens_note
 from bdcli.decode.memory import DecodePlan, decode_plan
 from bdcli.decode.pair import Pair, load_pair
 from bdcli.decode.positions import positions_note
@@ -50,19 +50,31 @@ class Session:
     def selection(self) -> Selection:
         """What the drafter keeps."""
         o = self.options
-        return parse_selection(o.budget, o.select, o.positions, o.gamma)
+        return parse_selection(o.budget, o.select, o.positions, self.gamma)
+
+    @property
+    def gamma(self) -> int | None:
+        """The draft length asked for, at most what --max-new-tokens leaves to draft; None is auto."""
+        o = self.options
+        return None if o.gamma is None else min(o.gamma, max(1, o.max_new_tokens - 1))
 
     @cached_property
     def sampling(self) -> Sampling:
-        return Sampling(self.options.temperature, self.options.top_k, self.options.top_p)
+        o, vocab = self.options, self.pair.target.config.vocab_size
+        return Sampling(o.temperature, min(o.top_k, vocab), o.top_p, o.min_p, o.repetition_penalty)
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, progress: Progress = SILENT) -> list[int]:
         """Ids of the prompt, fitted into what the target can hold.
 
-        Raises UserError where it is empty or too long, or the budget too small for it.
+        Special tokens that it spells are a note. Raises UserError where it is empty or too long, or the budget too
+        small for it.
         """
-        o, target = self.options, self.pair.target.config
-        ids = encode(self.pair.tokenizer, text, o.chat)
+        o, target, tokenizer = self.options, self.pair.target.config, self.pair.tokenizer
+        text = shorten(tokenizer, text, target.max_position, o.max_new_tokens, o.trim)
+        line = special_tokens_note(tokenizer, text) if o.special_tokens == "parse" else None
+        if line is not None:
+            progress.note(f"{line}; --special-tokens text reads them as text")
+        ids = encode(tokenizer, text, o.chat, o.special_tokens)
         if not ids:
             raise UserError("the prompt has no tokens", "Write one with: bdcli prompt --ctx 4k --out prompt.txt")
         limit = target.context_limit
@@ -125,12 +137,14 @@ class Session:
             "draft_weights": pair.drafter.weights,
             "attention": pair.backend.name,
             "budget": selection.budget or "full",
-            "gamma": o.gamma or "auto",
+            "gamma": self.gamma or "auto",
             "select": selection.label,
             "positions": selection.positions,
             "temperature": o.temperature,
-            "top_k": o.top_k,
+            "top_k": self.sampling.top_k,
             "top_p": o.top_p,
+            "min_p": o.min_p,
+            "repetition_penalty": o.repetition_penalty,
             "seed": o.seed,
         }
 
@@ -160,7 +174,7 @@ class Generation:
             self.speculator.prefill(self.prompt, self.progress)
             prefill_s = time.perf_counter() - started
             options, selection = self.session.options, self.session.selection
-            controller = warm_up(self.speculator, options.gamma, selection.gamma_max)
+            controller = warm_up(self.speculator, self.session.gamma, selection.gamma_max)
             with deferred_interrupt() as interrupt:
                 for done in self.speculator.rounds(options.max_new_tokens, self.session.pair.eos, controller):
                     self.ttft_s = self.ttft_s if self.ttft_s is not None else prefill_s + done.seconds
@@ -176,6 +190,17 @@ class Generation:
         if not interrupt.requested:
             self.status = "done"
             self.finish_reason = "stop" if self._stop.found else self.speculator.finish_reason
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        """Say so where auto γ found that drafting does not pay."""
+        idle = sum(r.tokens for r in self.rounds if r.drafted == 0)
+        if self.session.options.gamma is None and 2 * idle > len(self.tokens):
+            drafter = self.session.pair.names[1]
+            self.progress.note(
+                f"{idle} of {len(self.tokens)} tokens were decoded without drafting: after {len(self.prompt)} of "
+                f"prompt, a draft of {drafter} costs more than it saves here"
+            )
 
     def _show(self, piece: str) -> None:
         if piece:

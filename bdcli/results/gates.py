@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from bdcli.config.bench import BUDGETED, PEER_METHODS
 from bdcli.results.cells import counted, paired, seal
-from bdcli.results.metrics import LOOP_GRAM
 from bdcli.results.schema import Prompt, Run
 
 MIN_SAMPLES = 2  # below it there is no interval
-MAX_LOOPED = 0.9  # share of the tokens that can end a repeated 8-gram beyond which the figures describe a loop
+MAX_LOOPED = 0.9  # share of new tokens, ends of 8-grams seen before, beyond which the figures describe a loop
 # An arm and its AR must agree in all of these, or their ratio says nothing.
 COMPARED_COLUMNS = (
     "experiment",
@@ -30,6 +29,8 @@ COMPARED_COLUMNS = (
     "temperature",
     "top_k",
     "top_p",
+    "min_p",
+    "repetition_penalty",
     "git_revision",
 )
 STOP_RULES = ("max_new_tokens", "eos")
@@ -109,7 +110,7 @@ def figure_objections(run: Run, rows: Sequence[Prompt]) -> Iterator[str]:
     most = max((row.max_drafter_entries or 0 for row in good), default=0)
     if bounded and most > run.budget:
         yield f"the drafter held {most} entries, its budget is {run.budget}"
-    able = sum(max(0, row.new_tokens - LOOP_GRAM + 1) for row in good)
+    new = sum(row.new_tokens for row in good)
     looped = sum(row.loop_rate * row.new_tokens for row in good)
-    if able and looped > MAX_LOOPED * able:
-        yield f"the text loops: {looped:.0f} of the {able} tokens that can repeat do"
+    if new and looped > MAX_LOOPED * new:
+        yield f"the text loops: {looped:.0f} of its {new} tokens do"

@@ -83,6 +83,7 @@ def add_columns(connection: Connection, table: str, columns: dict[type, str]) ->
 MIGRATIONS: list[tuple[str, Callable[[Connection], None]]] = [
     ("baseline", baseline),
     ("weights of the models", lambda connection: add_columns(connection, "run", {String: "weights draft_weights"})),
+    ("sampling settings", lambda connection: add_columns(connection, "run", {Float: "min_p repetition_penalty"})),
 ]
 
 

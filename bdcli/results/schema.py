@@ -83,6 +83,8 @@ class Run(Figures, table=True):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     experiment: str | None = Field(default=None, index=True, description="key of a sweep, by which it is resumed")
     arm: str | None = figure("name of a bench cell's arm", TEXT, "arm")

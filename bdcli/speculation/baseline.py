@@ -15,6 +15,7 @@ from torch import Tensor
 from bdcli.speculation.draft_length import AutoGamma, Controller, FixedGamma
 from bdcli.speculation.rounds import Round
 from bdcli.speculation.runner import Runner
+from bdcli.speculation.sampling import SeenTokens
 from bdcli.speculation.speculator import Speculator
 
 SAMPLES = 10  # rounds replayed in a run by mode `sample`
@@ -64,12 +65,14 @@ class TieRule:
         return len(self._gaps) == self.ties
 
 
-def teacher_force(target: Runner, prompt: list[int], text: list[int]) -> TieRule:
+def teacher_force(target: Runner, prompt: list[int], text: list[int], penalty: float = 1.0) -> TieRule:
     """Judge a greedy `text` after `prompt` by one-row decoding of `target`, which holds the prompt but its last token.
 
-    Two passes over the text, one row and several rows at a time; afterwards the target holds what it did.
+    `penalty` is the repetition penalty under which it was generated. Two passes over the text, one row and several rows
+    at a time; afterwards the target holds what it did.
     """
     rule, held = TieRule(target), len(prompt) - 1
+    seen = SeenTokens(target.vocab, target.model.device)
     fed = [prompt[-1], *text[:-1]]
     target.rollback(held)
     alone = [target.feed([token], 1)[0].clone() for token in fed]
@@ -77,7 +80,11 @@ def teacher_force(target: Runner, prompt: list[int], text: list[int]) -> TieRule
     for start in range(0, len(fed), CHECK_ROWS):
         block = fed[start : start + CHECK_ROWS]
         for i, row in enumerate(target.feed(block, len(block)), start):
-            rule.compare(alone[i], row, text[i])
+            if penalty == 1:
+                rule.compare(alone[i], row, text[i])
+                continue
+            pair = torch.stack((alone[i], row))
+            rule.compare(*seen.penalised(pair, penalty, [*prompt, *text[:i]]), text[i])
     target.rollback(held)
     return rule
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bdcli.speculation.runner import Runner
-from bdcli.speculation.sampling import Sampling, best_tokens, draw
+from bdcli.speculation.sampling import Sampling, SeenTokens, best_tokens, draw
 
 
 class Draft(NamedTuple):
@@ -62,6 +62,7 @@ class ModelDrafter:
     def __init__(self, runner: Runner, own: bool = False):
         self.runner, self._own = runner, own
         self._target: Runner | None = None
+        self._seen: SeenTokens | None = None  # of the text, while there is a repetition penalty
 
     @property
     def length(self) -> int:
@@ -84,6 +85,7 @@ class ModelDrafter:
             self._target = target
 
     def prefill(self, tokens: list[int], on_block: Callable[[int, int], None] | None = None) -> None:
+        self._seen = None
         if self._target is None:
             self.runner.prefill(tokens, on_block)
         else:
@@ -96,6 +98,11 @@ class ModelDrafter:
         self.runner.rollback(length)
         if self._target is not None:
             self.runner.cache.copy_from(self._target.cache, length)
+
+    def penalised(self, row: Tensor, penalty: float, ids: list[int], drafted: list[int]) -> Tensor:
+        """Logits [1, V] with the repetition penalty of the text `ids` and what is drafted after it."""
+        self._seen = self._seen or SeenTokens(self.runner.vocab, row.device)
+        return self._seen.penalised(row, penalty, ids, drafted)
 
     def draft(self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator) -> Draft:
         """Exactly `gamma` >= 1 tokens to follow `ids`, each read but the last."""
@@ -123,6 +130,9 @@ class ModelDrafter:
             logits = feed([runners[i] for i in active], [unread[i] for i in active], [1] * len(active))
             for i, row in zip(active, logits):
                 best = best_tokens(row, "drafter")
+                if sampling.repetition_penalty != 1:
+                    row = drafters[i].penalised(row, sampling.repetition_penalty, ids[i], drafted[i])
+                    best = row.argmax(-1).tolist()
                 if sampling.greedy:
                     drafted[i] += best
                 else:

@@ -5,6 +5,7 @@ Everything here is pure: (logits, draft, randomness) in, tokens out. Probabiliti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,35 +14,85 @@ from torch import Tensor
 
 from bdcli.base.errors import NonFiniteError
 
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """Serving settings. temperature 0 is greedy, a branch of its own; top_k 0 and top_p 1 are off."""
+    """Serving settings. temperature 0 is greedy, a branch of its own; the other defaults are off.
+
+    The repetition penalty belongs to the logits and not to the distribution: see `SeenTokens.penalised`.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def distribution(self, logits: Tensor) -> Tensor:
-        """Serving probabilities [T, V] of logits [T, V]: temperature, then top-k, then top-p, renormalised.
+    @property
+    def divisor(self) -> float:
+        """The temperature as an fp32 number that is neither 0 nor infinite."""
+        return min(max(self.temperature, SMALLEST), LARGEST)
 
-        top-p keeps the smallest set of most likely tokens whose mass reaches p (Holtzman et al. 2020).
+    @property
+    def mass(self) -> float:
+        """top_p as an fp32 number that is not 0."""
+        return max(self.top_p, SMALLEST)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Serving probabilities [T, V] of logits [T, V]: temperature, top-k, top-p, min-p in turn, renormalised.
+
+        top-p keeps the smallest set of most likely tokens whose mass reaches p (Holtzman et al. 2020), min-p the tokens
+        at least so likely as that share of the likeliest (Nguyen et al. 2024).
         """
-        logits = logits / self.temperature
+        # differences to the largest overflow to -inf alone, whatever the temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.divisor
         if 0 < self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
         probs = logits.softmax(-1)
         if self.top_p < 1.0:
             ordered, index = probs.sort(-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p  # mass before the token already suffices
+            beyond = ordered.cumsum(-1) - ordered >= self.mass  # mass before the token already suffices
             probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), 0.0)
             probs = probs / probs.sum(-1, keepdim=True)
+        if self.min_p > 0:
+            probs = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0.0)
+            probs = probs / probs.sum(-1, keepdim=True)
         return probs
+
+
+class SeenTokens:
+    """Which tokens of the vocabulary a text has, kept while the text grows, for the repetition penalty."""
+
+    def __init__(self, vocab: int, device: torch.device | str):
+        self._seen, self._read = torch.zeros(vocab, dtype=torch.bool, device=device), 0
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Read the text `ids`; what it begins with may have been read already."""
+        if len(ids) < self._read:
+            self._seen.zero_()
+            self._read = 0
+        if len(ids) > self._read:
+            self._seen[torch.tensor(ids[self._read :], device=self._seen.device)] = True
+            self._read = len(ids)
+
+    def penalised(self, logits: Tensor, penalty: float, ids: Sequence[int], draft: Sequence[int] = ()) -> Tensor:
+        """Logits [T, V] with every token seen made less likely; the last row follows `ids` and all of `draft`.
+
+        Each row before it follows one token less. As `transformers` has it (Keskar et al. 2019): a positive logit is
+        divided by `penalty`, a negative one multiplied. `ids` continues what was read before.
+        """
+        self.read(ids)
+        seen = self._seen.expand(logits.shape).clone()
+        for row, token in enumerate(draft, len(logits) - len(draft)):
+            seen[max(row, 0) :, token] = True
+        return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 @dataclass(frozen=True)

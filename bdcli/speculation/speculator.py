@@ -19,7 +19,16 @@ from bdcli.speculation.draft_length import Controller
 from bdcli.speculation.drafter import Draft, Drafter
 from bdcli.speculation.rounds import Round
 from bdcli.speculation.runner import Runner
-from bdcli.speculation.sampling import Sampling, Verdict, best_tokens, check_finite, draw, verify_greedy, verify_sampled
+from bdcli.speculation.sampling import (
+    Sampling,
+    SeenTokens,
+    Verdict,
+    best_tokens,
+    check_finite,
+    draw,
+    verify_greedy,
+    verify_sampled,
+)
 
 NO_DRAFT = Draft([], None)
 
@@ -31,6 +40,7 @@ class Speculator:
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self._whole = None
+        self._seen: SeenTokens | None = None  # of the text, while there is a repetition penalty
         if drafter is not None:
             drafter.bind(target)
         if drafter is None or drafter.runner is not None:
@@ -48,7 +58,7 @@ class Speculator:
 
         `target_ready`: the target has read it already, for a generation before this one, and was rolled back to it.
         """
-        self.ids, self.prompt_tokens = list(prompt), len(prompt)
+        self.ids, self.prompt_tokens, self._seen = list(prompt), len(prompt), None
         if target_ready and self.target.length != len(prompt) - 1:
             raise RuntimeError(f"the target holds {self.target.length} tokens, not {len(prompt) - 1}")
         for role, model in (("target", None if target_ready else self.target), ("drafter", self.drafter)):
@@ -91,9 +101,19 @@ class Speculator:
             draft = self.drafter.draft(self.ids, gamma, self.sampling, self.generator) if gamma else NO_DRAFT
             drafted_at = time.perf_counter()
             logits = self.target.feed(self.ids[self.target.length :] + draft.tokens, len(draft.tokens) + 1)
+            logits = self.penalised(logits, draft.tokens)
             verdict = self.commit(draft, logits)
             verify_s = time.perf_counter() - drafted_at
         return Round(verdict.tokens, len(draft.tokens), verdict.accepted, drafted_at - started, verify_s, logits)
+
+    def penalised(self, logits: Tensor, draft: list[int]) -> Tensor:
+        """The target's logits [γ + 1, V] after the text and `draft`, with the repetition penalty of each row's text."""
+        penalty = self.sampling.repetition_penalty
+        if penalty == 1:
+            return logits
+        check_finite(logits, "target")  # a penalty could hide an infinite logit
+        self._seen = self._seen or SeenTokens(self.target.vocab, logits.device)
+        return self._seen.penalised(logits, penalty, self.ids, draft)
 
     def commit(self, draft: Draft, logits: Tensor) -> Verdict:
         """Verify `draft` by the target's logits [γ + 1, V]; append what is kept and roll back."""
@@ -120,7 +140,7 @@ class Speculator:
                 started = time.perf_counter()
                 draft = self.drafter.rehearse(ids, gamma, self.sampling, aside) if gamma else NO_DRAFT
                 logits = self.target.feed(ids[self.target.length :] + draft.tokens, gamma + 1)
-                self._verdict(draft, logits, aside)
+                self._verdict(draft, self.penalised(logits, draft.tokens), aside)
                 return time.perf_counter() - started
         finally:
             self._keep([])
@@ -136,9 +156,15 @@ class Speculator:
         """One autoregressive step of the target: logits [1, V] and seconds, the choice of a token included."""
         if self._whole is not None:
             return self._whole.plain(tokens)
+        penalty, text = self.sampling.repetition_penalty, self.ids[: self.target.length + 1]
+        seen = SeenTokens(self.target.vocab, self.generator.device)
+        if penalty != 1:
+            seen.read(text[:-1])  # plain decoding would have done so before
         started = time.perf_counter()
         with self.target.exclusive():
             logits = self.target.feed(tokens, 1)
+            if penalty != 1:
+                logits = seen.penalised(logits, penalty, text)
             best_tokens(logits, "target")
             if not self.sampling.greedy:
                 draw(self.sampling.distribution(logits)[0], torch.Generator(logits.device).manual_seed(0))

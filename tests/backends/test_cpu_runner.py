@@ -133,11 +133,12 @@ def test_a_draft_is_what_torch_drafts(kind):
             each.rollback(length)
 
 
-@pytest.mark.parametrize("law", [(0.7, 0, 1.0), (1.0, 0, 0.8), (1.3, 5, 1.0), (1.0, 7, 0.6)], ids=str)
+@pytest.mark.parametrize(
+    "law", [(0.7, 0, 1.0), (1.0, 0, 0.8), (1.3, 5, 1.0), (1.0, 7, 0.6), (1.5, 0, 1.0, 0.1), (1.2, 9, 0.9, 0.2)], ids=str
+)
 def test_draws_follow_the_serving_distribution(law):
     """q is the law that torch computes from the same logits, and tokens are drawn from it."""
-    temperature, top_k, top_p = law
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(*law)
     model = tiny_model(**SHAPES[0], seed=6)
     plain, fast = (drafter(e, model, Full(), 60) for e in (torch_backend(), pick_backend("compiled", [model], SILENT)))
     for each in (plain, fast):

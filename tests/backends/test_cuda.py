@@ -172,7 +172,9 @@ def test_texts_read_together_are_read_as_alone():
 # -- sampling
 
 
-@pytest.mark.parametrize("law", [(0.7, 0, 1.0), (1.0, 0, 0.8), (1.3, 5, 1.0), (1.0, 7, 0.6), (1.0, 99, 0.9)], ids=str)
+@pytest.mark.parametrize(
+    "law", [(0.7, 0, 1.0), (1.0, 0, 0.8), (1.3, 5, 1.0), (1.0, 7, 0.6), (1.0, 99, 0.9), (1.0, 7, 0.9, 0.3)], ids=str
+)
 def test_the_law_on_the_device_is_that_of_sampling(law):
     logits = 3 * torch.randn(6, 41, generator=FRESH)
     logits[:, 30:] = -torch.inf

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def compiled(q, k, v, scale=None):
-    from bdcli.backends.cpu.prompt_attention import causal_attention
+    from bdcli.backends.cpu.prompt.attention import causal_attention
 
     return causal_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -97,7 +97,7 @@ def test_not_a_number_is_not_hidden():
 
 
 def test_scratch_does_not_grow_with_the_prompt():
-    from bdcli.backends.cpu.prompt_attention import scratch_bytes
+    from bdcli.backends.cpu.prompt.attention import scratch_bytes
 
     sizes = [scratch_bytes(dim, group) for dim in (32, 64, 96, 128) for group in (1, 3, 8, 32)]
     assert max(sizes) < 1 << 20

@@ -15,7 +15,7 @@ pytestmark = compiled_only
 
 
 def compiled():
-    from bdcli.backends.cpu.layers import CompiledRows
+    from bdcli.backends.cpu.prompt.rows import CompiledRows
 
     return CompiledRows
 

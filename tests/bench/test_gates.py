@@ -43,7 +43,7 @@ def test_a_target_that_emits_nan_leaves_nothing_to_report(cli, tmp_path):
 
 def test_a_target_that_loops_one_token(cli, tmp_path):
     folder = changed(tmp_path, "target", "model.norm.weight", 0.0)  # all logits 0: token 0 for ever
-    found = reasons(cli(*SMALL, *BD, "--target", folder, "--max-new-tokens", 40, "--json"))
+    found = reasons(cli(*SMALL, *BD, "--target", folder, "--max-new-tokens", 100, "--json"))
     assert "the text loops" in found["ar"] and "the text loops" in found["bd-64-g3"]
 
 

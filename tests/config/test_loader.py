@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bdcli.base.errors import UserError
+from bdcli.config.bench import BenchRecipe
 from bdcli.config.distill import DistillRecipe
 from bdcli.config.loader import as_dict, explain, load_recipe
 from bdcli.config.pretrain import PretrainRecipe
@@ -204,3 +205,17 @@ def test_named_entries_are_strict_inside_and_may_be_replaced(tmp_path):
     assert load_recipe(None, BenchRecipe, ["samples=2"]).samples == 2
     with pytest.raises(UserError, match="--set sampels=2: unknown key sampels; did you mean samples"):
         load_recipe(None, BenchRecipe, ["sampels=2"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**23])
+@pytest.mark.parametrize("schema", [DistillRecipe, PretrainRecipe, BenchRecipe])
+def test_a_seed_that_no_generator_takes_is_refused(schema, seed):
+    with pytest.raises(UserError, match=r"seed: must lie in 0 .. 9223372036854775807"):
+        load_recipe(None, schema, [f"seed={seed}"])
+
+
+@pytest.mark.parametrize("value", ["1e-46", "1e300", ".nan", "-1", ".inf"])
+@pytest.mark.parametrize("key", ["temperature", "loss.temperature"])
+def test_a_temperature_that_losses_cannot_divide_by_is_refused(key, value):
+    with pytest.raises(UserError, match=f"{key}: must"):
+        load_recipe(None, DistillRecipe, [f"{key}={value}"])

@@ -112,3 +112,20 @@ def test_tars_of_texts_are_read_and_broken_ones_named(tmp_path):
     (tmp_path / "x.pdf").write_bytes(b"%PDF")
     with pytest.raises(UserError, match="of no kind"):
         list(documents(str(tmp_path / "x.pdf")))
+
+
+def test_documents_are_read_as_prompts_are(tmp_path):
+    """A mark is dropped, line ends stay, and what is not UTF-8 is named with the command that converts it."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert [d.text for d in documents(str(tmp_path))] == ["one\r\ntwo\n"]
+    for name, encoding in (("b", "utf-16"), ("c", "utf-32"), ("d", "latin1")):
+        (tmp_path / f"{name}.txt").write_bytes("Zoë and others\n".encode(encoding))
+        with pytest.raises(UserError, match=f"iconv -f {encoding} -t utf-8 .*{name}.txt"):
+            list(documents(str(tmp_path / f"{name}.txt")))
+    broken = []
+    assert len(list(documents(str(tmp_path), broken))) == 1 and broken == ["b", "c", "d"]
+    with tarfile.open(tmp_path / "e.tar", "w") as archive:
+        for name in "ab":
+            archive.add(tmp_path / f"{name}.txt", f"{name}.txt")
+    broken = []
+    assert [d.text for d in documents(str(tmp_path / "e.tar"), broken)] == ["one\r\ntwo\n"] and broken == ["b"]

@@ -31,7 +31,7 @@ def test_files_that_are_not_text_are_counted(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     read, kept, dropped, failed = TrainingDocuments([str(tmp_path)]).accounts
     assert (read, failed) == (3, 1) and read == kept + sum(dropped.values()) + failed
-    with pytest.raises(UserError, match="bad is not UTF-8"):
+    with pytest.raises(UserError, match=r"bad.txt is UTF-16, not UTF-8. Convert it: iconv"):
         list(documents(str(tmp_path)))
 
 

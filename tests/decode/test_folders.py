@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bdcli.data.prompts import encode, encode_all
+from bdcli.data.prompts import encode, encode_documents
 from bdcli.model.hub import POCKET
 from bdcli.model.tokenizer import load_tokenizer
 from tests.support.cli import compiled_only
@@ -108,7 +108,7 @@ def test_an_eos_that_the_tokenizer_appends_is_no_part_of_a_prompt(tmp_path, cli,
     assert tokenizer("x")["input_ids"][-1] == 1
     assert encode(tokenizer, "import os") == encode(bare, "import os") == bare("import os")["input_ids"]
     assert encode(tokenizer, "a</s>") == [*bare("a")["input_ids"], 1]  # one that is written stays
-    assert encode_all(tokenizer, ["a", "b c"]) == [encode(bare, "a"), encode(bare, "b c")]
+    assert encode_documents(tokenizer, ["a", "b c"]) == [encode(bare, "a"), encode(bare, "b c")]
     found = decode(text, "--target", folder)
     assert found.code == 0 and found.json["context"] == 300 and found.json["tokens"] == plain.json["tokens"]
     cut = cli("prompt", "--ctx", "200", "--target", folder)

@@ -13,7 +13,9 @@ FRAUDS = {
     "another text": ([text(0, output_equal=False), text(1)], {}, "1 of 2 texts differ from AR's"),
     "non-finite logits": ([text(0), text(1), text(2, error="NonFiniteError: nan")], {}, "NonFiniteError: nan"),
     "one sample": ([text(0)], {}, "1 sample, at least 2"),
-    "a loop": ([text(0, loop_rate=1 / 8), text(1, loop_rate=1 / 8)], {}, "the text loops: 2 of the 2 tokens"),
+    "a loop": ([text(0, loop_rate=1.0), text(1, loop_rate=7 / 8)], {}, "the text loops: 15 of its 16 tokens"),
+    "AR with another min-p": (ROWS, {"min_p": 0.1}, "another min_p"),
+    "AR with a repetition penalty": (ROWS, {"repetition_penalty": 1.3}, "another repetition_penalty"),
     "over budget": ([text(0, max_drafter_entries=257), text(1)], {}, "held 257 entries, its budget is 256"),
     "accepted more than drafted": ([text(0, rounds=[(8, 4, 5, 1, 0)]), text(1)], {}, "accepted more than it drafted"),
     "tokens from nowhere": ([text(0, rounds=[(5, 4, 4, 1, 0)]), text(1)], {}, "do not add up"),
@@ -45,7 +47,9 @@ def test_an_honest_cell_passes_and_peers_may_write_another_text():
         assert gates.objections(cell("hf-assisted", dtype=dtype), other, cell("ar"), AR_ROWS) == []
     warm = cell(config={"eos": [], "max_new_tokens": LIMIT, "warmup_samples": 1})
     assert "1 sample, at least 2 are needed" in list(gates.figure_objections(warm, ROWS))
-    half = [text(0, loop_rate=1 / 8), text(1)]  # loops are distinguished; only a cell of nothing else is refused
+    short = [text(i, loop_rate=6 / 8) for i in range(2)]  # grams that begin in the prompt count like any other
+    assert list(gates.figure_objections(cell(), short)) == []
+    half = [text(0, loop_rate=1.0), text(1)]  # loops are distinguished; only a cell of nothing else is refused
     assert list(gates.figure_objections(cell(), half)) == []
     over = [text(i, max_drafter_entries=300) for i in range(2)]
     assert list(gates.figure_objections(cell("official", budget=256), over)) == []  # its budget is no bound

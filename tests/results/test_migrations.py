@@ -41,7 +41,7 @@ def indexes(path):
 
 def applied(path):
     with sqlite3.connect(path) as file:
-        return [name for (name,) in file.execute("SELECT name FROM migration")]
+        return [name for (name,) in file.execute("SELECT name FROM migration ORDER BY rowid")]
 
 
 def test_a_store_before_migrations_is_reported_and_takes_new_runs(old, cli, tmp_path):

@@ -98,3 +98,17 @@ def test_interval_covers_the_rate(pocket, text_ids):
     ]
     cell = acceptance_cell(pocket[1], passages, Window(64, gamma=3), 3)
     assert cell.low <= cell.acceptance_rate <= cell.high and cell.passages == 6
+
+
+@pytest.mark.parametrize("select", ["window", "chunk"])
+def test_prompts_about_as_long_as_the_budget_are_measured(select):
+    target, drafter, selection = tiny_model(seed=1), tiny_model(layers=1, seed=2), parse_selection(64, select, gamma=4)
+    for length in (46, 47, 48, 49, 60, 63, 64, 65, 66):
+        prompt = [i * 7 % 41 for i in range(length)]
+        reader = ModelDrafter(Runner(drafter, cache_of(drafter, selection, length - 1, 130)))
+        engine = Speculator(Runner(target, FullCache(target, 130)), reader, Sampling(), 0)
+        engine.prefill(prompt)
+        steps = list(engine.rounds(20, frozenset(), FixedGamma(4)))
+        found = accept_probabilities(drafter, Passage("x", tuple(prompt), tuple(engine.new_tokens), 20), selection)
+        assert replay(found, 4, 20).accepted == sum(s.accepted for s in steps)
+        assert engine.drafter.peak_entries <= 64

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bdcli.backends.cpu import tables
-from bdcli.backends.cpu.layers import CompiledRows
 from bdcli.backends.cpu.machine.huge_pages import huge_zeros
-from bdcli.backends.cpu.prompt_attention import causal_attention
+from bdcli.backends.cpu.prompt.attention import causal_attention
+from bdcli.backends.cpu.prompt.rows import CompiledRows
 from bdcli.cache.budget import BudgetCache
 from bdcli.cache.full import FullCache
 from bdcli.cache.official import OfficialCache

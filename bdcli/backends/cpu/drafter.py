@@ -18,6 +18,8 @@ class CompiledDrafter(ModelDrafter):
     runner: CompiledRunner
 
     def draft(self, ids: list[int], gamma: int, sampling: Sampling, generator: torch.Generator) -> Draft:
+        if sampling.repetition_penalty != 1:  # which machine code does not know: one call a token
+            return super().draft_together([self], [ids], [gamma], sampling, [generator])[0]
         runner = self.runner
         tokens, block = runner.known(ids[runner.length :]), min(tables.MAX_CALL_ROWS, runner.cache.max_rows)
         while len(tokens) > block:
@@ -31,9 +33,10 @@ class CompiledDrafter(ModelDrafter):
         call[tables.Q_ROWS] = 0 if q is None else q.data_ptr()
         if q is not None:
             call[tables.SEED] = torch.randint(2**63 - 1, (), generator=generator)
-            call[tables.Q_STRIDE], call[tables.TOP_K] = 4 * runner.vocab, sampling.top_k
-            set_float(call, tables.TEMPERATURE, sampling.temperature)
-            set_float(call, tables.TOP_P, sampling.top_p)
+            call[tables.Q_STRIDE], call[tables.TOP_K] = 4 * runner.vocab, min(sampling.top_k, runner.vocab)
+            set_float(call, tables.TEMPERATURE, sampling.divisor)
+            set_float(call, tables.TOP_P, sampling.mass)
+            set_float(call, tables.MIN_P, sampling.min_p)
         runner.run(len(tokens) + gamma - 1)
         drafted = runner.tokens[len(tokens) : len(tokens) + gamma].tolist()
         if min(drafted) < 0:

@@ -87,8 +87,11 @@ def threshold(values, count, low, high, wanted, counting):
 
 
 @njit(error_model="numpy")
-def serve(logits, count, q, temperature, top_k, top_p):
-    """q = softmax(logits / temperature), cut to the top k and then to mass p, renormalised; NaN where not finite."""
+def serve(logits, count, q, temperature, top_k, top_p, min_p):
+    """q = softmax(logits / temperature), cut to the top k, to mass p and to `min_p` of the largest, renormalised.
+
+    Returns their sum, NaN where a logit is not finite.
+    """
     high = summit(logits, count)
     if not np.isfinite(high):
         return np.float32(np.nan)
@@ -98,8 +101,10 @@ def serve(logits, count, q, temperature, top_k, top_p):
     if 0 < top_k < count:
         least = threshold(q, count, np.float32(-87), np.float32(0), top_k, True)
     sums = soften(q, count, least)
-    if top_p < 1:
-        least = threshold(q, count, np.float32(0), np.float32(1), top_p * sums, False)
+    if top_p < 1 or min_p > 0:
+        least = np.float32(min_p)  # the largest is 1
+        if top_p < 1:
+            least = max(least, threshold(q, count, np.float32(0), np.float32(1), top_p * sums, False))
         sums = np.float32(0)
         for i in range(count):
             p = get_f32(q + 4 * i)
@@ -131,7 +136,13 @@ def draw(call, nth):
     logits, count = field(call, tables.LOGITS), field(call, tables.KNOWN)
     q = field(call, tables.Q_ROWS) + nth * field(call, tables.Q_STRIDE)
     mass = serve(
-        logits, count, q, number(call, tables.TEMPERATURE), field(call, tables.TOP_K), number(call, tables.TOP_P)
+        logits,
+        count,
+        q,
+        number(call, tables.TEMPERATURE),
+        field(call, tables.TOP_K),
+        number(call, tables.TOP_P),
+        number(call, tables.MIN_P),
     )
     if not mass > 0:
         return NOT_FINITE

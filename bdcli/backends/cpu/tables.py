@@ -63,7 +63,7 @@ LAYER_FIELDS = 17
 ) = range(LAYER_FIELDS)
 
 # One call: what to read, what to give back, and scratch.
-CALL_FIELDS = 30
+CALL_FIELDS = 31
 (
     ROWS,  # tokens of the first forward
     START,  # position of the first
@@ -75,6 +75,7 @@ CALL_FIELDS = 30
     TEMPERATURE,  # float; 0 is greedy
     TOP_K,
     TOP_P,  # float
+    MIN_P,  # float
     SEED,
     Q_ROWS,  # float [DRAFT, stride]: what each token was drawn from
     Q_STRIDE,  # bytes

@@ -31,7 +31,7 @@ class Text:
 
 @dataclass(frozen=True)
 class SamplingTensors:
-    """Sampling parameters as tensors [1]; top_k is the vocabulary where it is off, `truncated` False where both are.
+    """Sampling parameters as tensors [1]; top_k is the vocabulary where it is off, `truncated` False where all are.
 
     (A graph can hold no copy from the host, and torch makes one of a Python number in `where`: there are none here.)
     """
@@ -39,16 +39,18 @@ class SamplingTensors:
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
+    min_p: Tensor
     truncated: bool
 
     @classmethod
     def of(cls, sampling: Sampling, vocab: int, device: torch.device) -> SamplingTensors:
-        values = (sampling.temperature, min(sampling.top_k or vocab, vocab), sampling.top_p)
-        return cls(*(torch.tensor([x], device=device) for x in values), bool(sampling.top_k or sampling.top_p < 1))
+        values = (sampling.divisor, min(sampling.top_k or vocab, vocab), sampling.mass, sampling.min_p)
+        truncated = bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
+        return cls(*(torch.tensor([x], device=device) for x in values), truncated)
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Serving probabilities [T, V] of fp32 logits [T, V], as `Sampling.distribution` has them."""
-        logits = logits / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if not self.truncated:
             return logits.softmax(-1)
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
@@ -56,6 +58,7 @@ class SamplingTensors:
         probs = ordered.softmax(-1)
         beyond = (probs.cumsum(-1) - probs >= self.top_p) & (self.top_p < 1)  # mass before the token already suffices
         probs = probs.masked_fill(beyond, 0.0)
+        probs = probs.masked_fill(probs < self.min_p * probs[..., :1], 0.0)
         return torch.empty_like(probs).scatter_(-1, index, probs / probs.sum(-1, keepdim=True))
 
 

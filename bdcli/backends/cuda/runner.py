@@ -63,7 +63,12 @@ class StaticRunner(Runner):
         self.cache.reserve(start, rows)
         self.cache.record(start + rows)
 
-    def whole_rounds(self, drafter: StaticRunner | None, sampling: Sampling, generator: torch.Generator) -> GraphRounds:
+    def whole_rounds(
+        self, drafter: StaticRunner | None, sampling: Sampling, generator: torch.Generator
+    ) -> GraphRounds | None:
+        """As `Runner.whole_rounds`; none with a repetition penalty, which the program does not know."""
+        if sampling.repetition_penalty != 1:
+            return None
         return GraphRounds(self, drafter, sampling, generator)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from bdcli.backends.cpu import amx
 from bdcli.backends.cpu.amx import TILE_ROWS, end_tiles, more_square_tiles, shape_tiles, square_tiles
 from bdcli.backends.cpu.attention import narrow_row
-from bdcli.backends.cpu.layers import get_wide, put_as
 from bdcli.backends.cpu.machine.simd import (
     fetch_add,
     get,
@@ -36,6 +35,7 @@ from bdcli.backends.cpu.machine.simd import (
 from bdcli.backends.cpu.machine.support import dots_pay
 from bdcli.backends.cpu.machine.threads import run_on_torch_threads
 from bdcli.backends.cpu.products import DOTS, FLOATS, TILES, WIDE_ROWS, more_wide_panels, wide_panels
+from bdcli.backends.cpu.prompt.rows import get_wide, put_as
 from bdcli.backends.cpu.tables import field, number
 
 TASK_ROWS = 384  # queries of a task, of all heads of a group
