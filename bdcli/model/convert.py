@@ -14,7 +14,7 @@ from torch import Tensor
 from bdcli.base.errors import UserError
 from bdcli.base.files import new_folder
 from bdcli.model.checkpoint import load_model, read_config, save_model
-from bdcli.model.gguf import Gguf
+from bdcli.model.gguf.model import Gguf
 from bdcli.model.hub import resolve
 from bdcli.model.safetensors_files import EMBEDDING, HEAD
 from bdcli.model.source import COPIED, open_source

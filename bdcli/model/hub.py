@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from bdcli.base.errors import UserError
-from bdcli.model.gguf_file import SUFFIX, parts
+from bdcli.model.gguf.file import SUFFIX, parts
 from bdcli.model.known import KNOWN, fetched
 
 POCKET = Path(__file__).parent.parent / "assets" / "pocket"

@@ -11,8 +11,8 @@ import torch
 from bdcli.base.digests import file_digest
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
-from bdcli.model.gguf import Gguf
-from bdcli.model.gguf_file import SUFFIX
+from bdcli.model.gguf.file import SUFFIX
+from bdcli.model.gguf.model import Gguf
 from bdcli.model.hub import read_model_json
 from bdcli.model.quantised import Weight
 from bdcli.model.safetensors_files import TensorFiles, refuse_adapter

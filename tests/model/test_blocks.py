@@ -6,8 +6,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from bdcli.model import blocks
-from bdcli.model.blocks import ENCODINGS
+from bdcli.model.gguf import blocks
+from bdcli.model.gguf.blocks import ENCODINGS
 
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),

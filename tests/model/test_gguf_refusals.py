@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from bdcli.base.errors import UserError
 from bdcli.model.checkpoint import load_model, read_config
-from bdcli.model.gguf_file import open_gguf
+from bdcli.model.gguf.file import open_gguf
 from bdcli.model.hub import POCKET, resolve
 from bdcli.model.tokenizer import load_tokenizer
 from tests.support.gguf import add_value, alphabet, write_file

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from bdcli.base.errors import UserError
-from bdcli.model.gguf_file import open_gguf
-from bdcli.model.gguf_tokenizer import SPLITTINGS, build_tokenizer, end_tokens
+from bdcli.model.gguf.file import open_gguf
+from bdcli.model.gguf.tokenizer import SPLITTINGS, build_tokenizer, end_tokens
 from bdcli.model.hub import POCKET
 from bdcli.model.tokenizer import load_tokenizer
 from tests.support.gguf import ORIGINALS, PROBE, alphabet, byte_level_metadata, digest_of, write_file

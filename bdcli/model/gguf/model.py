@@ -16,9 +16,9 @@ from torch import Tensor
 from bdcli.base.digests import file_digest
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
-from bdcli.model.blocks import ENCODINGS
-from bdcli.model.gguf_file import GgufFile, StoredTensor, open_gguf, parts
-from bdcli.model.gguf_tokenizer import build_tokenizer, end_tokens, special_ids
+from bdcli.model.gguf.blocks import ENCODINGS
+from bdcli.model.gguf.file import GgufFile, StoredTensor, open_gguf, parts
+from bdcli.model.gguf.tokenizer import build_tokenizer, end_tokens, special_ids
 from bdcli.model.quantised import Weight
 
 ARCHITECTURES = {"llama": "Llama 2/3, Mistral", "qwen2": "Qwen2/2.5", "qwen3": "Qwen3"}

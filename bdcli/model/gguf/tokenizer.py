@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from bdcli.base.errors import UserError
-from bdcli.model.gguf_file import GgufFile
+from bdcli.model.gguf.file import GgufFile
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokenizer.ggml.token_type
 _FOLDER_INSTEAD = "Use the model's Hugging Face folder"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bdcli.base.errors import UserError
-from bdcli.model.blocks import ENCODINGS, Encoding
+from bdcli.model.gguf.blocks import ENCODINGS, Encoding
 
 SUFFIX = ".gguf"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
