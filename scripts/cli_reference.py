@@ -27,7 +27,7 @@ from bdcli.config.pretrain import PretrainRecipe
 DOCS = Path(__file__).parent.parent / "docs"
 WIDTH = 116  # characters of a line
 GROUPS = {
-    "decode": ("Decode", ("decode", "prompt", "convert")),
+    "decode": ("Decode", ("decode", "prompt", "fetch", "convert")),
     "train": ("Train", ("prepare", "distill", "pretrain")),
     "measure": ("Measure", ("bench", "report", "doctor")),
 }

@@ -16,7 +16,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.cache.selection import parse_selection
-from bdcli.config.bench import BenchRecipe
+from bdcli.config.bench import PEER_METHODS, BenchRecipe
 from bdcli.config.decode import OWN, SELECTIONS
 from bdcli.config.loader import as_dict
 from bdcli.data.document import Unread
@@ -92,11 +92,17 @@ class Experiment:
         self.tasks = [Task(*prompt, turn) for turn, prompt in enumerate(prompts)]
 
     def _find_models(self) -> list[Path]:
-        """Folders of the target, the drafter, and the drafter of every arm that has one."""
+        """Where the target, the drafter, and the drafter of every arm that has one are."""
         r = self.recipe
         names = [r.drafter, *(name for arm in r.arms.values() if (name := r.drafter_of(arm)) is not None)]
         target = resolve(r.target, "target")
-        return [target, *(target if name == OWN else resolve(name, "drafter") for name in names)]
+        found = [target, *(target if name == OWN else resolve(name, "drafter") for name in names)]
+        peer = next((arm.method for arm in r.arms.values() if arm.method in PEER_METHODS), None)
+        file = next((path for path in found if path.is_file()), None)
+        if peer is not None and file is not None:
+            hint = f"Give the folder that this makes: bdcli convert {file} NEW_FOLDER"
+            raise UserError(f"{peer} runs transformers, which needs a Hugging Face folder in place of {file}", hint)
+        return found
 
     def _check_length(self, needed: int) -> None:
         """Texts of `needed` tokens fit into the target. A drafter may have fewer positions (see `plan`)."""

@@ -12,7 +12,7 @@ from bdcli.base.console import end_interrupted, note, status_line
 from bdcli.base.errors import BdcliError
 from bdcli.base.streams import write_json, write_line
 from bdcli.cli.bench_options import BenchOptions, ShapeOptions
-from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.flags import MODEL_HELP, DbOption, JsonOption
 from bdcli.cli.output import SweepProgress, show_table
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, triton, compiled or torch.")] = None,
-    target: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
-    drafter: Annotated[str | None, typer.Option(help="Folder, hub name, pocket, or self.")] = None,
+    target: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    drafter: Annotated[str | None, typer.Option(help="As --target, or self.")] = None,
     weights: Annotated[str | None, typer.Option(help="Of the target: auto, bf16, int8 or int4.")] = None,
     draft_weights: Annotated[str | None, typer.Option(help="Of the drafters: auto, bf16, int8 or int4.")] = None,
     naive: Annotated[str | None, typer.Option(help="Undistilled drafter of the arms window and chunk.")] = None,

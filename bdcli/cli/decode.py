@@ -11,7 +11,7 @@ import typer
 from bdcli.base.console import note, status_line
 from bdcli.base.errors import INTERRUPTED, BdcliError
 from bdcli.base.streams import check_output, write_json
-from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.flags import MODEL_HELP, DbOption, JsonOption
 from bdcli.cli.output import DecodeProgress, show_summary, shown_first
 from bdcli.config.decode import CHOICES, DecodeOptions, parse_budget, parse_gamma
 
@@ -49,10 +49,10 @@ def decode(
     engine: Annotated[
         EngineName, typer.Option(help="auto: triton on a GPU, compiled on a CPU, where they can run.")
     ] = DEFAULT.engine,
-    target: Annotated[str, typer.Option(help="Folder, hub name, or pocket.")] = DEFAULT.target,
+    target: Annotated[str, typer.Option(help=MODEL_HELP)] = DEFAULT.target,
     drafter: Annotated[
         str | None,
-        typer.Option(help="Folder, hub name, pocket, or self: the target itself, the default for a target you name."),
+        typer.Option(help="As --target, or self: the target itself, the default for a target you name."),
     ] = None,
     weights: Annotated[
         Weights, typer.Option(help="Of the target. auto: as stored; int8 and int4 change what the target is.")

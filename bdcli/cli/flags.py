@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from bdcli.model.known import KNOWN
+
+MODEL_HELP = f"Folder, GGUF file, hub name, {', '.join(('pocket', *KNOWN))}."
 DbOption = Annotated[
     str, typer.Option("--db", help="Store: a file or SQLAlchemy URL. [default: BDCLI_DB or user data]")
 ]

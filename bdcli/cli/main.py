@@ -17,7 +17,7 @@ from bdcli.base.streams import check_output, prepare_streams, write_line
 from bdcli.cli.bench import bench
 from bdcli.cli.decode import decode
 from bdcli.cli.report import report
-from bdcli.cli.tools import convert, doctor, prompt
+from bdcli.cli.tools import convert, doctor, fetch, prompt
 from bdcli.cli.train import distill, prepare, pretrain
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def _root(
     app.debug = debug
 
 
-for command in (decode, report, prompt, convert, doctor, bench, prepare, pretrain, distill):
+for command in (decode, report, prompt, fetch, convert, doctor, bench, prepare, pretrain, distill):
     app.command()(command)
 
 

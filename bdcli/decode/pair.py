@@ -15,7 +15,7 @@ from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import BITS, OWN, DecodeOptions
 from bdcli.model.checkpoint import load_model, read_config, text_ends
 from bdcli.model.config import ModelConfig
-from bdcli.model.hub import resolve
+from bdcli.model.hub import NAMED, resolve
 from bdcli.model.llama import Model
 from bdcli.model.quantised import nbytes
 from bdcli.model.sizes import draft_weight_bytes, gigabytes, weight_bytes
@@ -171,7 +171,7 @@ def _check_weights(options: DecodeOptions, device: torch.device) -> None:
 
 def _load(path: Path, dtype: torch.dtype, device: torch.device, weights: str) -> Model:
     """A model with its weights as they are stored, dense, or in fewer bits."""
-    model = load_model(path, dtype, device, BITS.get(weights))
+    model = load_model(path, dtype, device, BITS.get(weights), keep_codes=weights == "auto")
     return model.dense() if weights == "bf16" else model
 
 
@@ -182,6 +182,6 @@ def _lighter(target: Model, weights: str) -> Model:
     return target if bits is None or (stored is not None and stored <= bits) else target.draft_weights(bits)
 
 
-def _name(given: str, folder: Path) -> str:
-    """How a model is stored: a local folder by its whole path."""
-    return str(folder.resolve()) if user_path(given).is_dir() else given
+def _name(given: str, path: Path) -> str:
+    """How a model is stored: a local folder or file by its whole path."""
+    return str(path.resolve()) if given not in NAMED and user_path(given).exists() else given

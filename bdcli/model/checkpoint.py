@@ -1,73 +1,49 @@
-"""Model folders in and out: configuration, EOS tokens and safetensors weights."""
+"""Models in and out: configuration, EOS tokens and weights, from what `resolve` finds."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from bdcli.base.digests import file_digest
-from bdcli.base.errors import UserError
-from bdcli.base.files import digest, new_folder
+from bdcli.base.files import new_folder
 from bdcli.model.config import ModelConfig, architecture_of, parse_config
-from bdcli.model.hub import read_model_json
 from bdcli.model.llama import Layer, Model
-from bdcli.model.quantised import quantise
-from bdcli.model.safetensors_files import EMBEDDING, HEAD, TensorFiles, refuse_adapter
-
-_IDENTITY = (  # what a model is, beside its weights
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "model.safetensors.index.json",
-)
+from bdcli.model.quantised import Weight, quantise, stack
+from bdcli.model.safetensors_files import EMBEDDING, HEAD
+from bdcli.model.source import Weights, open_source
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration of a model folder. Raises UserError on what is no model, or none that can be honoured."""
-    refuse_adapter(folder)
-    return parse_config(read_model_json(folder / "config.json"), str(folder))
+def read_config(path: Path) -> ModelConfig:
+    """Configuration of a folder or a GGUF file. Raises UserError on what is no model, or none that can be honoured."""
+    return parse_config(open_source(path).config(), str(path))
 
 
-def eos_tokens(folder: Path) -> frozenset[int]:
-    """EOS ids of a model: generation_config.json first, as `transformers` has it, else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        eos = read_model_json(path).get("eos_token_id") if path.exists() else None
-        if eos is not None:
-            found = eos if isinstance(eos, list) else [eos]
-            if not all(type(token) is int for token in found):
-                raise UserError(f"{path} has eos_token_id = {eos!r}, not a token id or a list of them", "Correct it")
-            return frozenset(found)
-    return frozenset()
+def eos_tokens(path: Path) -> frozenset[int]:
+    """Ids that end a text of the model."""
+    return open_source(path).eos()
 
 
-def text_ends(folder: Path, tokenizer, chat: bool) -> frozenset[int]:
+def text_ends(path: Path, tokenizer, chat: bool) -> frozenset[int]:
     """Tokens that end a text: the model's EOS, and in a chat the tokenizer's too, which closes a turn."""
     own = getattr(tokenizer, "eos_token_id", None)
-    return eos_tokens(folder) | ({own} if chat and own is not None else set())
+    return eos_tokens(path) | ({own} if chat and own is not None else set())
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> Model:
-    """Weights from safetensors (one file or shards with an index), cast to `dtype` on `device`.
+def load_model(
+    path: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, keep_codes: bool = False
+) -> Model:
+    """Weights from safetensors (one file or shards with an index) or a GGUF file, cast to `dtype` on `device`.
 
-    With `bits` 4 or 8 each layer is quantised as soon as it is read (`bdcli.model.quantised`).
+    With `bits` 4 or 8 each layer is quantised as soon as it is read (`bdcli.model.quantised`). With `keep_codes`
+    matrices that a GGUF file has in codes stay in them, on a CPU.
 
     Raises UserError naming the file and tensor when something is missing, truncated or of another shape.
     """
-    c = read_config(folder)
-    weights = TensorFiles(folder, dtype, device)
+    c = read_config(path)
+    weights = open_source(path).weights(dtype, device, keep_codes)
     hidden, q_rows, kv_rows = c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim
     embedding, head = _load_ends(weights, c)
     layers = []
@@ -83,7 +59,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     return Model(replace(c, tied_head=tied), embedding, layers, norm, head)
 
 
-def _load_ends(weights: TensorFiles, c: ModelConfig) -> tuple[Tensor, Tensor]:
+def _load_ends(weights: Weights, c: ModelConfig) -> tuple[Weight, Weight]:
     """Embedding and head. Tied ones are one tensor, stored under either name; two that differ are not tied."""
     shape = c.vocab_size, c.hidden_size
     if c.tied_head and EMBEDDING not in weights and HEAD in weights:
@@ -96,17 +72,17 @@ def _load_ends(weights: TensorFiles, c: ModelConfig) -> tuple[Tensor, Tensor]:
     return embedding, embedding if c.tied_head and torch.equal(head, embedding) else head
 
 
-def _load_layer(weights: TensorFiles, at: str, c: ModelConfig, q_rows: int, kv_rows: int) -> Layer:
+def _load_layer(weights: Weights, at: str, c: ModelConfig, q_rows: int, kv_rows: int) -> Layer:
     attention, mlp = at + "self_attn.", at + "mlp."
     hidden, inner = c.hidden_size, c.intermediate_size
     qkv = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
     gate_up = (("gate_proj", inner), ("up_proj", inner))
     layer = Layer(
         attention_norm=weights.take(at + "input_layernorm.weight", (hidden,)),
-        qkv=torch.cat([weights.take(f"{attention}{n}.weight", (rows, hidden)) for n, rows in qkv]),
+        qkv=stack([weights.take(f"{attention}{n}.weight", (rows, hidden)) for n, rows in qkv], weights.dtype),
         out=weights.take(attention + "o_proj.weight", (hidden, q_rows)),
         mlp_norm=weights.take(at + "post_attention_layernorm.weight", (hidden,)),
-        gate_up=torch.cat([weights.take(f"{mlp}{n}.weight", (rows, hidden)) for n, rows in gate_up]),
+        gate_up=stack([weights.take(f"{mlp}{n}.weight", (rows, hidden)) for n, rows in gate_up], weights.dtype),
         down=weights.take(mlp + "down_proj.weight", (hidden, inner)),
     )
     if c.qkv_bias:
@@ -123,20 +99,19 @@ def _load_layer(weights: TensorFiles, at: str, c: ModelConfig, q_rows: int, kv_r
     return layer
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Identity of a model: of all bytes of its weights, its configuration, its tokenizer and its EOS tokens."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    names += [name for name in _IDENTITY if (folder / name).exists()]
-    return digest([(name, file_digest(folder / name)) for name in sorted(names)])
+    return open_source(path).fingerprint()
 
 
 def save_model(model: Model, like: Path, folder: Path) -> None:
-    """Write `model` as a Hugging Face folder: weights in bf16, everything but depth copied from the folder `like`.
+    """Write `model` as a Hugging Face folder: weights in bf16, everything but depth taken from the model `like`.
 
     The folder appears whole or not at all: it is written beside its place and then renamed.
     """
     from safetensors.torch import save_file
 
+    model = model.dense()
     c, weights = model.config, {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
     rows = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
     if not c.tied_head:
@@ -158,7 +133,8 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
             weights[at + "self_attn.q_norm.weight"] = layer.qk_norm[0]
             weights[at + "self_attn.k_norm.weight"] = layer.qk_norm[c.heads]
     flat = {name: t.detach().to("cpu", torch.bfloat16).contiguous().clone() for name, t in weights.items()}
-    raw = read_model_json(like / "config.json")
+    source = open_source(like)
+    raw = source.config()
     raw |= {
         "architectures": [architecture_of(raw, str(like))],
         "dtype": "bfloat16",
@@ -168,8 +144,6 @@ def save_model(model: Model, like: Path, folder: Path) -> None:
     if raw.get("layer_types") is not None:
         raw["layer_types"] = (raw["layer_types"] + raw["layer_types"][-1:] * c.layers)[: c.layers]
     with new_folder(folder) as fresh:
-        for path in like.iterdir():
-            if path.suffix in (".json", ".model", ".jinja") and not path.name.endswith(".index.json"):
-                shutil.copy(path, fresh)
+        source.write_files(fresh)
         (fresh / "config.json").write_text(json.dumps(raw, indent=2), "utf-8")
         save_file(flat, fresh / "model.safetensors", {"format": "pt"})

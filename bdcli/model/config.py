@@ -17,7 +17,7 @@ SUPPORTED = {
     "Qwen2ForCausalLM": "Qwen2/2.5",
     "Qwen3ForCausalLM": "Qwen3",
 }
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 SCALED = ("linear", "dynamic", "yarn")  # RoPE types whose factor lengthens the context; of llama3 the length is final
 _MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in SUPPORTED}
 _EVERY = {
@@ -68,6 +68,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of the frequencies, [D/2] each
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _parse_rope(model: _Keys, head_dim: int) -> RopeConfig:
     defaults |= {"original_max_position_embeddings": max_position, "truncate": True}
     if "original_max_position_embeddings" in raw:  # beats the inner one
         scaling = scaling | {"original_max_position_embeddings": raw["original_max_position_embeddings"]}
-    if kind == "yarn":
+    if kind in ("yarn", "longrope"):
         defaults["factor"] = None
     keys = _Keys(scaling, defaults, where)
     partial = keys.value("partial_rotary_factor")
@@ -291,7 +293,24 @@ def _parse_rope(model: _Keys, head_dim: int) -> RopeConfig:
         rope |= {"low_freq_factor": low, "high_freq_factor": high}
     if kind == "yarn":
         rope |= _parse_yarn(keys, factor)
+    if kind == "longrope":
+        rope |= _parse_longrope(keys, factor, original, head_dim) | {"original_max_position": original}
     return RopeConfig(**rope)
+
+
+def _parse_longrope(keys: _Keys, factor: float, original: int, head_dim: int) -> dict[str, object]:
+    """Fields of a longrope RopeConfig that other types have not."""
+    found = {}
+    for name in ("short", "long"):
+        divisors = keys.value(f"{name}_factor")
+        numbers = isinstance(divisors, list) and all(isinstance(d, int | float) and 0 < d < _LARGEST for d in divisors)
+        if not numbers or len(divisors) != head_dim // 2:
+            raise keys.refuse(f"{name}_factor", f"{head_dim // 2} positive numbers")
+        found[f"{name}_factors"] = tuple(map(float, divisors))
+    attention = keys.number_or_none("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return found | {"attention_factor": attention}
 
 
 def _parse_yarn(keys: _Keys, factor: float) -> dict[str, float | bool]:

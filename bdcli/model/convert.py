@@ -1,4 +1,4 @@
-"""A .bin checkpoint as a safetensors folder, on request only: a pickle is opened with `weights_only=True`."""
+"""Models in .bin or GGUF files as safetensors folders. A pickle is opened on request only, with `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from torch import Tensor
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import new_folder
-from bdcli.model.checkpoint import read_config
+from bdcli.model.checkpoint import load_model, read_config, save_model
+from bdcli.model.gguf.model import Gguf
 from bdcli.model.hub import resolve
 from bdcli.model.safetensors_files import EMBEDDING, HEAD
+from bdcli.model.source import COPIED, open_source
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-KEPT = (".json", ".model", ".jinja")
 
 
 def convert(name: str, out: Path) -> Path:
-    """Write the model `name` (a folder or a hub name) with .bin weights as the safetensors folder `out`.
+    """Write the model `name`, which has .bin weights or is a GGUF file, as the safetensors folder `out`.
 
-    Tensors keep their dtype; a head that config.json ties to the embedding is left out where it equals that. The folder
-    appears whole or not at all. Raises UserError where there is nothing to convert, or a file holds more than tensors.
+    Tensors of .bin files keep their dtype, those of GGUF files become bf16; a head that config.json ties to the
+    embedding is left out where it equals that. The folder appears whole or not at all. Raises UserError where there is
+    nothing to convert, or a .bin file holds more than tensors.
     """
     if out.exists():
         raise UserError(f"{out} exists", "Give a new folder")
     folder = resolve(name, "target", pickles=True)
+    if isinstance(open_source(folder), Gguf):
+        save_model(load_model(folder, torch.bfloat16, torch.device("cpu")), folder, out)
+        return out
     if list(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds safetensors already", "Use it as it is")
     with new_folder(out) as fresh:
@@ -62,7 +67,7 @@ def _convert_into(fresh: Path, folder: Path, spare_head: bool) -> None:
         index = {"metadata": {}, "weight_map": where}
         (fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
     for path in folder.iterdir():
-        if path.suffix in KEPT and path.name != INDEX:
+        if path.suffix in COPIED and path.name != INDEX:
             shutil.copy(path, fresh)
 
 

@@ -1,4 +1,4 @@
-"""Where a model is: the pocket pair, a local folder, or a name on the Hugging Face hub."""
+"""Where a model is: the pocket pair, a known name, a local folder or GGUF file, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from pathlib import Path
 from bdcli.base.errors import UserError
 from bdcli.base.files import user_path
 from bdcli.base.places import readable_folder
+from bdcli.model.gguf.file import SUFFIX, parts
+from bdcli.model.known import KNOWN, fetched
 
 POCKET = Path(__file__).parent.parent / "assets" / "pocket"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*"]  # second copies of the weights in other layouts
-_NAMES = "Give a folder, a hub name like owner/model, or pocket"
+NAMED = ("pocket", *KNOWN)  # models that are named without a place
+_NAMES = f"Give a folder, a {SUFFIX} file, a hub name like owner/model, or one of: {', '.join(NAMED)}"
 
 
 def resolve(name: str, role: str, pickles: bool = False) -> Path:
-    """Folder of a model. `name` is `pocket`, a folder, or a hub name `owner/model`; role is target or drafter.
+    """Folder or GGUF file of a model, the first one where the file is split; role is target or drafter.
 
-    From the hub come safetensors, or with `pickles` .bin weights, for `bdcli convert`.
+    `name` is `pocket`, a known name, a folder, a GGUF file, or a hub name `owner/model`. From the hub come safetensors,
+    or with `pickles` .bin weights, for `bdcli convert`.
     """
     if name == "pocket":
         return POCKET / role
+    if name in KNOWN:
+        return fetched(name)
     path = user_path(name)
     if path.is_dir():
-        return readable_folder(path)
+        return _in_folder(readable_folder(path))
+    if path.suffix == SUFFIX and (path.is_file() or path.parent.is_dir()):
+        return _first_part(path)
     if path.exists():
-        raise UserError(f"--{role} {name} is a file", "Give the model's folder, the one that holds config.json")
+        hint = f"Give the model's folder, the one that holds config.json, or a {SUFFIX} file"
+        raise UserError(f"--{role} {name} is a file", hint)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"--{role} {name}: no such folder", _NAMES)
     from huggingface_hub import snapshot_download
@@ -47,6 +56,24 @@ def resolve(name: str, role: str, pickles: bool = False) -> Path:
         raise UserError(
             f"--{role} {name}: not in the local cache and the hub did not answer ({reason})", hint
         ) from None
+
+
+def _in_folder(folder: Path) -> Path:
+    """The folder, or the one model in GGUF files that it holds in place of a config.json."""
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if (folder / "config.json").exists() or not files:
+        return folder
+    models = sorted({_first_part(file) for file in files})
+    if len(models) > 1:
+        raise UserError(f"{folder} holds several models: {', '.join(m.name for m in models)}", "Name one of the files")
+    return models[0]
+
+
+def _first_part(path: Path) -> Path:
+    first = parts(path)[0]
+    if not first.is_file():
+        raise UserError(f"{first}: no such file", _NAMES)
+    return first
 
 
 def read_model_json(path: Path) -> dict:

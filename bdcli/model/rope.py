@@ -16,9 +16,10 @@ from bdcli.model.config import RopeConfig
 def frequencies(rope: RopeConfig, total_length: int) -> tuple[Tensor, float]:
     """Inverse frequencies [D/2] in fp32 and the factor on cos and sin.
 
-    `total_length` = prompt + new tokens; only dynamic NTK reads it. Sources: linear = position interpolation
-    (Chen et al. 2023); dynamic = NTK-aware base change, b' = b (s L/L0 - (s-1))^(D/(D-2)); llama3 = Llama 3.1
-    wavelength bands; yarn = Peng et al. 2023, eq. 23 with the correction range taken from the *original* length.
+    `total_length` = prompt + new tokens; only dynamic NTK and longrope read it. Sources: linear = position
+    interpolation (Chen et al. 2023); dynamic = NTK-aware base change, b' = b (s L/L0 - (s-1))^(D/(D-2)); llama3 =
+    Llama 3.1 wavelength bands; yarn = Peng et al. 2023, eq. 23 with the correction range taken from the *original*
+    length; longrope = Ding et al. 2024, a divisor for each frequency, one set for short and one for long texts.
     """
     dim = rope.head_dim
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
@@ -33,6 +34,9 @@ def frequencies(rope: RopeConfig, total_length: int) -> tuple[Tensor, float]:
         return _llama3(rope, inverse), 1.0
     if rope.kind == "yarn":
         return _yarn(rope, inverse)
+    if rope.kind == "longrope":
+        divisors = rope.long_factors if total_length > rope.original_max_position else rope.short_factors
+        return inverse / torch.tensor(divisors, dtype=torch.float32), rope.attention_factor
     return inverse, 1.0
 
 

@@ -55,7 +55,7 @@ class TensorFiles:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device):
         from safetensors import SafetensorError, safe_open
 
-        self._folder, self._dtype, self._device = folder, dtype, device
+        self._folder, self.dtype, self._device = folder, dtype, device
         self._corrupt = SafetensorError
         self._where = {}
         for path in _files(folder):
@@ -90,7 +90,7 @@ class TensorFiles:
             raise UserError(
                 f"{path}: {stored} has shape {tuple(tensor.shape)}, config.json says {shape}", "Check the pair"
             )
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, self.dtype)
 
     def _missing(self, name: str) -> UserError:
         hint = "Check config.json against the checkpoint"

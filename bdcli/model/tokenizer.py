@@ -1,4 +1,4 @@
-"""Tokenizers of model folders, and whether a target and a drafter share their tokens."""
+"""Tokenizers of models, and whether a target and a drafter share their tokens."""
 
 from __future__ import annotations
 
@@ -6,32 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdcli.base.errors import UserError
-from bdcli.model.hub import read_model_json
-
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer_class of a tokenizer.json that says it all
+from bdcli.model.source import open_source
 
 
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer as `transformers` builds it; no remote code.
+def load_tokenizer(path: Path):
+    """The tokenizer of a model, of the kind that `transformers` builds; no remote code.
 
-    Its `embedding_rows` is the vocabulary size that the folder's model has, None where there is no model.
+    Its `embedding_rows` is the vocabulary size that the model has, None where there is no model.
     """
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{folder} holds no tokenizer", "Copy tokenizer.json and tokenizer_config.json into it")
-    settings = read_model_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    if settings.get("tokenizer_class") in _GENERIC and (folder / "tokenizer.json").exists():
-        # what AutoTokenizer would choose, without its 150 MB of other models' modules
-        from transformers import PreTrainedTokenizerFast as AutoTokenizer
-    else:
-        from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds for a broken file
-        raise UserError(f"{folder}: the tokenizer cannot be read ({error})", "Download it again") from None
-    config = folder / "config.json"
-    tokenizer.embedding_rows = read_model_json(config).get("vocab_size") if config.exists() else None
-    return tokenizer
+    return open_source(path).tokenizer()
 
 
 def check_ids(tokenizer, ids: Sequence[int]) -> None:
@@ -61,6 +44,8 @@ def _common_start(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 def check_vocabulary(target: Path, drafter: Path, target_tokenizer) -> None:
     """Raise UserError unless every id that both know means the same token."""
+    if target == drafter:
+        return
     files = [folder / "tokenizer.json" for folder in (target, drafter)]
     if all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return

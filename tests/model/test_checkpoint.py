@@ -124,11 +124,15 @@ DAMAGES = {
         ["GPT2LMHeadModel", *SUPPORTED],
     ),
     "no architecture": (lambda f: drop_key(f, "architectures"), ["not supported", *SUPPORTED]),
-    "rope type": (lambda f: configure(f, rope_scaling={"type": "longrope"}), ["'longrope'", *ROPE_TYPES]),
+    "rope type": (lambda f: configure(f, rope_scaling={"type": "spiral"}), ["'spiral'", *ROPE_TYPES]),
     "rope factor": (lambda f: configure(f, rope_scaling={"type": "linear"}), ["lacks 'factor'"]),
     "llama3 band": (
         lambda f: configure(f, rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
         ["lacks 'high_freq_factor'"],
+    ),
+    "longrope factors": (
+        lambda f: configure(f, rope_parameters={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        ["short_factor", "3 positive numbers"],
     ),
     "partial rotary": (lambda f: configure(f, partial_rotary_factor=0.5), ["partial_rotary_factor 0.5"]),
     "activation": (lambda f: configure(f, hidden_act="gelu"), ["'gelu'", "silu"]),

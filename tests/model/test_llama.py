@@ -34,12 +34,25 @@ YARN = {  # a ramp over pairs 2 to 6 of 8; the default betas would make it anoth
     "beta_slow": 0.5,
     "original_max_position_embeddings": 128,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 200.0,
+    "factor": 4.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 0.7 * i for i in range(8)],
+    "original_max_position_embeddings": 128,
+}
 CASES = {
     "llama-mha-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-gqa-linear": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LINEAR}),
     "llama-biases-llama3": (
         "Llama",
         {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    ),
+    "llama-longrope-short": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LONGROPE}),
+    "qwen2-longrope-long": (
+        "Qwen2",
+        {"num_key_value_heads": 2, "rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}},
     ),
     "llama-dynamic-within": ("Llama", {"num_key_value_heads": 2, "rope_parameters": DYNAMIC}),
     "mistral-head-dim": ("Mistral", {"num_key_value_heads": 2, "head_dim": 22, "sliding_window": None}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from bdcli.model.build import random_model, write_first_layers
 from bdcli.model.checkpoint import save_model
 from bdcli.model.config import ModelConfig, parse_config
 from bdcli.model.hub import resolve
+from bdcli.model.source import open_source
 from bdcli.model.tokenizer import load_tokenizer
 
 SPECIAL_TOKENS = ("<s>", "</s>")  # ids 0 and 1; the tokenizer adds neither by itself
 TOKENIZER_CHARACTERS = 20_000_000  # of text that a tokenizer is trained on
 _START, _UNWEIGHTED = "start", "start.like"  # folders of a model made here, and of its files without weights
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
 
 
 def start_folder(recipe: PretrainRecipe, init: Path | None, out: Path) -> Path:
@@ -37,7 +36,7 @@ def start_folder(recipe: PretrainRecipe, init: Path | None, out: Path) -> Path:
     unweighted = out / _UNWEIGHTED
     unweighted.mkdir(exist_ok=True)
     if recipe.tokenizer is not None:
-        copy_tokenizer(resolve(recipe.tokenizer, "target"), unweighted)
+        open_source(resolve(recipe.tokenizer, "target")).write_tokenizer(unweighted)
     else:
         write_tokenizer(unweighted, tokenizer_text(recipe.corpus.sources), recipe.shape.vocab_size)
     tokenizer = load_tokenizer(unweighted)
@@ -75,13 +74,6 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
     bos, eos = SPECIAL_TOKENS
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files of a model folder."""
-    for name in _TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copy(source / name, folder)
 
 
 def write_config(folder: Path, shape: Shape, vocab_size: int, bos: int | None, eos: int | None) -> ModelConfig:
