@@ -127,6 +127,7 @@ def scarce(monkeypatch):
         raise AssertionError("memory is checked before anything is loaded")
 
     monkeypatch.setattr(memory, "free_memory", lambda _device: 5_000_000)
+    monkeypatch.setattr(memory, "resident_memory", lambda: 0)  # tests before this one have left theirs
     for place in ("bdcli.decode.pair.load_model", "bdcli.bench.shapes.random_model"):
         monkeypatch.setattr(place, unexpected)
 
@@ -159,8 +160,8 @@ def test_too_little_memory_is_one_line_before_anything_is_loaded(words, cli, tmp
 
 def test_what_is_planned_is_what_is_resident_then(tmp_path):
     """Of a process that decodes, to a tenth: weights, caches, the prompt's activations, Python and its libraries."""
-    import bdcli.backends.cpu.runner  # noqa: F401  (compiled by now: compiling takes memory of its own)
-
+    # compiled by now, for compiling takes memory of its own; in a process, for two may have compiled at once
+    subprocess.run([sys.executable, "-c", "import bdcli.backends.cpu.runner"], check=True)
     prompt = cut_prompt(load_tokenizer(POCKET / "target"), stdlib_text(), 3000)
     words = ["decode", "-", "--max-new-tokens", "8", "--baseline", "off", "--dtype", "float32", "--json"]
     command = [sys.executable, "-m", "bdcli", *words, "--db", str(tmp_path / "r.db")]

@@ -10,11 +10,11 @@ from bdcli.base.errors import UserError
 from bdcli.model.build import random_model
 from bdcli.model.checkpoint import read_config, save_model
 from bdcli.model.config import parse_config
+from bdcli.model.gguf.model import Gguf
 from bdcli.model.hub import POCKET
 from tests.support.fuzz import fuzz, mutated
 
 pytest.importorskip("gguf", reason="writes the files that are then edited")
-model_gguf = pytest.importorskip("bdcli.model.gguf", reason="GGUF files are not read yet")
 HEADER_BYTES = 3000  # of keys and tensors; weights follow
 
 
@@ -30,7 +30,7 @@ def files(tmp_path_factory):
     save_model(random_model(read_config(like), 0), like, folder / "model")
     path = write_model(folder / "model", folder / "a.gguf", "llama", alphabet())
     body = path.read_bytes()
-    assert parse_config(model_gguf.Gguf(path).config(), "a").hidden_size == 8
+    assert parse_config(Gguf(path).config(), "a").hidden_size == 8
     return folder / "edited.gguf", body
 
 
@@ -40,7 +40,7 @@ def test_an_edited_header_is_read_or_refused(files, data):
     path, body = files
     path.write_bytes(data.draw(mutated(body[:HEADER_BYTES], edits=2)) + body[HEADER_BYTES:])
     try:
-        parse_config(model_gguf.Gguf(path).config(), "edited")
+        parse_config(Gguf(path).config(), "edited")
     except UserError as error:
         assert "edited" in str(error)
 
@@ -50,4 +50,4 @@ def test_an_edited_header_is_read_or_refused(files, data):
 def test_any_bytes_are_read_or_refused(files, body, marked):
     files[0].write_bytes(b"GGUF\3\0\0\0" * marked + body)
     with pytest.raises(UserError):
-        model_gguf.Gguf(files[0]).config()
+        Gguf(files[0]).config()

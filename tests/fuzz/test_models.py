@@ -61,7 +61,8 @@ def assert_sound(config: ModelConfig) -> None:
         assert type(value) is int and value > 0, (name, value)
     assert type(config.max_position) is int and config.max_position > 0
     assert config.sliding_window is None or (type(config.sliding_window) is int and config.sliding_window > 0)
-    for value in (config.norm_eps, *(v for v in asdict(config.rope).values() if not isinstance(v, (str, bool)))):
+    settings = [v for v in asdict(config.rope).values() if not isinstance(v, (str, bool, tuple))]
+    for value in (config.norm_eps, *settings, *config.rope.short_factors, *config.rope.long_factors):
         assert value is None or (isinstance(value, (int, float)) and math.isfinite(value)), config
     assert config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
 
