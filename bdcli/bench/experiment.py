@@ -15,6 +15,7 @@ from typing import NamedTuple
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
+from bdcli.bench.methods import present, tool_versions
 from bdcli.cache.selection import parse_selection
 from bdcli.config.bench import BenchRecipe
 from bdcli.config.decode import OWN, SELECTIONS
@@ -57,12 +58,13 @@ class Task(NamedTuple):
 
 
 class Experiment:
-    """A recipe in one store; `fresh` measures again what is stored already.
+    """A recipe in one store, without the arms of absent tools; `fresh` measures again what is stored already.
 
     Raises UserError on texts and models that do not fit the recipe. No weights are loaded.
     """
 
     def __init__(self, recipe: BenchRecipe, store: Store, fresh: bool = False):
+        recipe, self.absent = present(recipe)
         self.recipe, self.store = recipe, store
         self.ar = next(name for name, arm in recipe.arms.items() if arm.method == "ar")
         self._folders = self._find_models()
@@ -112,7 +114,8 @@ class Experiment:
         longest = max(self.recipe.contexts)
         prompts = [ids_digest(sample.prompt(longest)) for samples in self.samples.values() for sample in samples]
         models = [fingerprint(folder) for folder in self._folders]
-        parts = [as_dict(self.recipe), models, prompts, machine(), versions(), git_revision()]
+        parts = [as_dict(self.recipe), models, prompts, machine(), versions() | tool_versions(self.recipe)]
+        parts.append(git_revision())
         base = digest(parts)[:KEY_DIGITS]
         stored = {run.experiment for run in self.store.runs() if (run.experiment or "").startswith(base)}
         last = max((int(key.rpartition("-")[2]) for key in stored), default=0)
@@ -138,7 +141,7 @@ class Experiment:
         ]
         if r.naive is not None and resolve(r.naive, "drafter") == self._folders[1]:
             lines.append("naive and drafter are the same model: the bd arms measure an undistilled drafter")
-        return [*lines, *self._position_notes(), *self._unread.lines()]
+        return [*lines, *self._position_notes(), *self._unread.lines(), *self.absent]
 
     def _position_notes(self) -> Iterator[str]:
         """A line for each arm whose drafter was made for fewer positions than it is asked for."""

@@ -12,14 +12,12 @@ import functools
 import inspect
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 
-from bdcli.bench.outcome import Method, Outcome, PreparedTarget
+from bdcli.bench.outcome import Block, Method, Outcome, PreparedTarget, rounds_of
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.model.hub import resolve
-from bdcli.results.metrics import RoundFigures
 
 PREFILL_ROWS = 512
 WARM_UP_TOKENS = 3
@@ -185,7 +183,7 @@ class HfMethod(Method):
         tokens = out[0, len(prompt) :].tolist()
         return Outcome(
             tokens=tokens,
-            rounds=_rounds(clock.blocks, widths),
+            rounds=rounds_of([Block(at, n, w - 1) for (at, n), w in zip(clock.blocks, widths, strict=True)]),
             ttft_s=hf.prefill_s + clock.blocks[0][0] - started,
             finish_reason="stop" if tokens and tokens[-1] in eos else "length",
             entries=None,
@@ -193,18 +191,6 @@ class HfMethod(Method):
             target_kv_bytes=_cache_bytes(cache),
             weight_bytes=self.weights(),
         )
-
-
-def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[RoundFigures]:
-    """Rounds from the arrival of blocks; a forward over w tokens verified w - 1 drafted ones.
-
-    The first block's time includes the assistant's prefill, so it gets the mean seconds per token of the others.
-    """
-    first, last = blocks[0][0], blocks[-1][0]
-    later = sum(n for _, n in blocks[1:])
-    per_token = (last - first) / later if later else 0.0
-    seconds = [per_token * blocks[0][1], *(b[0] - a[0] for a, b in pairwise(blocks))]
-    return [RoundFigures(n, w - 1, n - 1, s) for (_, n), w, s in zip(blocks, widths, seconds, strict=True)]
 
 
 class HfAutoregressive(HfMethod):

@@ -38,8 +38,8 @@ class Sweep:
     """
 
     def __init__(self, recipe: BenchRecipe, store: Store, progress: Progress = SILENT, fresh: bool = False):
-        self.recipe, self.progress = recipe, progress
-        self.experiment = Experiment(recipe, store, fresh)
+        self.progress, self.experiment = progress, Experiment(recipe, store, fresh)
+        self.recipe = recipe = self.experiment.recipe
         for line in self.experiment.notes():
             progress.note(line)
         self.models = Models(recipe, progress)
@@ -60,6 +60,8 @@ class Sweep:
                 else:
                     status = "done"
         finally:
+            for method in self.methods.values():
+                method.close()
             self.recorder.close_cells(status)
         runs = self.experiment.runs()
         result = {"experiment": self.experiment.key, "status": status, "cells": [cell_json(run) for run in runs]}
@@ -139,7 +141,7 @@ class Sweep:
         row.rounds = [r.row() for r in mark_loops(prompt, outcome.tokens, outcome.rounds)]
         row.ttft_s, row.max_drafter_entries = outcome.ttft_s, outcome.entries
         row.drafter_kv_bytes, row.target_kv_bytes = outcome.drafter_kv_bytes, outcome.target_kv_bytes
-        if meter.growth is not None:
+        if meter.growth is not None and outcome.weight_bytes is not None:
             row.peak_memory_bytes = outcome.weight_bytes + outcome.target_kv_bytes + meter.growth
 
     @property

@@ -37,7 +37,8 @@ def bench(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="ar,bd,full,window,chunk,official,lookup,hf-ar,hf-static,hf-assisted,hf-lookup; crossed with these."
+            help="ar,bd,full,window,chunk,official,lookup,hf-ar,hf-static,hf-assisted,hf-lookup,llama-cpp,"
+            "llama-cpp-ngram,vllm,openvino,openvino-sdpa,openvino-int8,openvino-int4; crossed with these."
         ),
     ] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms of the recipe, by name.")] = None,
