@@ -55,7 +55,11 @@ class Transformers:
     prefill_s: float = 0.0
 
     def load(self, name: str, role: str):
-        from transformers import AutoModelForCausalLM
+        """The model, with the library's own generation settings in place of its folder's.
+
+        A penalty or a forced token there would change the text, and `generate` takes what it is not given from there.
+        """
+        from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -63,6 +67,7 @@ class Transformers:
         model = AutoModelForCausalLM.from_pretrained(
             resolve(name, role), dtype=self.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
+        model.generation_config = GenerationConfig()
         return model.to(self.device).eval()
 
     @functools.cached_property

@@ -142,6 +142,8 @@ def _measure(recipe: BenchRecipe, store: Store, fresh: bool, as_json: bool) -> N
     for cell in result["cells"]:
         if not cell["valid"]:
             note(f"invalid: {cell['dataset']} {cell['context']} {cell['arm']}: {cell['invalid_reason']}")
+    for line in result["remarks"]:
+        note(line)
     if result["cells"] and not any(cell["samples"] for cell in result["cells"]):
         raise BdcliError("no cell could be measured", "The reasons stand above")
 
