@@ -21,7 +21,8 @@ from bdcli.bench.process import PeerError
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.model.hub import resolve
 
-PATIENCE_S = 600.0  # longest silence of a tool, while it loads as well as while it reads a prompt
+LOAD_S = 1800.0  # that a tool gets to load; vLLM compiles meanwhile
+PATIENCE_S = 600.0  # longest silence after a request
 WARM_UP_PROMPT, WARM_UP_TOKENS = 512, 3
 
 

@@ -98,7 +98,7 @@ class LlamaServer:
         command += ["--cache-type-k", "f16", "--cache-type-v", "f16", "--flash-attn", "auto", *flags]
         self._process = GuardedProcess("llama-server", command)
         try:
-            wait_until(self._ready, self._process, external.PATIENCE_S)
+            wait_until(self._ready, self._process, external.LOAD_S)
         except BaseException:
             self.close()
             raise

@@ -14,7 +14,7 @@ import torch
 
 from bdcli.base.devices import pick_dtype
 from bdcli.base.progress import SILENT, Progress
-from bdcli.bench import llama_cpp, peers
+from bdcli.bench import llama_cpp, peers, runtimes
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Method, Outcome, PreparedTarget
 from bdcli.config.bench import Arm, BenchRecipe
@@ -153,6 +153,11 @@ METHODS: dict[str, type[Method]] = {
     "hf-lookup": peers.HfLookup,
     "llama-cpp": llama_cpp.LlamaCpp,
     "llama-cpp-ngram": llama_cpp.LlamaCppNgram,
+    "vllm": runtimes.Vllm,
+    "openvino": runtimes.OpenVino,
+    "openvino-sdpa": runtimes.OpenVinoSdpa,
+    "openvino-int8": runtimes.OpenVinoInt8,
+    "openvino-int4": runtimes.OpenVinoInt4,
 }
 
 

@@ -98,6 +98,12 @@ class GuardedProcess:
             raise PeerError(f"{self.name}: {message['error']}")
         return message
 
+    def finish(self, patience_s: float) -> None:
+        """Until it has done its work. Raises PeerError where it fails, or takes longer."""
+        wait_until(lambda: not self.alive, self, patience_s)
+        if self._process.returncode:
+            raise self.death()
+
     def death(self) -> PeerError:
         """That it has ended, with its exit code and the last line of its log."""
         with contextlib.suppress(subprocess.TimeoutExpired):

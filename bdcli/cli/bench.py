@@ -37,8 +37,9 @@ def bench(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="ar,bd,full,window,chunk,official,lookup,hf-ar,hf-static,hf-assisted,hf-lookup,llama-cpp,"
-            "llama-cpp-ngram,vllm,openvino,openvino-sdpa,openvino-int8,openvino-int4; crossed with these."
+            help="With commas: ar,bd,full,window,chunk,official,lookup; transformers: hf-ar,hf-static,hf-assisted,"
+            "hf-lookup; other tools: llama-cpp,llama-cpp-ngram,vllm, openvino,openvino-sdpa,openvino-int8,"
+            "openvino-int4. Crossed with these."
         ),
     ] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms of the recipe, by name.")] = None,

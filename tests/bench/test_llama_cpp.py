@@ -92,6 +92,7 @@ def test_a_server_that_fails_makes_its_own_cell_invalid(cli, server, monkeypatch
     monkeypatch.setenv("FAKE", mode)
     if mode in ("hangs", "loading"):
         monkeypatch.setattr(external, "PATIENCE_S", 2.0)
+        monkeypatch.setattr(external, "LOAD_S", 2.0 if mode == "loading" else 60.0)
     found = cells(cli(*SMALL, "--methods", "llama-cpp,lookup", "--json"))
     assert not found[200, "llama-cpp"]["valid"] and reason in found[200, "llama-cpp"]["invalid_reason"], found
     assert found[200, "ar"]["valid"] and found[200, "lookup"]["valid"]
