@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bdcli.backends.transformers_engine import read_target_config
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
@@ -68,7 +69,10 @@ class Experiment:
         self.recipe, self.store = recipe, store
         self.ar = next(name for name, arm in recipe.arms.items() if arm.method == "ar")
         self._folders = self._find_models()
-        for folder in self._folders:
+        target, *drafters = self._folders
+        read = read_target_config if recipe.engine == "transformers" else read_config
+        self._limit = read(target).context_limit
+        for folder in drafters:
             read_config(folder)
         tokenizer, longest = load_tokenizer(self._folders[0]), max(recipe.contexts)
         for folder in dict.fromkeys(self._folders[1:]):
@@ -101,10 +105,9 @@ class Experiment:
 
     def _check_length(self, needed: int) -> None:
         """Texts of `needed` tokens fit into the target. A drafter may have fewer positions (see `plan`)."""
-        limit = read_config(self._folders[0]).context_limit
-        if needed > limit:
+        if needed > self._limit:
             raise UserError(
-                f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the {limit} "
+                f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the {self._limit} "
                 f"positions of {self.recipe.target}",
                 "Lower --ctx or --max-new-tokens",
             )

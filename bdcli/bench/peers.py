@@ -9,12 +9,12 @@ prefill and the wait for the first block.
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from dataclasses import dataclass, field
 
 import torch
 
+from bdcli.backends.transformers_engine import cache_argument
 from bdcli.bench.outcome import Block, Method, Outcome, PreparedTarget, rounds_of
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.model.hub import resolve
@@ -110,14 +110,6 @@ class Transformers:
         if beyond:
             self._cache.crop(-beyond)
         return self._cache
-
-
-@functools.cache
-def cache_argument() -> str:
-    """What `transformers` calls the KV cache in its calls: `cache` since 5.24, `past_key_values` before."""
-    from transformers import LlamaForCausalLM
-
-    return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def fill(model, ids: list[int], cache) -> None:

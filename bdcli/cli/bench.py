@@ -49,7 +49,7 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, triton, compiled or torch.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, triton, compiled, torch or transformers.")] = None,
     target: Annotated[str | None, typer.Option(help="Folder, hub name, or pocket.")] = None,
     drafter: Annotated[str | None, typer.Option(help="Folder, hub name, pocket, or self.")] = None,
     weights: Annotated[str | None, typer.Option(help="Of the target: auto, bf16, int8 or int4.")] = None,

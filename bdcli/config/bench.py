@@ -71,7 +71,9 @@ class BenchRecipe:
     protocol: Literal["default", "paper"] = setting("default", "paper: show the published figures beside ours")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bf16 where it is native")
     device: str = setting("auto", "auto, cpu, cuda, ...")
-    engine: Literal["auto", "compiled", "torch"] = setting("auto", "what runs the forwards of our arms")
+    engine: Literal["auto", "triton", "compiled", "torch", "transformers"] = setting(
+        "auto", "what runs the forwards of our arms; transformers: a target of any family, in that library"
+    )
     temperature: float = setting(0.0, "0 is greedy", SAMPLING_BOUNDS["temperature"])
     top_k: int = setting(0, "0 is off", SAMPLING_BOUNDS["top_k"])
     top_p: float = setting(1.0, "1 is off", SAMPLING_BOUNDS["top_p"])

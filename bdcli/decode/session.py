@@ -117,7 +117,7 @@ class Session:
         beyond = positions_note(self.pair.drafter.config, self.selection, total)
         if beyond:
             progress.note(beyond)
-        if device.type == "cuda":
+        if device.type == "cuda" and self.pair.backend.plans_memory:
             plan = self.memory_plan(len(prompt))
             progress.note(plan.line())
             plan.check(free_memory(device) + plan.weights)
