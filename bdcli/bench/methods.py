@@ -7,7 +7,7 @@ its own, `generate` generates. The methods of our engine share the target's cach
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
