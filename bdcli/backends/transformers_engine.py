@@ -20,8 +20,9 @@ from torch import Tensor
 from bdcli.backends.select import Backend, pick_backend
 from bdcli.base.errors import UserError
 from bdcli.base.progress import Progress
-from bdcli.cache.selection import CacheSize
+from bdcli.cache.selection import CacheSize, Selection
 from bdcli.model.llama import Model
+from bdcli.speculation.drafter import ModelDrafter
 from bdcli.speculation.runner import Runner
 
 PREFILL_ROWS = 512
@@ -271,6 +272,13 @@ class TransformersBackend(Backend):
 
     def target(self, model: TransformersModel, size: CacheSize) -> Runner:
         return Runner(model, EntryCache(model, size.capacity))
+
+    def drafter(
+        self, model: Model, selection: Selection, size: CacheSize, vocab: int, own: bool = False
+    ) -> ModelDrafter:
+        """Also see the base class. Keys cannot be taken from the library's cache: each reads the prompt."""
+        del own
+        return super().drafter(model, selection, size, vocab)
 
 
 def transformers_backend(target: TransformersModel, drafter: Model, progress: Progress) -> Backend:

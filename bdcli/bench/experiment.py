@@ -107,8 +107,8 @@ class Experiment:
         """Texts of `needed` tokens fit into the target. A drafter may have fewer positions (see `plan`)."""
         if needed > self._limit:
             raise UserError(
-                f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the {self._limit} "
-                f"positions of {self.recipe.target}",
+                f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the "
+                f"{self._limit} positions of {self.recipe.target}",
                 "Lower --ctx or --max-new-tokens",
             )
 

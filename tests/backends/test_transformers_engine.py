@@ -65,7 +65,14 @@ def folder(tmp_path_factory):
 
 
 def session(folder, **settings) -> Session:
-    plain = {"budget": 64, "gamma": 3, "max_new_tokens": 24, "dtype": "float32", "engine": "transformers"}
+    plain = {
+        "drafter": "pocket",
+        "budget": 64,
+        "gamma": 3,
+        "max_new_tokens": 24,
+        "dtype": "float32",
+        "engine": "transformers",
+    }
     return Session.open(DecodeOptions(target=str(folder), **plain | settings))
 
 
@@ -116,7 +123,18 @@ def test_sampling_runs_and_repeats_by_its_seed(folder, text_ids):
 
 
 def test_a_sweep_measures_such_a_target_beside_its_peers(cli, folder):
-    words = ["--engine", "transformers", "--target", folder("qwen3-moe"), "--budgets", 64, "--gamma", 3]
+    words = [
+        "--engine",
+        "transformers",
+        "--target",
+        folder("qwen3-moe"),
+        "--drafter",
+        "pocket",
+        "--budgets",
+        64,
+        "--gamma",
+        3,
+    ]
     found = cells(cli(*SMALL, *words, "--methods", "bd,lookup,hf-ar", "--json"))
     assert {arm: (c["output_equal"], c["attention"]) for (_, arm), c in found.items()} == dict.fromkeys(
         ("ar", "bd-64-g3", "lookup-g3", "hf-ar"), (True, "transformers")
@@ -162,6 +180,7 @@ def test_drafters_of_other_families_and_broken_folders_are_one_line(cli, folder,
     (odd / "config.json").write_text(
         json.dumps(config | {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5})
     )
+    words += ["--drafter", "pocket"]
     done = cli(*words, "--target", odd)
     assert done.code == 2 and "tensors are missing, first model.layers.4" in done.err
     (odd / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
