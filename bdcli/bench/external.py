@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bdcli.backends.cpu.support import thread_limit
+from bdcli.backends.cpu.machine.support import thread_limit
 from bdcli.base.devices import pick_device
 from bdcli.bench.outcome import Block, Method, Outcome, PreparedTarget, rounds_of
 from bdcli.bench.process import PeerError
