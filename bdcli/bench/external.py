@@ -74,6 +74,8 @@ class External(Method):
     def obstacle(cls, recipe: BenchRecipe) -> str | None:
         if pick_device(recipe.device).type != "cpu":
             return "it is measured on a CPU only; give --device cpu"
+        if recipe.min_p or recipe.repetition_penalty != 1:
+            return "tools mean other things by min_p and repetition_penalty; leave them out"
         return cls.missing() or cls.misfit(recipe)
 
     @classmethod
