@@ -1,5 +1,5 @@
 """What runs the forwards of decoding: Triton kernels in CUDA graphs on GPUs, compiled steps on processors they were
-written for, torch everywhere else.
+written for, torch everywhere else; on request a target of `transformers`, which may be of any family.
 
 The choice is made once, reported once, and stored with the run (`attention`); nothing falls back in silence.
 """
@@ -28,6 +28,7 @@ class Backend:
     runner_type: type[Runner]
     drafter_type: type[ModelDrafter]
     caches: CacheKinds
+    plans_memory = True  # `decode_plan` knows what it will hold
 
     def target(self, model: Model, size: CacheSize) -> Runner:
         """`model` with a full cache."""
@@ -56,9 +57,13 @@ def static_backend(name: str, detail: str) -> Backend:
 
 
 def pick_backend(requested: str, models: list[Model], progress: Progress) -> Backend:
-    """`requested` is auto, triton, compiled or torch. Raises UserError when one is asked for that cannot run."""
+    """`requested` is auto or the name of a backend. Raises UserError when one is asked for that cannot run."""
     if requested == "torch":
         return torch_backend()
+    if requested == "transformers":
+        from bdcli.backends.transformers_engine import transformers_backend
+
+        return transformers_backend(*models, progress)
     name = requested if requested != "auto" else "triton" if models[0].device.type == "cuda" else "compiled"
     backend = _triton(models) if name == "triton" else _compiled(models, progress)
     if isinstance(backend, Backend):

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bdcli.backends.transformers_engine import read_target_config
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
+from bdcli.bench.methods import present, tool_versions
 from bdcli.cache.selection import parse_selection
 from bdcli.config.bench import PEER_METHODS, BenchRecipe
 from bdcli.config.decode import OWN, SELECTIONS
@@ -58,16 +60,20 @@ class Task(NamedTuple):
 
 
 class Experiment:
-    """A recipe in one store; `fresh` measures again what is stored already.
+    """A recipe in one store, without the arms of absent tools; `fresh` measures again what is stored already.
 
     Raises UserError on texts and models that do not fit the recipe. No weights are loaded.
     """
 
     def __init__(self, recipe: BenchRecipe, store: Store, fresh: bool = False):
+        recipe, self.absent = present(recipe)
         self.recipe, self.store = recipe, store
         self.ar = next(name for name, arm in recipe.arms.items() if arm.method == "ar")
         self._folders = self._find_models()
-        for folder in self._folders:
+        target, *drafters = self._folders
+        read = read_target_config if recipe.engine == "transformers" else read_config
+        self._limit = read(target).context_limit
+        for folder in drafters:
             read_config(folder)
         tokenizer, longest = load_tokenizer(self._folders[0]), max(recipe.contexts)
         for folder in dict.fromkeys(self._folders[1:]):
@@ -106,11 +112,10 @@ class Experiment:
 
     def _check_length(self, needed: int) -> None:
         """Texts of `needed` tokens fit into the target. A drafter may have fewer positions (see `plan`)."""
-        limit = read_config(self._folders[0]).context_limit
-        if needed > limit:
+        if needed > self._limit:
             raise UserError(
-                f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the {limit} "
-                f"positions of {self.recipe.target}",
+                f"{max(self.recipe.contexts)} prompt + {self.recipe.max_new_tokens} new tokens exceed the "
+                f"{self._limit} positions of {self.recipe.target}",
                 "Lower --ctx or --max-new-tokens",
             )
 
@@ -119,7 +124,8 @@ class Experiment:
         longest = max(self.recipe.contexts)
         prompts = [ids_digest(sample.prompt(longest)) for samples in self.samples.values() for sample in samples]
         models = [fingerprint(folder) for folder in self._folders]
-        parts = [as_dict(self.recipe), models, prompts, machine(), versions(), git_revision()]
+        parts = [as_dict(self.recipe), models, prompts, machine(), versions() | tool_versions(self.recipe)]
+        parts.append(git_revision())
         base = digest(parts)[:KEY_DIGITS]
         stored = {run.experiment for run in self.store.runs() if (run.experiment or "").startswith(base)}
         last = max((int(key.rpartition("-")[2]) for key in stored), default=0)
@@ -145,7 +151,7 @@ class Experiment:
         ]
         if r.naive is not None and resolve(r.naive, "drafter") == self._folders[1]:
             lines.append("naive and drafter are the same model: the bd arms measure an undistilled drafter")
-        return [*lines, *self._position_notes(), *self._unread.lines()]
+        return [*lines, *self._position_notes(), *self._unread.lines(), *self.absent]
 
     def _position_notes(self) -> Iterator[str]:
         """A line for each arm whose drafter was made for fewer positions than it is asked for."""

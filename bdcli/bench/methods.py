@@ -7,14 +7,14 @@ its own, `generate` generates. The methods of our engine share the target's cach
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from bdcli.base.devices import pick_dtype
 from bdcli.base.progress import SILENT, Progress
-from bdcli.bench import peers
+from bdcli.bench import llama_cpp, peers, runtimes
 from bdcli.bench.lookup import Lookup
 from bdcli.bench.outcome import Method, Outcome, PreparedTarget
 from bdcli.config.bench import Arm, BenchRecipe
@@ -151,4 +151,24 @@ METHODS: dict[str, type[Method]] = {
     "hf-static": peers.HfStatic,
     "hf-assisted": peers.HfAssisted,
     "hf-lookup": peers.HfLookup,
+    "llama-cpp": llama_cpp.LlamaCpp,
+    "llama-cpp-ngram": llama_cpp.LlamaCppNgram,
+    "vllm": runtimes.Vllm,
+    "openvino": runtimes.OpenVino,
+    "openvino-sdpa": runtimes.OpenVinoSdpa,
+    "openvino-int8": runtimes.OpenVinoInt8,
+    "openvino-int4": runtimes.OpenVinoInt4,
 }
+
+
+def present(recipe: BenchRecipe) -> tuple[BenchRecipe, list[str]]:
+    """The recipe without the arms whose tools are not here, and a line about each of their methods."""
+    methods = dict.fromkeys(arm.method for arm in recipe.arms.values())
+    absent = {method: why for method in methods if (why := METHODS[method].obstacle(recipe)) is not None}
+    arms = {name: arm for name, arm in recipe.arms.items() if arm.method not in absent}
+    return replace(recipe, arms=arms), [f"{method} is left out: {why}" for method, why in absent.items()]
+
+
+def tool_versions(recipe: BenchRecipe) -> dict[str, str]:
+    """Versions of the tools that the arms run besides our own packages."""
+    return {name: v for arm in recipe.arms.values() for name, v in METHODS[arm.method].versions().items()}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bdcli.base.devices import peak_memory
-from bdcli.config.bench import Arm
+from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.results.metrics import RoundFigures
 from bdcli.speculation.runner import Runner
 
@@ -28,7 +30,7 @@ class Outcome:
     """One text and what it cost.
 
     `rounds` hold decode time only; `ttft_s` is both prefills and the first round; `entries` are the most KV entries per
-    layer and KV head that the drafter held.
+    layer and KV head that the drafter held. Bytes are None for a tool in a process of its own.
     """
 
     tokens: list[int]
@@ -36,9 +38,29 @@ class Outcome:
     ttft_s: float
     finish_reason: str | None
     entries: int | None
-    drafter_kv_bytes: int
-    target_kv_bytes: int
-    weight_bytes: int
+    drafter_kv_bytes: int | None
+    target_kv_bytes: int | None
+    weight_bytes: int | None
+
+
+class Block(NamedTuple):
+    """New tokens that arrived together, at a moment in seconds; `drafted` of them and of the rejected ones were."""
+
+    at: float
+    tokens: int
+    drafted: int
+
+
+def rounds_of(blocks: Sequence[Block]) -> list[RoundFigures]:
+    """Rounds from the arrival of blocks; of each all tokens but one were drafted.
+
+    The first block's time includes reading the prompt, so it gets the mean seconds per token of the others.
+    """
+    first, last = blocks[0].at, blocks[-1].at
+    later = sum(block.tokens for block in blocks[1:])
+    per_token = (last - first) / later if later else 0.0
+    seconds = [per_token * blocks[0].tokens, *(b.at - a.at for a, b in pairwise(blocks))]
+    return [RoundFigures(b.tokens, b.drafted, b.tokens - 1, s) for b, s in zip(blocks, seconds, strict=True)]
 
 
 class Method:
@@ -50,6 +72,15 @@ class Method:
     def __init__(self, models, arm: Arm):
         raise NotImplementedError
 
+    @classmethod
+    def obstacle(cls, recipe: BenchRecipe) -> str | None:
+        """Why the method cannot run here, with the next step; None when it can."""
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Versions of what it runs besides our own packages."""
+        return {}
+
     def columns(self) -> dict:
         """What the store's row says about the arm besides method, budget and γ."""
         return {}
@@ -60,6 +91,9 @@ class Method:
     def generate(self, prompt: list[int], prepared: PreparedTarget, seed: int) -> Outcome:
         """One text after the prompt, timed."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """End what was started for it."""
 
 
 class MemoryMeter:

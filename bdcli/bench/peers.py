@@ -9,17 +9,15 @@ prefill and the wait for the first block.
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 
-from bdcli.bench.outcome import Method, Outcome, PreparedTarget
+from bdcli.backends.transformers_engine import cache_argument
+from bdcli.bench.outcome import Block, Method, Outcome, PreparedTarget, rounds_of
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.model.hub import resolve
-from bdcli.results.metrics import RoundFigures
 
 PREFILL_ROWS = 512
 WARM_UP_TOKENS = 3
@@ -57,7 +55,11 @@ class Transformers:
     prefill_s: float = 0.0
 
     def load(self, name: str, role: str):
-        from transformers import AutoModelForCausalLM
+        """The model, with the library's own generation settings in place of its folder's.
+
+        A penalty or a forced token there would change the text, and `generate` takes what it is not given from there.
+        """
+        from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -65,6 +67,7 @@ class Transformers:
         model = AutoModelForCausalLM.from_pretrained(
             resolve(name, role), dtype=self.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
+        model.generation_config = GenerationConfig()
         return model.to(self.device).eval()
 
     @functools.cached_property
@@ -107,14 +110,6 @@ class Transformers:
         if beyond:
             self._cache.crop(-beyond)
         return self._cache
-
-
-@functools.cache
-def cache_argument() -> str:
-    """What `transformers` calls the KV cache in its calls: `cache` since 5.24, `past_key_values` before."""
-    from transformers import LlamaForCausalLM
-
-    return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def fill(model, ids: list[int], cache) -> None:
@@ -185,7 +180,7 @@ class HfMethod(Method):
         tokens = out[0, len(prompt) :].tolist()
         return Outcome(
             tokens=tokens,
-            rounds=_rounds(clock.blocks, widths),
+            rounds=rounds_of([Block(at, n, w - 1) for (at, n), w in zip(clock.blocks, widths, strict=True)]),
             ttft_s=hf.prefill_s + clock.blocks[0][0] - started,
             finish_reason="stop" if tokens and tokens[-1] in eos else "length",
             entries=None,
@@ -193,18 +188,6 @@ class HfMethod(Method):
             target_kv_bytes=_cache_bytes(cache),
             weight_bytes=self.weights(),
         )
-
-
-def _rounds(blocks: list[tuple[float, int]], widths: list[int]) -> list[RoundFigures]:
-    """Rounds from the arrival of blocks; a forward over w tokens verified w - 1 drafted ones.
-
-    The first block's time includes the assistant's prefill, so it gets the mean seconds per token of the others.
-    """
-    first, last = blocks[0][0], blocks[-1][0]
-    later = sum(n for _, n in blocks[1:])
-    per_token = (last - first) / later if later else 0.0
-    seconds = [per_token * blocks[0][1], *(b[0] - a[0] for a, b in pairwise(blocks))]
-    return [RoundFigures(n, w - 1, n - 1, s) for (_, n), w, s in zip(blocks, widths, seconds, strict=True)]
 
 
 class HfAutoregressive(HfMethod):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 from bdcli.base.devices import dtype_name
+from bdcli.base.provenance import versions
 from bdcli.bench.experiment import Cell, Experiment, Task
 from bdcli.bench.methods import Models
 from bdcli.bench.outcome import Method
@@ -68,6 +69,7 @@ class Recorder:
             "min_p": r.min_p,
             "repetition_penalty": r.repetition_penalty,
             "seed": r.seed,
+            "versions": versions() | self.methods[cell.arm].versions(),
             **self.methods[cell.arm].columns(),
         }
 

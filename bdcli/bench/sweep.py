@@ -8,6 +8,7 @@ task (`bdcli.bench.experiment`):  read the prompt once with the target
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from bdcli.base.errors import NonFiniteError
@@ -24,8 +25,9 @@ from bdcli.config.decode import DecodeOptions
 from bdcli.data.samples import ids_digest
 from bdcli.decode.session import Session
 from bdcli.results.cells import cell_json
+from bdcli.results.gates import remarks
 from bdcli.results.metrics import mark_loops, measure
-from bdcli.results.schema import Prompt
+from bdcli.results.schema import Prompt, Run
 from bdcli.results.store import Store
 from bdcli.speculation.baseline import teacher_force
 
@@ -39,8 +41,8 @@ class Sweep:
     """
 
     def __init__(self, recipe: BenchRecipe, store: Store, progress: Progress = SILENT, fresh: bool = False):
-        self.recipe, self.progress = recipe, progress
-        self.experiment = Experiment(recipe, store, fresh)
+        self.progress, self.experiment = progress, Experiment(recipe, store, fresh)
+        self.recipe = recipe = self.experiment.recipe
         for line in self.experiment.notes():
             progress.note(line)
         check_sweep(recipe, progress)
@@ -51,7 +53,10 @@ class Sweep:
         self._done = 0  # cost of the texts that are stored, in tokens
 
     def run(self) -> dict:
-        """Measure what is missing; returns {experiment, status, cells}. Ctrl-C ends it after the running arm."""
+        """Measure what is missing. Ctrl-C ends it after the running arm.
+
+        Returns {experiment, status, cells, remarks}, with the paper's figures where its protocol was asked for.
+        """
         self._done, status = 0, "interrupted"
         try:
             with deferred_interrupt() as interrupt:
@@ -62,10 +67,19 @@ class Sweep:
                 else:
                     status = "done"
         finally:
+            for method in self.methods.values():
+                method.close()
             self.recorder.close_cells(status)
         runs = self.experiment.runs()
         result = {"experiment": self.experiment.key, "status": status, "cells": [cell_json(run) for run in runs]}
+        result["remarks"] = [line for run in runs for line in self._remarks(run)]
         return result | ({"paper": compare(runs)} if self.recipe.protocol == "paper" else {})
+
+    def _remarks(self, run: Run) -> Iterator[str]:
+        """Remarks about a cell."""
+        ar = next((other for other in self.experiment.runs() if other.run_id == run.ar_run_id), None)
+        for line in remarks(run, self.experiment.store.prompts(run.run_id), ar):
+            yield f"{run.dataset} {run.context} {run.arm}: {line}"
 
     def _measure(self, task: Task, interrupt: Interrupt) -> None:
         """One prompt: all arms that have not generated after it, the comparison with AR, the cells' rows."""
@@ -141,7 +155,7 @@ class Sweep:
         row.rounds = [r.row() for r in mark_loops(prompt, outcome.tokens, outcome.rounds)]
         row.ttft_s, row.max_drafter_entries = outcome.ttft_s, outcome.entries
         row.drafter_kv_bytes, row.target_kv_bytes = outcome.drafter_kv_bytes, outcome.target_kv_bytes
-        if meter.growth is not None:
+        if meter.growth is not None and outcome.weight_bytes is not None:
             row.peak_memory_bytes = outcome.weight_bytes + outcome.target_kv_bytes + meter.growth
 
     @property

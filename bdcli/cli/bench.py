@@ -37,7 +37,9 @@ def bench(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="ar,bd,full,window,chunk,official,lookup,hf-ar,hf-static,hf-assisted,hf-lookup; crossed with these."
+            help="With commas: ar,bd,full,window,chunk,official,lookup; transformers: hf-ar,hf-static,hf-assisted,"
+            "hf-lookup; other tools: llama-cpp,llama-cpp-ngram,vllm, openvino,openvino-sdpa,openvino-int8,"
+            "openvino-int4. Crossed with these."
         ),
     ] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms of the recipe, by name.")] = None,
@@ -47,7 +49,7 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, triton, compiled or torch.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, triton, compiled, torch or transformers.")] = None,
     target: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     drafter: Annotated[str | None, typer.Option(help="As --target, or self.")] = None,
     weights: Annotated[str | None, typer.Option(help="Of the target: auto, bf16, int8 or int4.")] = None,
@@ -141,6 +143,8 @@ def _measure(recipe: BenchRecipe, store: Store, fresh: bool, as_json: bool) -> N
     for cell in result["cells"]:
         if not cell["valid"]:
             note(f"invalid: {cell['dataset']} {cell['context']} {cell['arm']}: {cell['invalid_reason']}")
+    for line in result["remarks"]:
+        note(line)
     if result["cells"] and not any(cell["samples"] for cell in result["cells"]):
         raise BdcliError("no cell could be measured", "The reasons stand above")
 

@@ -116,6 +116,8 @@ class BenchOptions:
                 raise UserError(f"--shape measures random weights and takes no {name}", "Leave one of them out")
         given = {name: value for name in ("dtype", "device", "engine") if (value := getattr(self, name)) is not None}
         checked = DecodeOptions(**given)
+        if checked.engine == "transformers":
+            raise UserError("--shape has no model of transformers to measure", "Leave --engine out")
         gammas = None if self.gamma is None else tuple(parse_gamma(word) for word in words(self.gamma))
         if None in (gammas or ()):
             raise UserError("--gamma auto has no meaning for --shape", "Give numbers: 1,3,7")

@@ -47,7 +47,10 @@ def decode(
     dtype: Annotated[Dtype, typer.Option(help="auto: bf16 where the machine computes in it.")] = DEFAULT.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = DEFAULT.device,
     engine: Annotated[
-        EngineName, typer.Option(help="auto: triton on a GPU, compiled on a CPU, where they can run.")
+        EngineName,
+        typer.Option(
+            help="auto: triton on a GPU, compiled on a CPU, where they can run. transformers: a target of any family."
+        ),
     ] = DEFAULT.engine,
     target: Annotated[str, typer.Option(help=MODEL_HELP)] = DEFAULT.target,
     drafter: Annotated[

@@ -11,9 +11,21 @@ from bdcli.config.decode import WEIGHTS, default_drafter
 from bdcli.config.settings import SAMPLING_BOUNDS, SEED, at_least, setting
 
 ENGINE_METHODS = ("ar", "bd", "full", "window", "chunk", "official", "lookup")
-PEER_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
+TRANSFORMERS_METHODS = ("hf-ar", "hf-static", "hf-assisted", "hf-lookup")
+EXTERNAL_METHODS = (
+    "llama-cpp",
+    "llama-cpp-ngram",
+    "vllm",
+    "openvino",
+    "openvino-sdpa",
+    "openvino-int8",
+    "openvino-int4",
+)  # each in a process of its own; left out where the tool is not set up
+PEER_METHODS = TRANSFORMERS_METHODS + EXTERNAL_METHODS
 BUDGETED = ("bd", "window", "chunk", "official")  # methods whose drafter has a KV budget
-DRAFTING = ("bd", "full", "window", "chunk", "official", "lookup", "hf-assisted", "hf-lookup")
+WITH_MODEL = ("bd", "full", "window", "chunk", "official", "hf-assisted")  # methods that draft with a model
+DRAFTING = (*WITH_MODEL, "lookup", "hf-lookup", "llama-cpp-ngram")
+WITH_DTYPE = (*TRANSFORMERS_METHODS, "vllm")  # peers that may run in a dtype of their own
 NAIVE = "naive"
 
 
@@ -25,7 +37,8 @@ class Arm:
         "bd",
         "ar; bd: the drafter under a budget; full: with its full cache; window, chunk: the undistilled drafter read "
         "sparsely; official: the paper's selection; lookup: n-grams of the text; hf-ar, hf-static, hf-assisted, "
-        "hf-lookup: the same weights in transformers",
+        "hf-lookup: the same weights in transformers; llama-cpp, llama-cpp-ngram, vllm, openvino, openvino-sdpa, "
+        "openvino-int8, openvino-int4: other tools, where they are set up",
     )
     budget: int | Literal["full"] | None = setting(None, "KV entries of the drafter; bd also takes full")
     gamma: int | Literal["auto"] = setting("auto", "tokens drafted per round")
@@ -33,7 +46,7 @@ class Arm:
     positions: Literal["rebased", "absolute"] = setting("rebased", "places of kept keys")
     drafter: str | None = setting(None, "another drafter: folder, GGUF file, hub name, pocket, or naive")
     contexts: tuple[int, ...] = setting((), "only at these contexts; empty is all")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of a peer (hf-) alone, not the recipe's")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "of one peer (hf-, vllm), not the recipe's")
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,9 @@ class BenchRecipe:
     protocol: Literal["default", "paper"] = setting("default", "paper: show the published figures beside ours")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bf16 where it is native")
     device: str = setting("auto", "auto, cpu, cuda, ...")
-    engine: Literal["auto", "compiled", "torch"] = setting("auto", "what runs the forwards of our arms")
+    engine: Literal["auto", "triton", "compiled", "torch", "transformers"] = setting(
+        "auto", "what runs the forwards of our arms; transformers: a target of any family, in that library"
+    )
     temperature: float = setting(0.0, "0 is greedy", SAMPLING_BOUNDS["temperature"])
     top_k: int = setting(0, "0 is off", SAMPLING_BOUNDS["top_k"])
     top_p: float = setting(1.0, "1 is off", SAMPLING_BOUNDS["top_p"])
@@ -83,7 +98,7 @@ class BenchRecipe:
 
     def drafter_of(self, arm: Arm) -> str | None:
         """Name of the drafter that an arm uses; None where it has none."""
-        if arm.method not in DRAFTING or arm.method in ("lookup", "hf-lookup"):
+        if arm.method not in WITH_MODEL:
             return None
         name = arm.drafter or (NAIVE if arm.method in ("window", "chunk") else self.drafter)
         return self.naive if name == NAIVE else name
@@ -114,8 +129,10 @@ class BenchRecipe:
             yield f"{key}.budget", f"{arm.method} needs a number; the full cache is the method full"
         if isinstance(arm.budget, int) and (arm.budget < least or arm.method == "full"):
             yield f"{key}.budget", f"must be at least {least}" if arm.method != "full" else "full has no bound"
-        if arm.dtype is not None and arm.method not in PEER_METHODS:
+        if arm.dtype is not None and arm.method in ENGINE_METHODS:
             yield f"{key}.dtype", f"{arm.method} runs in the dtype of the recipe, beside its baseline"
+        elif arm.dtype is not None and arm.method not in WITH_DTYPE:
+            yield f"{key}.dtype", f"{arm.method} runs the weights that its name says"
         if arm.contexts and arm.method == "ar":
             yield f"{key}.contexts", "ar is measured at all contexts"
         if arm.gamma != "auto" and arm.gamma < 1:

@@ -18,7 +18,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "weights": WEIGHTS,
     "draft_weights": WEIGHTS,
-    "engine": ("auto", "triton", "compiled", "torch"),
+    "engine": ("auto", "triton", "compiled", "torch", "transformers"),
     "baseline": ("sample", "full", "off"),
     "trim": ("middle",),
     "special_tokens": ("parse", "text"),

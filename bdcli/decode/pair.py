@@ -143,6 +143,8 @@ def _text_ends(options: DecodeOptions, path: Path, tokenizer, progress: Progress
 
 def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
     """Find, check and load both models. Raises UserError as `find_pair` and `FoundPair.load` do."""
+    if options.engine == "transformers":
+        return _library_pair(options, progress)
     found = find_pair(options)
     found.check_weights()
     return found.load(progress)
@@ -151,7 +153,10 @@ def load_pair(options: DecodeOptions, progress: Progress = SILENT) -> Pair:
 def with_drafter(pair: Pair, name: str, weights: str, progress: Progress = SILENT) -> Pair:
     """The same target with the drafter `name`, stored as `weights` asks. Raises UserError as `load_pair`."""
     target = pair.target
-    if name == OWN:
+    if pair.backend.name == "transformers":
+        path = _library_drafter(name, pair.path, pair.tokenizer)
+        drafter = load_model(path, target.dtype, target.device)
+    elif name == OWN:
         drafter = _lighter(target, weights) if pair.backend.name == "compiled" else target
     else:
         path = resolve(name, "drafter")
@@ -180,6 +185,34 @@ def _lighter(target: Model, weights: str) -> Model:
     bits = BITS.get("int4" if weights == "auto" else weights)
     stored = BITS.get(target.weights)
     return target if bits is None or (stored is not None and stored <= bits) else target.draft_weights(bits)
+
+
+def _library_pair(options: DecodeOptions, progress: Progress) -> Pair:
+    """As `load_pair`, with a target of any family in `transformers`; the drafter is of ours."""
+    from bdcli.backends.transformers_engine import load_target
+
+    path, device = resolve(options.target, "target"), pick_device(options.device)
+    _check_weights(options, device)
+    tokenizer = load_tokenizer(path)
+    drafter_path = _library_drafter(options.drafter, path, tokenizer)
+    target = load_target(path, pick_dtype(options.dtype, device, options.engine), device)
+    drafter = load_model(drafter_path, target.dtype, device).dense()
+    backend = pick_backend(options.engine, [target, drafter], progress)
+    names = _name(options.target, path), OWN if options.drafter == OWN else _name(options.drafter, drafter_path)
+    eos = _text_ends(options, path, tokenizer, progress)
+    return Pair(target, drafter, tokenizer, eos, names, backend, path)
+
+
+def _library_drafter(name: str, target_path: Path, tokenizer) -> Path:
+    """Of a drafter beside a target of any family; `self` is one where our own models have the target's family."""
+    path = target_path if name == OWN else resolve(name, "drafter")
+    try:
+        read_config(path)
+    except UserError as error:
+        hint = "Name a drafter of the Llama family with the target's vocabulary: --drafter DIR"
+        raise UserError(f"--drafter {name}: {error.problem}", hint) from None
+    check_vocabulary(target_path, path, tokenizer)
+    return path
 
 
 def _name(given: str, path: Path) -> str:

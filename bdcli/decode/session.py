@@ -48,12 +48,15 @@ class Session:
 
     @classmethod
     def find(cls, options: DecodeOptions) -> Session:
-        """A session whose models are found and checked but not loaded; prompts can be encoded and memory planned."""
-        return cls(find_pair(options), options)
+        """A session whose models are found and checked but not loaded; prompts can be encoded and memory planned.
+
+        What another library is to load is loaded now.
+        """
+        return cls.open(options) if options.engine == "transformers" else cls(find_pair(options), options)
 
     def load(self, progress: Progress = SILENT) -> Session:
         """This session with its models loaded."""
-        return replace(self, pair=self.pair.load(progress))
+        return self if isinstance(self.pair, Pair) else replace(self, pair=self.pair.load(progress))
 
     @cached_property
     def selection(self) -> Selection:
@@ -119,6 +122,8 @@ class Session:
 
     def check_memory(self, prompt: int, progress: Progress = SILENT) -> None:
         """Compare the plan of decoding after `prompt` tokens with the memory there is. Raises UserError."""
+        if isinstance(self.pair, Pair) and not self.pair.backend.plans_memory:
+            return
         plan = self.memory_plan(prompt)
         check_plan(plan, self.pair.device, progress, plan.weights if isinstance(self.pair, Pair) else 0)
 

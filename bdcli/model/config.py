@@ -202,7 +202,8 @@ def architecture_of(raw: dict, where: str) -> str:
     found = named or typed
     if found not in SUPPORTED:
         known = ", ".join(f"{name} ({family})" for name, family in SUPPORTED.items())
-        raise UserError(f"{where}: architecture {given or kind or '?'} is not supported", f"Supported: {known}")
+        hint = f"Supported: {known}; as a target, any other causal model decodes with --engine transformers"
+        raise UserError(f"{where}: architecture {given or kind or '?'} is not supported", hint)
     if kind is not None and typed != found:
         raise UserError(f"{where}: config.json says architecture {given}, but model_type {kind!r}", _AGAIN)
     return found

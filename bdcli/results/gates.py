@@ -88,6 +88,18 @@ def text_objections(run: Run, rows: Sequence[Prompt]) -> Iterator[str]:
         yield f"{count} of {len(good)} texts differ from AR's"
 
 
+def remarks(run: Run, rows: Sequence[Prompt], ar: Run | None) -> Iterator[str]:
+    """What a reader of a cell should know, whether it is valid or not: a greedy peer whose texts are not AR's.
+
+    A peer rounds in its own way, so that is no objection; in the same dtype it is worth a look at its settings.
+    """
+    good = counted(run, rows)
+    different = sum(row.output_equal is False for row in good)
+    greedy = run.temperature == 0 and ar is not None and run.dtype == ar.dtype
+    if run.method in PEER_METHODS and greedy and different:
+        yield f"{different} of {len(good)} texts differ from AR's, which ran in the same dtype"
+
+
 def figure_objections(run: Run, rows: Sequence[Prompt]) -> Iterator[str]:
     """There is enough to count, it adds up, it keeps its budget, and it does not describe a loop."""
     good = counted(run, rows)

@@ -51,6 +51,13 @@ FAMILIES = {  # label, colour, marker; the same in every panel
     "hf-static": ("transformers AR, static cache", PALETTE[6], "+"),
     "hf-assisted": ("transformers assisted", PALETTE[3], "P"),
     "hf-lookup": ("transformers lookup", "0.55", "X"),
+    "llama-cpp": ("llama.cpp", PALETTE[1], "1"),
+    "llama-cpp-ngram": ("llama.cpp n-gram", PALETTE[1], "2"),
+    "vllm": ("vLLM", PALETTE[2], "3"),
+    "openvino": ("OpenVINO fp16", PALETTE[4], "4"),
+    "openvino-sdpa": ("OpenVINO fp16, SDPA", PALETTE[4], "|"),
+    "openvino-int8": ("OpenVINO int8", PALETTE[5], "4"),
+    "openvino-int4": ("OpenVINO int4", PALETTE[5], "|"),
 }
 STYLES = ("-", "--", "-.", ":")  # budgets of one family
 
@@ -132,7 +139,7 @@ def _speedups(axis, runs: list[Run]) -> None:
     for name, (label, colour, marker) in FAMILIES.items():
         if name == "ar":
             continue
-        style = {"color": colour, "marker": marker, "linestyle": "--" if name.startswith("hf") else "-"}
+        style = {"color": colour, "marker": marker, "linestyle": "--" if name in PEER_METHODS else "-"}
         points = []
         for context, here in _at_contexts([r for r in runs if family(r) == name]):
             arms = {(r.budget, r.gamma, r.select): [] for r in here}

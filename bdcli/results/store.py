@@ -115,11 +115,12 @@ class Store:
             raise kind(f"store {self.name} cannot be used ({error.strerror})", hint) from None
 
     def begin(self, command: str, config: dict, **fields) -> str:
-        """Write a row with status running; returns its run_id."""
+        """Write a row with status running; returns its run_id. `fields` win over what is known of this process."""
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         known = {"machine": machine(), "git_revision": git_revision(), "versions": versions(), **this_process()}
-        run = Run(run_id=run_id, started_at=now, command=command, status="running", config=config, **known, **fields)
+        fields = known | fields
+        run = Run(run_id=run_id, started_at=now, command=command, status="running", config=config, **fields)
         with self._explained(UserError), Session(self._engine) as session:
             session.add(run)
             session.commit()
