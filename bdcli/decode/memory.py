@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from bdcli.base.devices import HOST_RUNTIME_BYTES, free_memory, resident_memory
+from bdcli.base.devices import HOST_RUNTIME_BYTES, dtype_name, free_memory, product_dtype, resident_memory
 from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, Selection
 from bdcli.cache.view import View
 from bdcli.model.config import ModelConfig
 from bdcli.model.llama import PREFILL_BLOCK
-from bdcli.model.sizes import NUMBER_BYTES, gigabytes, kv_count, weight_bytes
+from bdcli.model.sizes import NUMBER_BYTES, gigabytes, kv_count, layer_count, weight_bytes
 
 NOTED_BYTES, NOTED_SHARE = 10**9, 0.5  # of main memory: beyond these people want to know what a run takes
 
@@ -98,7 +98,8 @@ def decode_plan(
     """
     number_bytes = NUMBER_BYTES[kind]
     models = [c for c in (target, drafter) if c is not None]
-    reading = [number_bytes * _reading_all(target, size.prompt)]
+    read_bytes = max(number_bytes, NUMBER_BYTES[dtype_name(product_dtype("cpu"))]) if runtime else number_bytes
+    reading = [read_bytes * _reading_all(target, size.prompt) + _dense_layer(target, number_bytes, read_bytes)]
     drafter_kv, masks = 0, 1
     if drafter is not None:
         drafter_kv = number_bytes * kv_count(drafter, selection.entries(size))
@@ -118,6 +119,11 @@ def decode_plan(
         round=_round(target, drafter, number_bytes, selection.gamma_max),
         runtime=runtime,
     )
+
+
+def _dense_layer(c: ModelConfig, stored_bytes: int, read_bytes: int) -> int:
+    """A layer's weights made dense in another dtype than they are stored in, which a prompt is read with."""
+    return 0 if stored_bytes == read_bytes else read_bytes * layer_count(c) // c.layers
 
 
 def _block(c: ModelConfig, rows: int) -> int:

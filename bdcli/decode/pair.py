@@ -13,7 +13,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import user_path
 from bdcli.base.progress import SILENT, Progress
 from bdcli.config.decode import BITS, OWN, DecodeOptions
-from bdcli.model.checkpoint import load_model, read_config, text_ends
+from bdcli.model.checkpoint import kept_codes, load_model, read_config, text_ends
 from bdcli.model.config import ModelConfig
 from bdcli.model.hub import NAMED, resolve
 from bdcli.model.llama import Model
@@ -42,15 +42,22 @@ class FoundPair:
     @property
     def weight_bytes(self) -> int:
         """Of both models once they are loaded, as `Pair.weight_bytes` counts them."""
-        target, drafter = self.configs
-        o, dtype = self.options, dtype_name(self.dtype)
-        compiled = self.device.type == "cpu" and o.engine in ("auto", "compiled")
-        kind = o.draft_weights
+        o = self.options
+        target, bits = self._weights(0, o.weights)
         if not self.own:
-            return weight_bytes(target, o.weights, dtype) + weight_bytes(drafter, kind, dtype)
-        lighter = "int4" if kind == "auto" else kind
-        more = draft_weight_bytes(target, lighter) if compiled and lighter in BITS and o.weights != lighter else 0
-        return weight_bytes(target, o.weights, dtype) + more
+            return target + self._weights(1, o.draft_weights)[0]
+        lighter = BITS.get("int4" if o.draft_weights == "auto" else o.draft_weights)
+        copied = self._compiled and lighter is not None and (bits is None or bits > lighter)
+        return target + (draft_weight_bytes(self.configs[0], f"int{lighter}") if copied else 0)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.device.type == "cpu" and self.options.engine in ("auto", "compiled")
+
+    def _weights(self, which: int, weights: str) -> tuple[int, int | None]:
+        """Bytes of a model stored as `weights` asks, and bits of its codes, None of dense weights."""
+        kept = kept_codes(self.paths[which], self.dtype.itemsize) if weights == "auto" and self._compiled else None
+        return kept or (weight_bytes(self.configs[which], weights, dtype_name(self.dtype)), BITS.get(weights))
 
     def load(self, progress: Progress = SILENT) -> Pair:
         """Load both models and pick what runs them. Raises UserError on every fault of a folder.

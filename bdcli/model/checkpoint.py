@@ -32,6 +32,11 @@ def text_ends(path: Path, tokenizer, chat: bool) -> frozenset[int]:
     return eos_tokens(path) | ({own} if chat and own is not None else set())
 
 
+def kept_codes(path: Path, number_bytes: int) -> tuple[int, int] | None:
+    """(bytes of the weights, bits of a layer's codes) of a GGUF file loaded with `keep_codes`; None of dense ones."""
+    return open_source(path).codes(number_bytes)
+
+
 def load_model(
     path: Path, dtype: torch.dtype, device: torch.device, bits: int | None = None, keep_codes: bool = False
 ) -> Model:

@@ -47,6 +47,11 @@ class BlockFormat:
         """Bytes of one block of 16 rows."""
         return self.code_at + LANES * self.block * self.bits // 8
 
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of a weight, its share of scales and offsets included."""
+        return self.record / (LANES * self.block)
+
 
 INT4 = BlockFormat("int4", 4, 32, torch.float16, True)
 INT4_FLOAT = BlockFormat("int4 with float scales", 4, 32, torch.float32, True)

@@ -29,16 +29,17 @@ def weight_bytes(c: ModelConfig, kind: str, dtype: str = "bfloat16") -> int:
     """
     if kind not in BLOCK_BYTES:
         return NUMBER_BYTES[kind if kind in NUMBER_BYTES else dtype] * weight_count(c)
-    layers = _layer_count(c)
+    layers = layer_count(c)
     return round(BLOCK_BYTES[kind] * layers + BLOCK_BYTES["int8"] * (weight_count(c) - layers))
 
 
 def draft_weight_bytes(c: ModelConfig, kind: str) -> int:
     """Bytes that a model's copy in fewer bits adds to it, as its own drafter: layers, and the head in int8."""
-    return round(BLOCK_BYTES[kind] * _layer_count(c) + BLOCK_BYTES["int8"] * c.vocab_size * c.hidden_size)
+    return round(BLOCK_BYTES[kind] * layer_count(c) + BLOCK_BYTES["int8"] * c.vocab_size * c.hidden_size)
 
 
-def _layer_count(c: ModelConfig) -> int:
+def layer_count(c: ModelConfig) -> int:
+    """Numbers in the weights of all layers."""
     return weight_count(c) - (1 if c.tied_head else 2) * c.vocab_size * c.hidden_size - c.hidden_size
 
 

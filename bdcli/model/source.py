@@ -61,6 +61,11 @@ class Source(Protocol):
     def weights(self, dtype: torch.dtype, device: torch.device, keep_codes: bool) -> Weights:
         """Weights to take, cast to `dtype` on `device`, or in the codes that the files have."""
 
+    def codes(self, number_bytes: int) -> tuple[int, int] | None:
+        """(bytes of the weights in memory, bits of a layer's codes) when codes are kept and all other numbers take
+        `number_bytes`; None where the layers are plain numbers.
+        """
+
     def tokenizer(self):
         """The tokenizer as `transformers` has it."""
 
@@ -100,6 +105,9 @@ class Folder:
 
     def weights(self, dtype: torch.dtype, device: torch.device, keep_codes: bool) -> TensorFiles:  # noqa: ARG002
         return TensorFiles(self.path, dtype, device)
+
+    def codes(self, number_bytes: int) -> None:  # noqa: ARG002
+        return None
 
     def tokenizer(self):
         folder = self.path

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 
 from bdcli.cache.full import FullCache
-from bdcli.model.checkpoint import eos_tokens, fingerprint, load_model, read_config, save_model
+from bdcli.model.checkpoint import eos_tokens, fingerprint, kept_codes, load_model, read_config, save_model
 from bdcli.model.hub import POCKET
 from bdcli.model.quantised import QuantisedMatrix
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
@@ -106,6 +106,11 @@ def test_codes_mean_what_the_gguf_package_makes_of_them(tmp_path, name):
     assert error(ours(path), want) < 1e-4
     coded = load_model(path, torch.float32, CPU, keep_codes=True)
     assert isinstance(coded.layers[0].down, QuantisedMatrix) == (KINDS[name] is not Kind.BF16)
+    planned = kept_codes(path, 4)
+    assert (planned is None) == (KINDS[name] is Kind.BF16)
+    if planned is not None:  # rows are filled up to panels of sixteen
+        assert planned[1] == coded.layers[0].down.format.bits
+        assert 0.95 * coded.weight_bytes <= planned[0] <= coded.weight_bytes
     assert error(ours(path, keep_codes=True), want) < 1e-4
 
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdcli.model.quantised import QuantisedMatrix, fitting_format, pack
+from bdcli.model.quantised import (
+    INT4,
+    INT4_FLOAT,
+    INT8,
+    INT8_FLOAT,
+    BlockFormat,
+    QuantisedMatrix,
+    fitting_format,
+    pack,
+)
 
 CHUNK_WEIGHTS = 2**20  # decoded at once: what is computed on the way stays in the caches
 
@@ -56,6 +65,7 @@ class Encoding:
     dtype: torch.dtype | None = None  # of types that are plain numbers
     decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]] | None = None  # codes, scales, offsets
     bits: int = 8
+    form: BlockFormat | None = None  # of its codes in memory
 
     def row_bytes(self, weights: int) -> int:
         return weights // self.block_weights * self.block_bytes
@@ -146,12 +156,12 @@ ENCODINGS = {  # by the number of ggml_type
     0: Encoding("F32", 1, 4, torch.float32),
     1: Encoding("F16", 1, 2, torch.float16),
     30: Encoding("BF16", 1, 2, torch.bfloat16),
-    2: Encoding("Q4_0", 32, 18, decode=_q4_0, bits=4),
-    3: Encoding("Q4_1", 32, 20, decode=_q4_1, bits=4),
-    6: Encoding("Q5_0", 32, 22, decode=_q5_0),
-    7: Encoding("Q5_1", 32, 24, decode=_q5_1),
-    8: Encoding("Q8_0", 32, 34, decode=_q8_0),
-    12: Encoding("Q4_K", 256, 144, decode=_q4_k, bits=4),
-    13: Encoding("Q5_K", 256, 176, decode=_q5_k),
-    14: Encoding("Q6_K", 256, 210, decode=_q6_k),
+    2: Encoding("Q4_0", 32, 18, decode=_q4_0, bits=4, form=INT4),
+    3: Encoding("Q4_1", 32, 20, decode=_q4_1, bits=4, form=INT4),
+    6: Encoding("Q5_0", 32, 22, decode=_q5_0, form=INT8),
+    7: Encoding("Q5_1", 32, 24, decode=_q5_1, form=INT8_FLOAT),
+    8: Encoding("Q8_0", 32, 34, decode=_q8_0, form=INT8),
+    12: Encoding("Q4_K", 256, 144, decode=_q4_k, bits=4, form=INT4_FLOAT),
+    13: Encoding("Q5_K", 256, 176, decode=_q5_k, form=INT8_FLOAT),
+    14: Encoding("Q6_K", 256, 210, decode=_q6_k, form=INT8_FLOAT),
 }

@@ -60,6 +60,14 @@ class Gguf:
     def weights(self, dtype: torch.dtype, device: torch.device, keep_codes: bool) -> GgufWeights:
         return GgufWeights(self._file, dtype, device, keep_codes)
 
+    def codes(self, number_bytes: int) -> tuple[int, int] | None:
+        layer = _tensor(self._file, stored_name("model.layers.0.mlp.gate_proj.weight")).encoding.form
+        if layer is None:
+            return None
+        forms = ((math.prod(t.shape), t.encoding.form) for t in self._file.tensors.values())
+        size = sum(count * (form.weight_bytes if form else number_bytes) for count, form in forms)
+        return round(size), layer.bits
+
     def tokenizer(self):
         return build_tokenizer(self._file)
 
