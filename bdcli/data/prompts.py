@@ -212,9 +212,8 @@ def cut_prompt(tokenizer, text: str, tokens: int, share: float = 0.75) -> str:
         raise UserError(f"the source has {front + count} tokens up to its end point, not {tokens}", "Lower --ctx")
     offsets = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if front + len(offsets) < tokens or tokens <= front:
-        raise UserError(
-            f"the source has {front + len(offsets)} tokens up to its end point, not {tokens}", "Choose another --ctx"
-        )
+        hint = "Lower --ctx" if tokens > front else "Raise --ctx"
+        raise UserError(f"the source has {front + len(offsets)} tokens up to its end point, not {tokens}", hint)
     start = offsets[front + len(offsets) - tokens][0]
     # a cut inside a word can merge differently: look for the nearest start that gives the exact count
     for distance in range(256):

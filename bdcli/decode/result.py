@@ -26,7 +26,7 @@ class DecodeResult:
     attention_detail: str
     weight_bytes: int
     resident_bytes: int
-    planned_bytes: int
+    planned_bytes: int | None
     logit_error: float | None
 
     def columns(self) -> dict[str, object]:

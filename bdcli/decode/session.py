@@ -254,6 +254,6 @@ class Generation:
             attention_detail=pair.backend.detail,
             weight_bytes=pair.weight_bytes,
             resident_bytes=resident_memory(),
-            planned_bytes=self.session.memory_plan(len(self.prompt)).peak,
+            planned_bytes=self.session.memory_plan(len(self.prompt)).peak if pair.backend.plans_memory else None,
             logit_error=baseline.logit_error if baseline.steps and self.session.sampling.greedy else None,
         )

@@ -19,4 +19,4 @@ def test_a_recipe_may_penalise_repetition_and_every_arm_writes_ars_text(cli, tmp
 def test_settings_that_no_run_can_use_are_refused(cli):
     for word in ("seed=100000000000000000000000", "seed=-1", "top_k=100000000000000000000000", "min_p=2", "top_p=0"):
         done = cli("bench", "--ctx", 64, "--set", word)
-        assert done.code == 2 and f"{word.partition('=')[0]}: must lie in" in done.err, done.err
+        assert done.code == 2 and word.partition("=")[0] in done.err and " must " in done.err, done.err

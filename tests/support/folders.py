@@ -62,11 +62,11 @@ def random_folder(family: str, out: Path, **config: object) -> Path:
     return out
 
 
-def add_token(folder: Path) -> None:
+def add_token(folder: Path, special: bool = True) -> None:
     """Give a pocket tokenizer a token that the model has no embedding of."""
     tokenizer = folder / "tokenizer.json"
     known = json.loads(tokenizer.read_text("utf-8"))["added_tokens"]
-    edit(tokenizer, added_tokens=[*known, EXTRA])
+    edit(tokenizer, added_tokens=[*known, EXTRA | {"special": special}])
 
 
 def pad_vocabulary(folder: Path, rows: int) -> Path:
