@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CTX ?= 4k
 BUDGET ?= 512
 
-.PHONY: demo demo-real test test-slow test-gpu lint results speed clean
+.PHONY: demo demo-real test test-slow test-gpu fuzz lint results speed clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ test: $(VENV)/.installed lint
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Fresh random inputs instead of those of the tests, as many times more; 100 takes an hour or two: make fuzz TIMES=100
+fuzz: $(VENV)/.installed
+	FUZZ_TIMES=$(or $(TIMES),100) $(BIN)/python -m pytest tests/fuzz
 
 # On a machine with a CUDA device: every kernel against its reference
 test-gpu: $(VENV)/.installed

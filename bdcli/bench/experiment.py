@@ -19,6 +19,7 @@ from bdcli.cache.selection import parse_selection
 from bdcli.config.bench import PEER_METHODS, BenchRecipe
 from bdcli.config.decode import OWN, SELECTIONS
 from bdcli.config.loader import as_dict
+from bdcli.data.document import Unread
 from bdcli.data.samples import Sample, ids_digest, load_samples
 from bdcli.decode.positions import positions_note
 from bdcli.model.checkpoint import fingerprint, read_config
@@ -71,8 +72,11 @@ class Experiment:
         for folder in dict.fromkeys(self._folders[1:]):
             check_vocabulary(self._folders[0], folder, tokenizer)
         self._check_length(longest + recipe.max_new_tokens)
+        self._unread = Unread()
         self.samples = {
-            name: load_samples(tokenizer, name, sources, recipe.samples, longest, special=recipe.special_tokens)
+            name: load_samples(
+                tokenizer, name, sources, recipe.samples, longest, special=recipe.special_tokens, unread=self._unread
+            )
             for name, sources in recipe.datasets.items()
         }
         self.key = self._key(fresh)
@@ -140,7 +144,7 @@ class Experiment:
         ]
         if r.naive is not None and resolve(r.naive, "drafter") == self._folders[1]:
             lines.append("naive and drafter are the same model: the bd arms measure an undistilled drafter")
-        return lines + list(self._position_notes())
+        return [*lines, *self._position_notes(), *self._unread.lines()]
 
     def _position_notes(self) -> Iterator[str]:
         """A line for each arm whose drafter was made for fewer positions than it is asked for."""

@@ -96,6 +96,9 @@ class BenchRecipe:
             yield "contexts", "must be at least 2 tokens each"
         if not self.datasets:
             yield "datasets", "must name at least one"
+        for name, sources in self.datasets.items():
+            if not sources:
+                yield f"datasets.{name}", "must name at least one source"
         if sum(arm.method == "ar" for arm in self.arms.values()) > 1:
             yield "arms", "ar may stand there once"
         for name, arm in self.arms.items():

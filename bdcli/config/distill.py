@@ -32,7 +32,7 @@ class Data:
     together: int = setting(
         8, "texts written at once where the target's products are shared (not in compiled steps)", above(0)
     )
-    max_loop_rate: float = setting(0.25, "a window whose written end loops more is dropped")
+    max_loop_rate: float = setting(0.25, "a window whose written end loops more is dropped", at_least(0, NON_NEGATIVE))
     cache: Literal["none", "hidden", "topk", "argmax"] = setting(
         "none", "the target's answers kept on disk: hidden states, top-k and the tail's mass, or its choices"
     )
@@ -81,7 +81,7 @@ class Optimizer(Updates):
 
     steps: int = setting(150, "optimizer steps", above(0))
     windows_per_step: int = setting(1, "windows whose gradients make one step", above(0))
-    warmup: int = setting(10, "linear warm-up steps; a cosine to zero follows")
+    warmup: int = setting(10, "linear warm-up steps; a cosine to zero follows", at_least(0, NON_NEGATIVE))
     follow: Literal["steps", "time"] = setting(
         "steps", "where the cosine stands: at the step, or further on where --max-minutes is nearer than the last step"
     )
@@ -136,6 +136,8 @@ class DistillRecipe:
         """(key, message) of values that do not fit together."""
         smallest = SINKS + GAMMA_MAX + 2
         d, v, e = self.data, self.views, self.evaluation
+        if not d.sources:
+            yield "data.sources", "must name at least one source"
         for key, budgets in (("views.budgets", v.budgets), ("evaluation.budgets", e.budgets)):
             numbers = [b for b in budgets if b != "full"]
             if not budgets:

@@ -128,5 +128,5 @@ class PretrainRecipe:
             yield "layers", "must be above 0, and is for a model that starts from init; else give shape.layers"
         if self.shape.heads % max(1, self.shape.kv_heads) or self.shape.hidden_size % max(1, 2 * self.shape.heads):
             yield "shape.heads", "must divide hidden_size into even head sizes and be a multiple of kv_heads"
-        if h.contexts and min(h.contexts) < 320:
+        if not h.contexts or min(h.contexts) < 320:
             yield "held_out.contexts", "must be at least 320 tokens each"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 NON_NEGATIVE = "must not be negative"
 TEMPERATURE = "must be 0 (greedy) or more"
+INT_LIMIT = 2**63  # whole numbers are smaller: the store and seeds have 64 bits
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def within(low: float, high: float) -> Bounds:
 
 
 LARGEST_COUNT = 2**31 - 1  # of tokens, in settings that the store keeps as integers
-SEED = within(0, 2**63 - 1)
+SEED = Bounds(lambda value: 0 <= value < INT_LIMIT, "must lie in 0 .. 2^63-1")
 # Losses divide logits by it, in fp32: far outside this range nothing is left to learn from.
 TRAINED_TEMPERATURE = Bounds(
     lambda value: value == 0 or 0.01 <= value <= 100, "must be 0 (greedy) or lie in 0.01 .. 100"

@@ -15,6 +15,7 @@ from bdcli.base.files import digest
 from bdcli.base.progress import SILENT, Progress
 from bdcli.base.state import read_state, write_state
 from bdcli.config.pretrain import PretrainRecipe
+from bdcli.data.document import Unread
 from bdcli.data.identity import sources_identity
 from bdcli.data.prompts import encode_documents
 from bdcli.data.sources import TOKEN_CHARACTERS, documents
@@ -57,15 +58,16 @@ def make_corpus(recipe: PretrainRecipe, tokenizer, vocabulary: str, path: Path, 
     key = digest([asdict(recipe.corpus), sources, s.tokens, s.contexts, recipe.seed, vocabulary])
     if path.exists():
         return Corpus(recipe, read_state(path, key)["streams"])
-    streams = []
+    streams, unread = [], Unread()
     for source, share in zip(recipe.corpus.sources, _shares(recipe)):
         wanted = math.ceil(share * s.tokens) + 2 * max(s.contexts)
-        streams.append(_stream(tokenizer, source, wanted, recipe.seed, progress))
+        streams.append(_stream(tokenizer, source, wanted, recipe.seed, unread, progress))
         if len(streams[-1]) < max(s.contexts):
             raise UserError(
                 f"{source} holds {len(streams[-1])} training tokens, fewer than a window of {max(s.contexts)}",
                 "Add text, or shorten schedule.contexts",
             )
+    unread.note(progress)
     if recipe.corpus.copies:
         wanted = math.ceil(recipe.corpus.copies * s.tokens) + 2 * max(s.contexts)
         rng, longest = random.Random(f"copies {recipe.seed}"), min(LONGEST_COPY_TOKENS, min(s.contexts) // 2)
@@ -86,8 +88,9 @@ def _shares(recipe: PretrainRecipe) -> list[float]:
     return [(1 - c.copies) * w / sum(weights) for w in weights] + [c.copies] * (c.copies > 0)
 
 
-def _stream(tokenizer, source: str, wanted: int, seed: int, progress: Progress) -> Tensor:
-    docs = [d.text for d in documents(source, enough=TOKEN_CHARACTERS * wanted) if not d.held_out]
+def _stream(tokenizer, source: str, wanted: int, seed: int, unread: Unread, progress: Progress) -> Tensor:
+    found = documents(source, unread, TOKEN_CHARACTERS * wanted)
+    docs = [d.text for d in found if d.text and not d.held_out]
     random.Random(seed).shuffle(docs)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     parts, size = [], 0

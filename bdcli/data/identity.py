@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdcli.base.files import digest
-from bdcli.data.sources import KINDS, split_source
+from bdcli.data.document import Unread
+from bdcli.data.files import folder_files
+from bdcli.data.sources import split_source
 
 
 def sources_identity(sources: Sequence[str]) -> str:
@@ -23,8 +25,7 @@ def _state(source: str) -> object:
     if path.is_file():
         return _times(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(KINDS) and p.is_file())
-        return [(str(file.relative_to(path)), *_times(file)) for file in files]
+        return [(str(file), *_times(file)) for file in folder_files(path, Unread())]
     return None  # synthetic, or of the hub
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from bdcli.base.errors import UserError
 from bdcli.base.files import digest
+from bdcli.data.document import Unread
 from bdcli.data.prompts import encode_document, special_tokens_note
 from bdcli.data.sources import INSTRUCTIONS, documents
 from bdcli.model.tokenizer import added_ids
@@ -57,14 +58,16 @@ def load_samples(
     longest: int,
     questions: bool = True,
     special: str = "parse",
+    unread: Unread | None = None,
 ) -> list[Sample]:
     """`count` samples of up to `longest` tokens; fewer when the documents are rows with a question each.
 
     Without `questions` all documents are running text. `special` as for `bdcli.data.prompts.encode`. Documents too
-    short are left out. Raises UserError when none is long enough.
+    short are left out; rows and files that cannot be read are counted in `unread`. Raises UserError when none is long
+    enough.
     """
-    start = added_ids(tokenizer)[0]
-    usable, short = _usable(_Encoder(tokenizer, start, special), _rows(dataset, sources, questions), count, longest)
+    start, rows = added_ids(tokenizer)[0], _rows(dataset, sources, questions, unread)
+    usable, short = _usable(_Encoder(tokenizer, start, special), rows, count, longest)
     if not usable:
         raise UserError(
             f"no document of {dataset} ({', '.join(sources)}) has {longest} tokens; {short} are shorter",
@@ -116,10 +119,12 @@ def _usable(
     return usable, short
 
 
-def _rows(dataset: str, sources: Sequence[str], questions: bool) -> Iterator[tuple[str, str, str]]:
+def _rows(
+    dataset: str, sources: Sequence[str], questions: bool, unread: Unread | None
+) -> Iterator[tuple[str, str, str]]:
     """(name, document, question or "") of every document; of stdlib what is held out of training."""
     instruction = INSTRUCTIONS.get(dataset, "")
     for source in sources:
-        for d in documents(source):
+        for d in documents(source, unread):
             if d.held_out or source != "stdlib":
                 yield d.name, d.text, (d.question or instruction) if questions else ""

@@ -3,90 +3,101 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
+import stat
 import sysconfig
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bdcli.base.errors import UserError
-from bdcli.base.files import digest
-from bdcli.base.texts import decode_text, read_text
+from bdcli.data.document import Document, Unread, UnreadableError, is_held_out, printable
+from bdcli.data.encoding import DAMAGED, reason
+from bdcli.data.files import KINDS, check_file, file_documents, folder_files
 from bdcli.data.prompts import HELD_OUT, stdlib_text
+from bdcli.data.rows import json_rows, row_document
 from bdcli.data.synthetic import recall_documents
 
-HELD_OUT_SHARE = 0.08  # of the documents of a file or folder; stdlib has a list of its own
 KNOWN = {"pg19": "emozilla/pg19", "lwm": "deepmind/narrativeqa"}  # names of data sets on the hub
 LONGBENCH = "longbench"  # or longbench/TASK: on the hub too, but as a data.zip
 INSTRUCTIONS = {"lwm": "\n\nSummary of the text above:"}  # after each document, as the paper's LWM set asks for
-_TARS = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2")
-KINDS = (".txt", ".jsonl", ".parquet", *_TARS)
 TOKEN_CHARACTERS = 8  # of text to read from a hub data set for each token wanted
-TEXT_FIELDS = ("text", "context", "document_text", "content")
 _NAMED = re.compile(r"([\w-]+(?:/[\w-]+)?)=(.+)")
 _SKIPPED = ("test", "tests", "idlelib", "site-packages", "lib2to3", "__pycache__")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text. `held_out`: it is for measuring and never trained on.
-
-    `question` is what a prompt ends with after the text: a row's own, or the instruction of the data set.
-    """
-
-    name: str
-    text: str
-    held_out: bool
-    question: str = ""
 
 
 def split_source(source: str) -> tuple[str, str]:
     """(name of the data set, where it is) of `NAME=PLACE`, of a known name, or of a place named after itself."""
     named = _NAMED.fullmatch(source)
-    if named and not Path(source).expanduser().exists():
+    if named and _file_mode(source) is None:
         return named[1], named[2]
     known = source in KNOWN or source.split("/")[0] == LONGBENCH
-    return source if known else Path(source).name.split(".")[0], source
+    return source if known else printable(Path(source).name.split(".")[0]), source
 
 
-def documents(source: str, broken: list[str] | None = None, enough: float = math.inf) -> Iterator[Document]:
+def documents(source: str, unread: Unread | None = None, enough: float = math.inf) -> Iterator[Document]:
     """Documents of a source: `stdlib`, `recall`, a file or a folder of KINDS, `pg19`, `lwm`, `longbench`,
     `longbench/TASK`, any hub data set, or NAME=PLACE to give any of them a name.
 
-    Files of a folder and members of a tar that are not UTF-8 go into `broken` by name; without it they are errors.
-    A hub data set ends after `enough` characters. Raises UserError where a source is missing or cannot be read.
+    Rows and files that cannot be read, and files passed over, are counted in `unread`. A hub data set ends after
+    `enough` characters. Raises UserError where a source is missing or holds nothing that can be read.
     """
+    unread = Unread() if unread is None else unread
+    failed = unread.failed
     name, place = split_source(source)
-    instruction, path = INSTRUCTIONS.get(name, ""), Path(place).expanduser()
+    instruction, found = INSTRUCTIONS.get(name, ""), 0
+    for document in _documents(place, unread, enough):
+        found += 1
+        yield replace(document, question=instruction) if instruction else document
+    if not found:
+        raise UserError(_why_nothing(place, unread, failed), "Give texts in UTF-8")
+
+
+def _why_nothing(place: str, unread: Unread, failed: int) -> str:
+    """That a source gave no document, with the first cause; `failed` is how many failures came before it."""
+    causes = unread.failures[failed:]
+    if len(causes) == 1:
+        return causes[0]
+    why = f"{len(causes)} rows or files failed, first {causes[0]}" if causes else "; ".join(unread.lines())
+    return f"data source {place} holds no text: {why or 'there is no file of ' + ', '.join(KINDS)}"
+
+
+def _documents(place: str, unread: Unread, enough: float) -> Iterator[Document]:
+    path, mode = Path(place), _file_mode(place)
     if place == "stdlib":
-        found = _stdlib()
-    elif place == "recall":
-        found = (Document(title, text, is_held_out(title)) for title, text in recall_documents())
-    elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS))
-        if not files:
-            raise UserError(f"data source {place} holds no file of {', '.join(KINDS)}", "Point at a folder of text")
-        found = itertools.chain.from_iterable(_file(file, broken) for file in files)
-    elif path.is_file():
-        found = _file(path, broken)
-    elif place.split("/")[0] == LONGBENCH:
-        found = _longbench(place.partition("/")[2])
-    elif place in KNOWN or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
-        found = _hub(KNOWN.get(place, place), enough)
-    else:
-        raise UserError(f"data source {place} does not exist", "Give stdlib, a file, a folder, or a hub name")
-    yield from (replace(d, question=instruction) for d in found) if instruction else found
+        return _stdlib()
+    if place == "recall":
+        return (Document(title, text, is_held_out(title)) for title, text in recall_documents())
+    if mode is not None and stat.S_ISDIR(mode):
+        files = folder_files(path.expanduser(), unread)
+        return itertools.chain.from_iterable(file_documents(file, unread) for file in files)
+    if mode is not None:
+        if not stat.S_ISREG(mode):
+            raise UserError(f"data source {place} is no file", "Give stdlib, a file, a folder, or a hub name")
+        check_file(path)
+        return file_documents(path.expanduser(), unread)
+    if place.split("/")[0] == LONGBENCH:
+        return _longbench(place.partition("/")[2], unread)
+    if place in KNOWN or (place.count("/") == 1 and not place.startswith((".", "/", "~"))):
+        return _hub(KNOWN.get(place, place), unread, enough)
+    name = place if place.strip() else repr(place)
+    raise UserError(f"data source {name} does not exist", "Give stdlib, a file, a folder, or a hub name")
+
+
+def _file_mode(place: str) -> int | None:
+    """What stands at a path, as `stat` has it; None where nothing does or no path can be so named."""
+    try:
+        return Path(place).expanduser().stat().st_mode if place.strip() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
 
 
 def missing_sources(sources: Sequence[str]) -> Iterator[str]:
     """What is wrong with each source that gives no document."""
     for source in sources:
         try:
-            if next(documents(source, []), None) is None:
-                yield f"data source {source} holds no text"
+            next(documents(source))
         except UserError as error:
             yield str(error)
 
@@ -104,55 +115,7 @@ def _stdlib() -> Iterator[Document]:
     yield Document("held out", stdlib_text(), True)
 
 
-def _file(path: Path, broken: list[str] | None) -> Iterator[Document]:
-    if not path.name.endswith(KINDS):
-        raise UserError(f"data source {path} is of no kind that is read", f"Kinds: {', '.join(KINDS)}")
-    if path.suffix == ".jsonl":
-        yield from _json_rows(path.stem, path.read_text("utf-8"), str(path))
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    else:
-        for name, data in _tar_members(path) if path.name.endswith(_TARS) else [(path.stem, None)]:
-            try:
-                yield Document(name, _text(name, data, path), is_held_out(name))
-            except UserError:
-                if broken is None:
-                    raise
-                broken.append(name)
-
-
-def _text(name: str, data: bytes | None, path: Path) -> str:
-    """Text of the file `path`, or `data` of the member `name` of that archive."""
-    return read_text(path) if data is None else decode_text(data, f"{path}: {name}")
-
-
-def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile():
-                    yield Path(member.name).stem, archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error})", "Give a tar of UTF-8 texts") from None
-
-
-def _json_rows(name: str, text: str, where: str) -> Iterator[Document]:
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}:{number} is not JSON ({error.msg})", "Mend or remove the line") from None
-        yield _row(f"{name}:{number}", row, f"{where}:{number}")
-
-
-def _parquet_rows(path: Path) -> Iterator[Document]:
-    from datasets import Dataset
-
-    for number, row in enumerate(Dataset.from_parquet(str(path))):
-        yield _row(f"{path.stem}:{number}", row, f"{path} row {number}")
-
-
-def _hub(name: str, enough: float) -> Iterator[Document]:
+def _hub(name: str, unread: Unread, enough: float) -> Iterator[Document]:
     """Documents of a hub data set, read as they come, each once where several rows ask about it."""
     from datasets import load_dataset
 
@@ -164,8 +127,12 @@ def _hub(name: str, enough: float) -> Iterator[Document]:
             f"data set {name} is not here and the hub did not answer ({type(error).__name__})", hint
         ) from None
     read, before = 0, ""
-    for number, row in enumerate(rows):
-        document = _row(f"{name}:{number}", row, f"{name}:{number}")
+    for number, row in enumerate(_streamed(name, rows)):
+        try:
+            document = row_document(f"{name}:{number}", row)
+        except UnreadableError as error:
+            unread.fail(f"{name}:{number}", error)
+            continue
         if document.text != before:
             yield document
             read, before = read + len(document.text), document.text
@@ -173,7 +140,19 @@ def _hub(name: str, enough: float) -> Iterator[Document]:
             return
 
 
-def _longbench(task: str) -> Iterator[Document]:
+def _streamed(name: str, rows: Iterable) -> Iterator:
+    """Rows as they come. Raises UserError where they end too early."""
+    number = 0
+    try:
+        for row in rows:
+            number += 1
+            yield row
+    except Exception as error:  # as above
+        hint = f"Try again, or: hf download --repo-type dataset {name}; then give its folder"
+        raise UserError(f"data set {name} broke off after {number} rows ({type(error).__name__})", hint) from None
+
+
+def _longbench(task: str, unread: Unread) -> Iterator[Document]:
     """Rows of a LongBench task, or of all, straight from the data.zip on the hub; no data-set script is run."""
     import zipfile
 
@@ -192,24 +171,10 @@ def _longbench(task: str) -> Iterator[Document]:
         inside = [f"data/{task}.jsonl"] if task else sorted(n for n in archive.namelist() if n.endswith(".jsonl"))
         for member in inside:
             try:
-                text = archive.read(member).decode("utf-8")
+                with archive.open(member) as file:
+                    yield from json_rows(f"{LONGBENCH}/{Path(member).stem}", file, f"LongBench {member}", unread)
             except KeyError:
                 hint = "See https://huggingface.co/datasets/THUDM/LongBench"
                 raise UserError(f"LongBench has no task {task}", hint) from None
-            yield from _json_rows(f"{LONGBENCH}/{Path(member).stem}", text, f"LongBench {member}")
-
-
-def _row(name: str, row: dict, where: str) -> Document:
-    """A row of a data set: its text under one of TEXT_FIELDS, or inside `document`; LongBench's `input` asks."""
-    inner = row.get("document")
-    for holder in (row, inner if isinstance(inner, dict) else {}):
-        for field in TEXT_FIELDS:
-            if isinstance(holder.get(field), str):
-                question = f"\n\n{row['input']}" if row.get("input") and field == "context" else ""
-                return Document(name, holder[field], is_held_out(name), question)
-    raise UserError(f"{where} has none of the fields {', '.join(TEXT_FIELDS)}", "Name the text field `text`")
-
-
-def is_held_out(name: str) -> bool:
-    """Whether a document of this name is for measuring; a function of the name alone."""
-    return int(digest(name.encode())[:8], 16) < HELD_OUT_SHARE * 2**32
+            except DAMAGED as error:
+                unread.fail(f"LongBench {member}", f"cannot be read ({reason(error)})")

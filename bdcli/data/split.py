@@ -9,8 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bdcli.base.errors import UserError
+from bdcli.base.progress import SILENT, Progress
+from bdcli.data.document import Document, Unread
 from bdcli.data.prompts import encode_document
 from bdcli.data.sources import documents, split_source
+
+_LOOKED_THROUGH = 400  # documents; one in twelve or so is held out
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,18 @@ class Candidate:
 
 
 class TrainingDocuments:
-    """Training documents of several sources. accounts: (read, kept, dropped by reason, failed), which add up."""
+    """Training documents of several sources.
+
+    accounts: (read, kept, dropped by reason, failed), which add up. unread: what failed, and files passed over.
+    """
 
     def __init__(self, sources: Sequence[str], enough: float = math.inf):
-        broken: list[str] = []
-        found = [d for source in sources for d in documents(source, broken, enough)]
+        self.unread = Unread()
+        found = [d for source in sources for d in documents(source, self.unread, enough)]
         self._kept = [d for d in found if d.text and not d.held_out]
         dropped = {"held out": sum(d.held_out for d in found), "empty": sum(not (d.text or d.held_out) for d in found)}
-        self.accounts = len(found) + len(broken), len(self._kept), dropped, len(broken)
+        failed = self.unread.failed
+        self.accounts = len(found) + failed, len(self._kept), dropped, failed
 
     def windows(self, tokenizer, length: int, seed: int, answer: int = 0) -> Iterator[Candidate]:
         """Windows of `length` ids, one after another, of the documents in random order, joined by EOS.
@@ -55,7 +63,7 @@ class TrainingDocuments:
 
 
 def held_out_prompts(
-    tokenizer, sources: Sequence[str], length: int, count: int, everything: bool = False
+    tokenizer, sources: Sequence[str], length: int, count: int, everything: bool = False, progress: Progress = SILENT
 ) -> list[tuple[str, list[int]]]:
     """(data set, ids) of `count` prompts of `length` tokens from held-out documents, or from any with `everything`.
 
@@ -63,11 +71,12 @@ def held_out_prompts(
     prompts of several lengths end at the same tokens. Raises UserError where no document is long enough.
     """
     found: list[tuple[str, list[int]]] = []
+    draw = _Draw(sources, everything, "evaluation", progress)
     for source in sources:
         name, here = split_source(source)[0], count // len(sources) + (len(found) < count % len(sources))
         usable: list[tuple[list[int], bool]] = []
-        for d in documents(source) if here else ():
-            ids = encode_document(tokenizer, d.text + d.question) if d.held_out or everything else []
+        for d in draw.documents(source) if here else ():
+            ids = encode_document(tokenizer, d.text + d.question)
             if len(ids) > length:
                 usable.append((ids, bool(d.question)))
             if len(usable) == here:
@@ -79,33 +88,85 @@ def held_out_prompts(
             if end >= length and not (asks and nth):
                 found.append((name, text[end - length : end]))
     if not found:
-        raise UserError(
-            f"no held-out document of {', '.join(sources)} has {length} tokens", "Lower evaluation.contexts"
-        )
+        raise draw.error(length)
+    draw.note()
     return found
 
 
-def held_out_windows(tokenizer, sources: Sequence[str], length: int, count: int, everything: bool) -> list[list[int]]:
+def held_out_windows(
+    tokenizer, sources: Sequence[str], length: int, count: int, everything: bool, progress: Progress = SILENT
+) -> list[list[int]]:
     """Up to `count` windows of `length` ids from the middles of documents, in turn from each source.
 
     `everything` takes any document (a source kept for measuring), else only held-out ones. Raises UserError where no
     document is long enough.
     """
     pools = []
+    draw = _Draw(sources, everything, "held_out", progress)
     for source in sources:
         pool = []
-        for doc in documents(source):
-            if doc.held_out or everything:
-                ids = encode_document(tokenizer, doc.text)
-                if len(ids) >= length:
-                    start = (len(ids) - length) // 2
-                    pool.append(ids[start : start + length])
+        for doc in draw.documents(source):
+            ids = encode_document(tokenizer, doc.text)
+            if len(ids) >= length:
+                start = (len(ids) - length) // 2
+                pool.append(ids[start : start + length])
             if len(pool) == count:
                 break
         pools.append(pool)
     found = [window for row in itertools.zip_longest(*pools) for window in row if window is not None]
     if not found:
-        raise UserError(
-            f"no held-out document of {', '.join(sources)} has {length} tokens", "Lower held_out.contexts or add text"
-        )
+        raise draw.error(length)
+    draw.note()
     return found[:count]
+
+
+class _Draw:
+    """Documents to measure on: held-out ones, or all with `everything`. `section` of the recipe says which."""
+
+    def __init__(self, sources: Sequence[str], everything: bool, section: str, progress: Progress):
+        self._sources, self._everything, self._section, self._progress = sources, everything, section, progress
+        self._unread = Unread()
+        self._read = dict.fromkeys(sources, 0)
+        self._drawn = dict.fromkeys(sources, 0)
+
+    def documents(self, source: str) -> Iterator[Document]:
+        for document in documents(source, self._unread):
+            self._read[source] += 1
+            if document.held_out or self._everything:
+                self._drawn[source] += 1
+                yield document
+
+    def note(self) -> None:
+        """Show what could not be read, and sources that are not measured."""
+        if self._everything:  # else they are the training sources, which are reported where they are read whole
+            self._unread.note(self._progress)
+        for source, read in self._read.items():
+            if read and not self._drawn[source]:
+                self._progress.note(not_drawn(read, [source]))
+
+    def error(self, length: int) -> UserError:
+        """That no document will do."""
+        names, read, drawn = ", ".join(self._sources), sum(self._read.values()), sum(self._drawn.values())
+        if not drawn:
+            return UserError(not_drawn(read, self._sources), f"Name texts to measure on in {self._section}.sources")
+        which = "" if self._everything else "held-out "
+        return UserError(
+            f"no {which}document of {names} has {length} tokens ({drawn} shorter)",
+            f"Lower {self._section}.contexts, or name longer texts in {self._section}.sources",
+        )
+
+
+def not_drawn(count: int, sources: Sequence[str]) -> str:
+    """That documents give no text to measure on."""
+    return f"none of the {count} documents of {', '.join(sources)} was drawn for measuring"
+
+
+def missing_held_out(sources: Sequence[str]) -> Iterator[str]:
+    """That no document of readable sources was drawn for measuring, as far as that shows after a few hundred."""
+    count = 0
+    for source in sources:
+        for document in documents(source):
+            count += 1
+            if document.held_out or count == _LOOKED_THROUGH:
+                return
+    yield not_drawn(count, sources)

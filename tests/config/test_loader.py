@@ -210,12 +210,12 @@ def test_named_entries_are_strict_inside_and_may_be_replaced(tmp_path):
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**23])
 @pytest.mark.parametrize("schema", [DistillRecipe, PretrainRecipe, BenchRecipe])
 def test_a_seed_that_no_generator_takes_is_refused(schema, seed):
-    with pytest.raises(UserError, match=r"seed: must lie in 0 .. 9223372036854775807"):
+    with pytest.raises(UserError, match=r"seed:? must (lie in 0 \.\. 2\^63-1|be a whole number below 2\^63)"):
         load_recipe(None, schema, [f"seed={seed}"])
 
 
 @pytest.mark.parametrize("value", ["1e-46", "1e300", ".nan", "-1", ".inf"])
 @pytest.mark.parametrize("key", ["temperature", "loss.temperature"])
 def test_a_temperature_that_losses_cannot_divide_by_is_refused(key, value):
-    with pytest.raises(UserError, match=f"{key}: must"):
+    with pytest.raises(UserError, match=f"{key}:? must"):
         load_recipe(None, DistillRecipe, [f"{key}={value}"])

@@ -11,6 +11,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT
 from bdcli.data import prompts
 from bdcli.data.corpus import _stream
+from bdcli.data.document import Unread
 from bdcli.data.prompts import cut_prompt, encode, encode_document, fit, pieces, shorten, special_tokens_note
 from bdcli.data.samples import load_samples
 from bdcli.data.sources import documents
@@ -127,7 +128,7 @@ def test_no_pretraining_stream_is_cut_by_its_text(tmp_path, pocket):
     (tmp_path / "texts").mkdir()
     for i in range(30):
         (tmp_path / "texts" / f"t{i}.txt").write_text(f"{i} {SPELLED}")
-    stream = _stream(pocket[2], str(tmp_path / "texts"), 10**9, 0, SILENT).tolist()
+    stream = _stream(pocket[2], str(tmp_path / "texts"), 10**9, 0, Unread(), SILENT).tolist()
     assert 0 not in stream and stream.count(1) == sum(not d.held_out for d in documents(str(tmp_path / "texts")))
 
 

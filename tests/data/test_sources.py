@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from bdcli.base.errors import UserError
+from bdcli.data.document import Unread
 from bdcli.data.samples import load_samples
 from bdcli.data.sources import documents, missing_sources, split_source
 from bdcli.data.split import TrainingDocuments, held_out_prompts
@@ -120,12 +121,13 @@ def test_documents_are_read_as_prompts_are(tmp_path):
     assert [d.text for d in documents(str(tmp_path))] == ["one\r\ntwo\n"]
     for name, encoding in (("b", "utf-16"), ("c", "utf-32"), ("d", "latin1")):
         (tmp_path / f"{name}.txt").write_bytes("Zoë and others\n".encode(encoding))
-        with pytest.raises(UserError, match=f"iconv -f {encoding} -t utf-8 .*{name}.txt"):
+        with pytest.raises(UserError, match=f"{name}.txt is .*not UTF-8.*iconv -f {encoding}"):
             list(documents(str(tmp_path / f"{name}.txt")))
-    broken = []
-    assert len(list(documents(str(tmp_path), broken))) == 1 and broken == ["b", "c", "d"]
+    unread = Unread()
+    assert len(list(documents(str(tmp_path), unread))) == 1 and unread.failed == 3
     with tarfile.open(tmp_path / "e.tar", "w") as archive:
         for name in "ab":
             archive.add(tmp_path / f"{name}.txt", f"{name}.txt")
-    broken = []
-    assert [d.text for d in documents(str(tmp_path / "e.tar"), broken)] == ["one\r\ntwo\n"] and broken == ["b"]
+    unread = Unread()
+    assert [d.text for d in documents(str(tmp_path / "e.tar"), unread)] == ["one\r\ntwo\n"]
+    assert unread.failed == 1 and "b.txt is UTF-16" in unread.failures[0]

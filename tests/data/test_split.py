@@ -7,10 +7,11 @@ import re
 import pytest
 
 from bdcli.base.errors import UserError
+from bdcli.data.document import is_held_out
 from bdcli.data.prompts import HELD_OUT
 from bdcli.data.sources import documents
-from bdcli.data.split import TrainingDocuments, held_out_prompts, held_out_windows
-from tests.support.training import write_texts
+from bdcli.data.split import TrainingDocuments, held_out_prompts, held_out_windows, missing_held_out
+from tests.support.training import Notes, write_texts
 
 
 def test_training_text_never_holds_measured_text(pocket):
@@ -31,8 +32,42 @@ def test_files_that_are_not_text_are_counted(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     read, kept, dropped, failed = TrainingDocuments([str(tmp_path)]).accounts
     assert (read, failed) == (3, 1) and read == kept + sum(dropped.values()) + failed
-    with pytest.raises(UserError, match=r"bad.txt is UTF-16, not UTF-8. Convert it: iconv"):
-        list(documents(str(tmp_path)))
+    assert len(list(documents(str(tmp_path)))) == 2
+
+
+def names_drawn(held_out, count):
+    """File names of documents that are, or are not, held out."""
+    return [name for name in (f"book{i}" for i in range(500)) if is_held_out(name) == held_out][:count]
+
+
+def write_books(folder, names, words=400):
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.txt").write_text(f"{name} " * words)
+    return str(folder)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_that_no_document_was_drawn_for_measuring_is_said_as_such(count, tmp_path, pocket):
+    books = write_books(tmp_path / "b", names_drawn(False, count))
+    for make, section in ((held_out_prompts, "evaluation"), (held_out_windows, "held_out")):
+        with pytest.raises(UserError) as found:
+            make(pocket[2], [books], 64, 2, False)
+        assert f"none of the {count} documents of {books} was drawn for measuring" in str(found.value)
+        assert f"{section}.sources" in str(found.value) and "contexts" not in str(found.value)
+        assert make(pocket[2], [books], 64, 2, True)
+    assert list(missing_held_out([books])) == [f"none of the {count} documents of {books} was drawn for measuring"]
+    drawn = write_books(tmp_path / "c", names_drawn(True, 1))
+    assert list(missing_held_out([books, drawn])) == [] == list(missing_held_out(["stdlib"]))
+    with pytest.raises(UserError, match=r"has 99999 tokens \(1 shorter\)\. Lower evaluation\.contexts"):
+        held_out_prompts(pocket[2], [books, drawn], 99_999, 2)
+
+
+def test_a_source_that_is_not_measured_beside_others_is_noted(tmp_path, pocket):
+    books, drawn = write_books(tmp_path / "b", names_drawn(False, 2)), write_books(tmp_path / "c", names_drawn(True, 2))
+    notes = Notes()
+    assert len(held_out_prompts(pocket[2], [books, drawn], 64, 4, progress=notes)) == 2
+    assert notes.lines == [f"none of the 2 documents of {books} was drawn for measuring"]
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,16 @@ class Figures(Progress):
         self.found.append((at, list(rows)))
 
 
+class Notes(Progress):
+    """Collects lines for people."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
 class Stop(Exception):
     """Raised by `StopAt`."""
 

@@ -12,6 +12,7 @@ from bdcli.base.files import digest, read_json
 from bdcli.config.distill import DistillRecipe
 from bdcli.data.identity import sources_identity
 from bdcli.data.sources import missing_sources
+from bdcli.data.split import missing_held_out
 from bdcli.model.checkpoint import fingerprint, read_config
 from bdcli.model.hub import resolve
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
@@ -33,7 +34,9 @@ def missing_inputs(
             name = getattr(recipe, role)
             if name is not None:
                 folders[role] = resolve(name, role)
-                read_config(folders[role])
+                vocabulary = read_config(folders[role]).vocab_size
+                if role == "target" and recipe.data.cache == "topk" and recipe.data.top_k > vocabulary:
+                    yield "data.top_k", f"must be at most {vocabulary}, the vocabulary of the target"
             elif out is not None and (out / START).exists():  # an earlier start made it of the target
                 folders[role] = out / START
         except UserError as error:
@@ -49,8 +52,18 @@ def missing_inputs(
                 yield from _made_for_another(recipe, data, *folders.values())
             except UserError as error:
                 yield "data", str(error)
-    for key, sources in (("data.sources", recipe.data.sources), ("evaluation.sources", recipe.evaluation.sources)):
-        yield from ((key, problem) for problem in missing_sources(sources))
+    yield from _missing_texts(recipe)
+
+
+def _missing_texts(recipe: DistillRecipe) -> Iterator[tuple[str, str]]:
+    """(key, message) of texts that are not here, or of which none is for measuring."""
+    sources, measured = recipe.data.sources, recipe.evaluation.sources
+    missing = [("data.sources", problem) for problem in missing_sources(sources)]
+    yield from missing
+    if measured:
+        yield from (("evaluation.sources", problem) for problem in missing_sources(measured))
+    elif not missing:
+        yield from (("evaluation.sources", problem) for problem in missing_held_out(sources))
 
 
 def window_dependencies(recipe: DistillRecipe, target: Path, drafter: Path) -> dict:

@@ -84,7 +84,9 @@ class Material:
         d = self._recipe.data
         if not manifest["complete"]:
             documents = TrainingDocuments(d.sources, TOKEN_CHARACTERS * d.windows * d.context)
+            documents.unread.note(self._progress)
             manifest["documents"] = asdict(Accounts(*documents.accounts))
+            manifest["unread"] = asdict(documents.unread)
             self._make_shards(manifest, documents)
         return Windows(self._out, manifest, self._pair.target.head, self._recipe.loss.temperature)
 
@@ -229,7 +231,7 @@ class Material:
         """Add what is missing of `saved`, some prompts at a time, and save it in `path` after each."""
         e, temperature = self._recipe.evaluation, self._recipe.temperature
         sources, longest = e.sources or self._recipe.data.sources, max(e.contexts)
-        prompts = held_out_prompts(self._pair.tokenizer, sources, longest, e.passages, bool(e.sources))
+        prompts = held_out_prompts(self._pair.tokenizer, sources, longest, e.passages, bool(e.sources), self._progress)
         wanted = [(n, name, ids[longest - c :]) for n, (name, ids) in enumerate(prompts) for c in e.contexts]
         at_once = max(1, self._writer.together // len(e.contexts)) * len(e.contexts)  # whole prompts
         for place in range(len(saved["passages"]), len(wanted), at_once):

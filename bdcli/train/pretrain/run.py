@@ -24,7 +24,7 @@ from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import make_corpus, ordinary_ids
 from bdcli.data.identity import sources_identity
 from bdcli.data.sources import missing_sources
-from bdcli.data.split import held_out_windows
+from bdcli.data.split import held_out_windows, missing_held_out
 from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
 from bdcli.model.hub import resolve
 from bdcli.model.llama import Model
@@ -149,7 +149,7 @@ class Pretraining:
         batches = Batches(r, model, corpus, ordinary_ids(tokenizer), self.dtype)
         h = r.held_out
         sources = h.sources or r.corpus.sources
-        held_out = held_out_windows(tokenizer, sources, max(h.contexts), h.documents, bool(h.sources))
+        held_out = held_out_windows(tokenizer, sources, max(h.contexts), h.documents, bool(h.sources), self.progress)
         texts = sources_identity((*r.corpus.sources, *h.sources))
         key = digest([as_dict(replace(r, checkpoint_minutes=0)), texts, fingerprint(start)])
         return _Work(start, model, batches, torch.tensor(held_out), key)
@@ -234,5 +234,10 @@ def missing_inputs(recipe: PretrainRecipe) -> Iterator[tuple[str, str]]:
                 load_tokenizer(resolve(getattr(recipe, key), "target"))
             except UserError as error:
                 yield key, str(error)
-    for key, sources in (("corpus.sources", recipe.corpus.sources), ("held_out.sources", recipe.held_out.sources)):
-        yield from ((key, problem) for problem in missing_sources(sources))
+    sources, measured = recipe.corpus.sources, recipe.held_out.sources
+    missing = [("corpus.sources", problem) for problem in missing_sources(sources)]
+    yield from missing
+    if measured:
+        yield from (("held_out.sources", problem) for problem in missing_sources(measured))
+    elif not missing:
+        yield from (("held_out.sources", problem) for problem in missing_held_out(sources))
