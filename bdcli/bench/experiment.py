@@ -18,7 +18,7 @@ from bdcli.base.files import digest
 from bdcli.base.provenance import git_revision, machine, versions
 from bdcli.bench.methods import present, tool_versions
 from bdcli.cache.selection import parse_selection
-from bdcli.config.bench import PEER_METHODS, BenchRecipe
+from bdcli.config.bench import TRANSFORMERS_METHODS, BenchRecipe
 from bdcli.config.decode import OWN, SELECTIONS
 from bdcli.config.loader import as_dict
 from bdcli.data.document import Unread
@@ -103,7 +103,7 @@ class Experiment:
         names = [r.drafter, *(name for arm in r.arms.values() if (name := r.drafter_of(arm)) is not None)]
         target = resolve(r.target, "target")
         found = [target, *(target if name == OWN else resolve(name, "drafter") for name in names)]
-        peer = next((arm.method for arm in r.arms.values() if arm.method in PEER_METHODS), None)
+        peer = next((arm.method for arm in r.arms.values() if arm.method in TRANSFORMERS_METHODS), None)
         file = next((path for path in found if path.is_file()), None)
         if peer is not None and file is not None:
             hint = f"Give the folder that this makes: bdcli convert {file} NEW_FOLDER"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from bdcli.base.devices import dtype_name, pick_device, pick_dtype
 from bdcli.base.progress import SILENT, Progress
 from bdcli.cache.selection import CacheSize, parse_selection
-from bdcli.config.bench import ENGINE_METHODS, PEER_METHODS, BenchRecipe
+from bdcli.config.bench import ENGINE_METHODS, TRANSFORMERS_METHODS, BenchRecipe
 from bdcli.config.decode import BITS, OWN, SELECTIONS
 from bdcli.decode.memory import DecodePlan, check_plan, decode_plan, runtime_bytes
 from bdcli.model.checkpoint import read_config
@@ -41,7 +41,8 @@ def sweep_plan(recipe: BenchRecipe) -> DecodePlan:
         elif lighter in BITS and device.type == "cpu" and recipe.engine != "torch":
             weights += draft_weight_bytes(config, lighter)
     plain = sum(weight_bytes(config, kind) for config in (target, *drafters.values()))
-    copies = len({arm.dtype for arm in recipe.arms.values() if arm.method in PEER_METHODS})  # of transformers' own
+    # copies of transformers' own
+    copies = len({arm.dtype for arm in recipe.arms.values() if arm.method in TRANSFORMERS_METHODS})
     return replace(max(plans, key=lambda plan: plan.peak), weights=weights + copies * plain)
 
 
