@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             event = {"content": "x", "tokens": [token], "stop": False, "timings": timings(number)}
             if MODE == "old":
                 del event["timings"]
-            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            self.wfile.write(b": ping\n\ndata: " + json.dumps(event).encode() + b"\n\n")  # as after a long silence
         self.wfile.write(b'data: {"content":"","tokens":[],"stop":true,"stop_type":"limit"}\n\n')
         return None
 
