@@ -163,8 +163,8 @@ class LlamaServer:
             if response.status != http.HTTPStatus.OK:
                 raise PeerError(f"llama-server: {response.status} {response.read()[:200].decode(errors='replace')}")
             for line in response:
-                name, _, text = line.decode().partition(":")  # comments, which have no name, keep a silent line open
-                if name == "data" and text.strip() != "[DONE]":
+                text = line.decode().removeprefix("data: ").strip()
+                if text and not text.startswith(":") and text != "[DONE]":  # comments keep a silent line open
                     event = json.loads(text)
                     if "error" in event:
                         raise PeerError(f"llama-server: {event['error'].get('message', event['error'])}")
