@@ -65,6 +65,7 @@ def _as_written(kind: type, construct: Callable) -> Callable:
     return make
 
 
+LONGEST_NAME = 300  # characters of a path that an error shows
 _TAG = "tag:yaml.org,2002:"
 _Loader.add_constructor(f"{_TAG}int", _as_written(WrittenInt, yaml.SafeLoader.construct_yaml_int))
 _Loader.add_constructor(f"{_TAG}float", _as_written(WrittenFloat, yaml.SafeLoader.construct_yaml_float))
@@ -73,12 +74,14 @@ _Loader.add_constructor(f"{_TAG}timestamp", yaml.SafeLoader.construct_yaml_str)
 
 def read_tree(path: Path, faults: Faults, seen: tuple[Path, ...] = ()) -> dict:
     """The tree of a file over those that it extends. Raises UserError where one is no YAML mapping."""
+    name = str(path) if len(str(path)) <= LONGEST_NAME else f"{str(path)[:LONGEST_NAME]}..."
     try:
         resolved, text = path.resolve(), path.read_text("utf-8")
     except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist", "See the recipes/ folder") from None
+        raise UserError(f"recipe {name} does not exist", "See the recipes/ folder") from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"recipe {path} cannot be read ({error})", "Give a YAML file") from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"recipe {name} cannot be read ({why})", "Give a YAML file") from None
     if resolved in seen:
         raise UserError(f"{path} extends itself", "Break the circle of extends")
     try:

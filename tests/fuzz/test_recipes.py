@@ -53,6 +53,8 @@ def test_an_edited_recipe_loads_or_is_refused(place, schema, body):
 
 @fuzz(150)
 @given(SCHEMAS, st.dictionaries(st.sampled_from([*KEYS, "extends"]), VALUES, min_size=1, max_size=4))
+@example(DistillRecipe, {"extends": "9" * 4000})
+@example(DistillRecipe, {"extends": "a/" * 1900 + "b"})
 def test_a_recipe_of_any_values_loads_or_is_refused(place, schema, values):
     lines = []
     for key, value in values.items():
