@@ -12,12 +12,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from bdcli.backends.cpu.machine.support import thread_limit
-from bdcli.base.devices import pick_device
+from bdcli.base.devices import pick_device, thread_limit
 from bdcli.bench.outcome import Block, Method, Outcome, PreparedTarget, rounds_of
-from bdcli.bench.process import PeerError
+from bdcli.bench.process import GuardedProcess, PeerError
 from bdcli.config.bench import Arm, BenchRecipe
 from bdcli.model.hub import resolve
 
@@ -47,17 +45,23 @@ class Answer:
     blocks: list[Block]
 
 
-class Tool(Protocol):
-    """A tool that runs, with the target loaded."""
+class Tool:
+    """A tool that runs in a process of its own, with the target loaded."""
+
+    _process: GuardedProcess
 
     def generate(self, request: Request) -> Answer:
         """One text. Raises PeerError."""
+        raise NotImplementedError
 
-    def pause(self) -> None: ...
+    def pause(self) -> None:
+        self._process.pause()
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        self._process.resume()
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._process.close()
 
 
 class External(Method):

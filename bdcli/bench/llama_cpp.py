@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bdcli.base.files import digest
 from bdcli.bench import external
-from bdcli.bench.external import Answer, External, Request, gguf_file, named_file
+from bdcli.bench.external import Answer, External, Request, Tool, gguf_file, named_file
 from bdcli.bench.outcome import Block
 from bdcli.bench.process import GuardedProcess, PeerError, wait_until
 from bdcli.config.bench import BenchRecipe
@@ -87,7 +87,7 @@ class LlamaCppNgram(LlamaCpp):
         return ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", str(self.arm.gamma)]
 
 
-class LlamaServer:
+class LlamaServer(Tool):
     """A server that holds one model and answers one request at a time."""
 
     def __init__(self, binary: Path, model: Path, longest: int, threads: int, flags: list[str]):
@@ -102,15 +102,6 @@ class LlamaServer:
         except BaseException:
             self.close()
             raise
-
-    def pause(self) -> None:
-        self._process.pause()
-
-    def resume(self) -> None:
-        self._process.resume()
-
-    def close(self) -> None:
-        self._process.close()
 
     def _ready(self) -> bool:
         try:

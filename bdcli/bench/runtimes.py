@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bdcli.base.files import new_folder
 from bdcli.bench import external
-from bdcli.bench.external import Answer, External, Request, hugging_face_folder, named_file
+from bdcli.bench.external import Answer, External, Request, Tool, hugging_face_folder, named_file
 from bdcli.bench.outcome import Block
 from bdcli.bench.process import WORKERS, GuardedProcess, PeerError
 from bdcli.config.bench import BenchRecipe
@@ -150,7 +150,7 @@ class OpenVinoInt4(OpenVino):
     weights = "int4"
 
 
-class Worker:
+class Worker(Tool):
     """A script of `workers/` under another Python, with a model loaded."""
 
     def __init__(self, name: str, python: Path, script: str, env: dict[str, str], **settings):
@@ -173,12 +173,3 @@ class Worker:
         if len(tokens) != len(times):
             raise PeerError(f"{self._name} timed {len(times)} of {len(tokens)} tokens")
         return Answer(tokens, [Block(at, 1, 0) for at in times])
-
-    def pause(self) -> None:
-        self._process.pause()
-
-    def resume(self) -> None:
-        self._process.resume()
-
-    def close(self) -> None:
-        self._process.close()

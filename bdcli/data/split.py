@@ -12,7 +12,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.progress import SILENT, Progress
 from bdcli.data.document import Document, Unread
 from bdcli.data.prompts import encode_document
-from bdcli.data.sources import documents, split_source
+from bdcli.data.sources import documents, missing_sources, split_source
 
 _LOOKED_THROUGH = 400  # documents; one in twelve or so is held out
 
@@ -170,3 +170,15 @@ def missing_held_out(sources: Sequence[str]) -> Iterator[str]:
             if document.held_out or count == _LOOKED_THROUGH:
                 return
     yield not_drawn(count, sources)
+
+
+def missing_texts(
+    section: str, sources: Sequence[str], measuring: str, measured: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """(key, message) of texts that are not here, or of which none is for measuring, by sections of a recipe."""
+    missing = [(f"{section}.sources", problem) for problem in missing_sources(sources)]
+    yield from missing
+    if measured:
+        yield from ((f"{measuring}.sources", problem) for problem in missing_sources(measured))
+    elif not missing:
+        yield from ((f"{measuring}.sources", problem) for problem in missing_held_out(sources))

@@ -17,6 +17,7 @@ from bdcli.model.hub import POCKET
 from bdcli.model.quantised import QuantisedMatrix
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
 from tests.support.gguf import alphabet, byte_level_metadata, metadata_of, stored_tensors, write_file, write_model
+from tests.support.models import library_model
 
 CPU = torch.device("cpu")
 TOKENS = [int(x) for x in torch.randint(0, 96, (70,), generator=torch.Generator().manual_seed(3))]
@@ -40,15 +41,7 @@ def build(folder, family: str, changes: dict):
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 0.05,
         "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**(settings | changes))
-    torch.manual_seed(5)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():  # biases start at 0 and norms at 1, which would hide their absence
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(0, 0.3)
-            elif "norm" in name:
-                weight.normal_(1, 0.2)
+    model = library_model(family, settings | changes)
     model.save_pretrained(folder)
     return model
 

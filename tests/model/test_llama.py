@@ -13,6 +13,7 @@ from bdcli.cache.full import FullCache
 from bdcli.model import llama as llama_module
 from bdcli.model.checkpoint import load_model
 from bdcli.model.config import RopeConfig, parse_config
+from tests.support.models import library_model
 
 CPU = torch.device("cpu")
 TAIL = 9  # tokens after the prefill
@@ -80,15 +81,7 @@ def build(family: str, changes: dict, folder: Path, dtype=torch.float32, **save)
         "rms_norm_eps": 0.05,  # large enough to be missed
         "initializer_range": 0.2,
     }
-    config = getattr(transformers, f"{family}Config")(**(settings | changes))
-    torch.manual_seed(5)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():  # biases start at 0 and norms at 1, which would hide their absence
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(0, 0.3)
-            elif "norm" in name:
-                weight.normal_(1, 0.2)
+    model = library_model(family, settings | changes)
     model.to(dtype).save_pretrained(folder, **save)
     return model
 

@@ -68,3 +68,19 @@ def tiny_model(
         if qk_norm:
             block.qk_norm = 1 + weight(heads + kv_heads, dim)
     return Model(config, weight(vocab, hidden), blocks, norm(), weight(vocab, hidden))
+
+
+def library_model(family: str, settings: dict):
+    """A random model of `transformers`. Biases start at 0 and norms at 1, which would hide their absence."""
+    import transformers
+
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(0, 0.3)
+            elif "norm" in name:
+                weight.normal_(1, 0.2)
+    return model

@@ -11,8 +11,7 @@ from bdcli.base.errors import UserError
 from bdcli.base.files import digest, read_json
 from bdcli.config.distill import DistillRecipe
 from bdcli.data.identity import sources_identity
-from bdcli.data.sources import missing_sources
-from bdcli.data.split import missing_held_out
+from bdcli.data.split import missing_texts
 from bdcli.model.checkpoint import fingerprint, read_config
 from bdcli.model.hub import resolve
 from bdcli.model.tokenizer import check_vocabulary, load_tokenizer
@@ -52,18 +51,7 @@ def missing_inputs(
                 yield from _made_for_another(recipe, data, *folders.values())
             except UserError as error:
                 yield "data", str(error)
-    yield from _missing_texts(recipe)
-
-
-def _missing_texts(recipe: DistillRecipe) -> Iterator[tuple[str, str]]:
-    """(key, message) of texts that are not here, or of which none is for measuring."""
-    sources, measured = recipe.data.sources, recipe.evaluation.sources
-    missing = [("data.sources", problem) for problem in missing_sources(sources)]
-    yield from missing
-    if measured:
-        yield from (("evaluation.sources", problem) for problem in missing_sources(measured))
-    elif not missing:
-        yield from (("evaluation.sources", problem) for problem in missing_held_out(sources))
+    yield from missing_texts("data", recipe.data.sources, "evaluation", recipe.evaluation.sources)
 
 
 def window_dependencies(recipe: DistillRecipe, target: Path, drafter: Path) -> dict:

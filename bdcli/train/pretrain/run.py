@@ -23,8 +23,7 @@ from bdcli.config.loader import as_dict
 from bdcli.config.pretrain import PretrainRecipe
 from bdcli.data.corpus import make_corpus, ordinary_ids
 from bdcli.data.identity import sources_identity
-from bdcli.data.sources import missing_sources
-from bdcli.data.split import held_out_windows, missing_held_out
+from bdcli.data.split import held_out_windows, missing_texts
 from bdcli.decode.memory import check_peak, runtime_bytes
 from bdcli.model.checkpoint import fingerprint, load_model, read_config, save_model
 from bdcli.model.hub import resolve
@@ -249,10 +248,4 @@ def missing_inputs(recipe: PretrainRecipe) -> Iterator[tuple[str, str]]:
                 load_tokenizer(resolve(getattr(recipe, key), "target"))
             except UserError as error:
                 yield key, str(error)
-    sources, measured = recipe.corpus.sources, recipe.held_out.sources
-    missing = [("corpus.sources", problem) for problem in missing_sources(sources)]
-    yield from missing
-    if measured:
-        yield from (("held_out.sources", problem) for problem in missing_sources(measured))
-    elif not missing:
-        yield from (("held_out.sources", problem) for problem in missing_held_out(sources))
+    yield from missing_texts("corpus", recipe.corpus.sources, "held_out", recipe.held_out.sources)
